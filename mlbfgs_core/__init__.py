@@ -1,0 +1,43 @@
+"""mL-BFGS: momentum-averaged curvature pairs, written once against the array API standard.
+
+Pure functions over a state, for NumPy, CuPy, PyTorch, JAX and any other array API namespace. See
+`step` for the whole step, and `project`, `observe`, `refresh` and `direction` for its parts.
+
+References
+----------
+Niu, Fabian, Lee, Soltanolkotabi, Avestimehr, "mL-BFGS: A Momentum-based L-BFGS for Distributed
+Large-Scale Neural Network Optimization", TMLR 2023, arXiv:2307.13744.
+"""
+
+from .averages import Observation, observe, project
+from .blocks import partition
+from .config import Config, Settings, preset_momentum
+from .diagnostics import Diagnostics, Spectrum, diagnostics, spectrum
+from .direction import direction, step, upcoming
+from .history import refresh
+from .kernels import Kernels
+from .state import LEAF_ARRAYS, MemoryPlan, State, init, plan_memory
+
+__all__ = [
+    "LEAF_ARRAYS",
+    "Config",
+    "Diagnostics",
+    "Kernels",
+    "MemoryPlan",
+    "Observation",
+    "Settings",
+    "Spectrum",
+    "State",
+    "diagnostics",
+    "direction",
+    "init",
+    "observe",
+    "partition",
+    "plan_memory",
+    "preset_momentum",
+    "project",
+    "refresh",
+    "spectrum",
+    "step",
+    "upcoming",
+]

@@ -1,0 +1,271 @@
+"""What a step learns of its gradient, and the averages that it enters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .blocks import Blocks
+from .call import Call, Reduce, When, prepare, run_if
+from .config import Config
+from .kernels import Kernels
+from .pairs import check
+from .state import State
+
+__all__ = ["Observation", "observe", "project"]
+
+Array = Any
+NOISE_WEIGHT = 0.1
+"""Least weight of a new sample in the running variance along a stored row."""
+
+
+class Observation(NamedTuple):
+    """The reduced inner products of one step, and whether all of them are finite."""
+
+    rows: Array
+    """(B, 2m): `b`, the stored rows times the gradient, in the metric."""
+    grad_square: Array
+    """(B,): squared norm of the gradient."""
+    metric_square: Array
+    """(B,): the same in the metric."""
+    scatter: Array
+    """(B,): what the gradient adds to the scatter of this window, in the metric."""
+    param_square: Array | None
+    """(B,): squared norm of the parameters, where the length control needs it."""
+    finite: Array
+    """0-d bool, over all blocks."""
+
+
+def project(
+    config: Config,
+    state: State,
+    params: Sequence[Array],
+    grads: Sequence[Array | None],
+    *,
+    blocks: Blocks | None = None,
+    kernels: Kernels | None = None,
+    reduce: Reduce | None = None,
+) -> Observation:
+    """Everything a step must know of its gradient before it may write: one pass, one reduction.
+
+    Parameters
+    ----------
+    config : Config
+    state : State
+        Not consumed.
+    params, grads : sequence of arrays
+        One per leaf; a gradient may be None.
+    blocks, kernels, reduce : optional
+        As in `mlbfgs_core.step`.
+
+    Returns
+    -------
+    Observation
+        Coefficient-sized. A gradient whose squared norm overflows its accumulation dtype (a norm
+        above 1.8e19 in float32) counts as non-finite.
+
+    Notes
+    -----
+    Reads ``2 m + 1`` values per parameter, one more for the metric, one for an adaptive schedule and
+    one for ``step_length="clip"``. Reduces ``B * (2 m + 1)`` numbers and one more for each of these.
+    """
+    call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
+    return project_call(call, state, params, grads)
+
+
+def project_call(
+    call: Call, state: State, params: Sequence[Array] | None, grads: Sequence[Array | None]
+) -> Observation:
+    """`project` after its arguments have been checked."""
+    config, kernels, xp = call.config, call.kernels, call.xp
+    _, mean_weights, moment_weights = _advance(call, state, grads)
+    metrics = call.metrics(state, moment_weights)
+    parts: list[Array | None] = []
+    for leaf, grad in enumerate(grads):
+        if grad is None:
+            parts.append(None)
+            continue
+        mean = state.mean_grads[leaf]
+        part = kernels.project(
+            state.history[leaf],
+            grad,
+            mean if config.adaptive else None,
+            call.scalar(1.0 - mean_weights[leaf], mean),
+            metrics[leaf],
+            mean.dtype,
+        )
+        numbers = [part.grad_square, part.metric_square, part.scatter]
+        if config.step_length == "clip":
+            numbers.append(kernels.square(_needed(params)[leaf], mean.dtype))
+        parts.append(xp.concat([part.rows, xp.stack([x for x in numbers if x is not None])]))
+    sums = call.reduce(call.block_sums(parts))
+    rows = 2 * config.history_size
+    rest = iter([sums[:, i] for i in range(rows, sums.shape[1])])
+    grad_square = next(rest)
+    return Observation(
+        rows=sums[:, :rows],
+        grad_square=grad_square,
+        metric_square=next(rest) if config.uses_metric else grad_square,
+        scatter=next(rest) if config.adaptive else xp.zeros_like(grad_square),
+        param_square=next(rest) if config.step_length == "clip" else None,
+        finite=xp.all(xp.isfinite(sums)),
+    )
+
+
+def observe(
+    config: Config,
+    state: State,
+    params: Sequence[Array],
+    grads: Sequence[Array | None],
+    *,
+    blocks: Blocks | None = None,
+    kernels: Kernels | None = None,
+    reduce: Reduce | None = None,
+    observation: Observation | None = None,
+    when: When = None,
+) -> State:
+    """Enter parameters and gradients in the averages; at a check, ask whether a pair is due.
+
+    Parameters
+    ----------
+    config : Config
+    state : State
+        Consumed.
+    params, grads : sequence of arrays
+        `theta` and the gradient at `theta`, both from before the update; a gradient may be None.
+    blocks, kernels, reduce : optional
+        As in `mlbfgs_core.step`.
+    observation : Observation, optional
+        From `project` of the same arguments, which is called where it is not given.
+    when : None, bool or callable
+        Who decides whether the check runs; see `mlbfgs_core.step`.
+
+    Returns
+    -------
+    State
+        ``state.due`` tells whether this step's `refresh` takes a pair, ``state.accepted`` whether the
+        gradient was finite; if not, only the counter `skipped` differs.
+
+    Notes
+    -----
+    Reads 4 and writes 2 values per parameter (with a metric 5 and 3); a check reads 4 to 5 more.
+
+    References
+    ----------
+    Niu et al. 2023, Algorithm 1, the momentum updates ``M <- beta M + (1 - beta) x``. Difference
+    from the paper: with ``beta=None`` the plain mean over the window.
+    """
+    call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
+    if observation is None:
+        observation = project_call(call, state, params, grads)
+    return observe_call(call, state, params, grads, observation, when)
+
+
+def observe_call(
+    call: Call,
+    state: State,
+    params: Sequence[Array],
+    grads: Sequence[Array | None],
+    seen: Observation,
+    when: When,
+) -> State:
+    """`observe` after its arguments have been checked."""
+    config, xp, keep = call.config, call.xp, seen.finite
+    one = xp.astype(keep, xp.int32)
+    increments, mean_weights, moment_weights = _advance(call, state, grads)
+    metrics = call.metrics(state, moment_weights)
+    mean_params, mean_grads, moments = list(state.mean_params), list(state.mean_grads), list(state.moment)
+    for leaf, grad in enumerate(grads):
+        if grad is None:
+            continue
+        weight = call.scalar(mean_weights[leaf], mean_params[leaf])
+        mean_params[leaf], mean_grads[leaf], moment = call.kernels.update_means(
+            mean_params[leaf], mean_grads[leaf], metrics[leaf], params[leaf], grad, weight, keep
+        )
+        if moment is not None:
+            moments[leaf] = moment
+    window = state.window + one
+    state = _follow_noise(call, state, seen)
+    state = state._replace(
+        mean_params=tuple(mean_params),
+        mean_grads=tuple(mean_grads),
+        moment=tuple(moments),
+        leaf_steps=state.leaf_steps + increments * one,
+        leaf_window=state.leaf_window + increments * one,
+        step=state.step + one,
+        skipped=state.skipped + (1 - one),
+        accepted=keep,
+        window=window,
+        scatter=state.scatter + xp.where(keep, xp.sum(seen.scatter), 0.0),
+        due=keep & is_due(config, window, state),
+    )
+    if not config.adaptive:
+        return state
+    asked = keep & is_check(config, window, state)
+    result: State = run_if(when, asked, lambda state: check(call, state, asked), state)
+    return result
+
+
+def is_check(config: Config, window: Array, state: State) -> Array:
+    """Whether an accepted step that makes the window this long asks if a pair is due."""
+    return (window % config.check_every == 0) & (state.prev_window > 0) & config.adaptive
+
+
+def is_due(config: Config, window: Array, state: State) -> Array:
+    """Whether an accepted step that makes the window this long takes a pair."""
+    due = (window >= config.update_every) | state.pending
+    if config.adaptive:  # the first window has nothing to be compared with: end it at its first check
+        due = due | ((state.prev_window == 0) & (window >= config.check_every))
+    return due
+
+
+def _advance(call: Call, state: State, grads: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+    """Per leaf (L,): the observations to add, and the weights with which a new one enters the averages
+    and the mean square."""
+    config, xp = call.config, call.xp
+    if any(grad is None for grad in grads):
+        yes = xp.ones_like(state.step)
+        increments = xp.stack([yes * 0 if grad is None else yes for grad in grads])
+    else:
+        increments = xp.ones_like(state.leaf_steps)
+    steps = xp.astype(xp.maximum(state.leaf_steps + increments, xp.ones_like(increments)), call.dtype)
+    window = xp.astype(xp.maximum(state.leaf_window + increments, xp.ones_like(increments)), call.dtype)
+    if config.beta is None:
+        mean_weights = 1.0 / window
+    else:
+        mean_weights = xp.where(steps == 1.0, 1.0, xp.ones_like(steps) - config.beta)
+    if not config.uses_metric:
+        return increments, mean_weights, mean_weights
+    decay = xp.ones_like(steps) * config.metric_beta
+    # The bias-corrected running mean, written as a running mean of its own.
+    return increments, mean_weights, (1.0 - decay) / (1.0 - decay**steps)
+
+
+def _follow_noise(call: Call, state: State, seen: Observation) -> State:
+    """Update the variance of the gradient along each stored `s`, from second differences.
+
+    ``(b_t - 2 b_{t-1} + b_{t-2})^2 / 6`` has the variance as its mean when the noise is independent
+    from step to step and the drift linear; a first difference would count the drift as noise.
+    """
+    config, xp, keep = call.config, call.xp, seen.finite
+    if not config.uses_noise:
+        return state
+    now = seen.rows[:, : config.history_size]
+    last, before = state.row_projection[:, 0, :], state.row_projection[:, 1, :]
+    age = state.row_age + 1
+    count = xp.astype(age - 2, call.dtype)
+    known = count >= 1.0
+    weight = xp.maximum(1.0 / xp.where(known, count, 1.0), xp.full_like(count, NOISE_WEIGHT))
+    sample = (now - 2.0 * last + before) ** 2 / 6.0
+    noise = xp.where(keep & known, state.row_noise + weight * (sample - state.row_noise), state.row_noise)
+    return state._replace(
+        row_projection=xp.where(keep, xp.stack([now, last], axis=1), state.row_projection),
+        row_noise=noise,
+        row_age=xp.where(keep, age, state.row_age),
+    )
+
+
+def _needed(params: Sequence[Array] | None) -> Sequence[Array]:
+    if params is None:
+        raise ValueError("`params` must be given with step_length='clip', got None")
+    return params

@@ -1,0 +1,92 @@
+"""Partition of named leaves into blocks, each with its own curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+__all__ = ["Blocks", "BlockSpec", "one_block", "partition", "validate_blocks"]
+
+Blocks = tuple[tuple[int, ...], ...]
+"""For each block the indices of its leaves; every leaf stands in exactly one block."""
+
+BlockSpec = str | Callable[[str], Hashable]
+"""How to form blocks: "all", "layer", "parameter", or a function from a leaf's name to a label."""
+
+
+def partition(names: Sequence[str], blocks: BlockSpec = "all") -> Blocks:
+    """Assign leaves to blocks by their names.
+
+    Parameters
+    ----------
+    names : sequence of str
+        A distinct name for each leaf, components separated by dots ("encoder.0.weight").
+    blocks : {"all", "layer", "parameter"} or callable
+        "all": one block, the best default for convergence. "layer": leaves whose names agree up to
+        the last dot. "parameter": each leaf alone. A callable maps a name to a hashable label, and
+        leaves with equal labels share a block. Blocks exist to spread memory and work.
+
+    Returns
+    -------
+    tuple of tuples of int
+        The indices of each block's leaves, blocks in the order of their first leaf.
+
+    Raises
+    ------
+    ValueError
+        No names, a repeated name, an unknown word, or "layer" where no name has a dot.
+    TypeError
+        `blocks` is neither a word nor a function, or the function gives an unhashable label.
+
+    Examples
+    --------
+    >>> partition(["a.weight", "a.bias", "b.weight"], "layer")
+    ((0, 1), (2,))
+    >>> partition(["x", "y"], lambda name: "shared")
+    ((0, 1),)
+    """
+    if not names:
+        raise ValueError("`names` must hold at least one leaf, got none")
+    if len(set(names)) < len(names):
+        raise ValueError(f"`names` must be distinct, got {list(names)}")
+    groups: dict[Hashable, list[int]] = {}
+    label = _labeller(names, blocks)
+    for index, name in enumerate(names):
+        value = label(name)
+        try:
+            groups.setdefault(value, []).append(index)
+        except TypeError:
+            raise TypeError(f"`blocks` must give a hashable label, got {value!r} for {name!r}") from None
+    return tuple(tuple(indices) for indices in groups.values())
+
+
+def _labeller(names: Sequence[str], blocks: BlockSpec) -> Callable[[str], Hashable]:
+    if callable(blocks):
+        return blocks
+    if not isinstance(blocks, str):
+        raise TypeError(f"`blocks` must be 'all', 'layer', 'parameter' or a function of a name, got {blocks!r}")
+    if blocks == "all":
+        return lambda _: ""
+    if blocks == "parameter":
+        return lambda name: name
+    if blocks == "layer":
+        if not any("." in name for name in names):
+            raise ValueError(
+                "`blocks`='layer' needs names with dots such as 'encoder.weight' (in PyTorch: pass "
+                f"model.named_parameters()), got {list(names)[:3]}"
+            )
+        return lambda name: name.rpartition(".")[0]
+    raise ValueError(f"`blocks` must be 'all', 'layer', 'parameter' or a function, got {blocks!r}")
+
+
+def one_block(count: int) -> Blocks:
+    """All of `count` leaves in one block."""
+    return (tuple(range(count)),)
+
+
+def validate_blocks(blocks: Blocks, count: int) -> None:
+    """Raise ValueError unless each of `count` leaves stands in exactly one non-empty block."""
+    indices = sorted(index for block in blocks for index in block)
+    if indices != list(range(count)) or not all(blocks):
+        raise ValueError(
+            f"`blocks` must hold each leaf index 0..{count - 1} exactly once in non-empty blocks, got {blocks!r}"
+        )

@@ -1,0 +1,154 @@
+"""What one call of a verb works with: settings, partition, kernels and reduction, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace
+from array_api_compat import device as array_device
+
+from .blocks import Blocks, one_block, validate_blocks
+from .config import Config
+from .kernels import Kernels, Means, Metric
+from .state import State, dtype_name
+
+__all__ = ["Call", "Reduce", "When", "prepare", "run_if"]
+
+Array = Any
+Reduce = Callable[[Array], Array]
+"""Sums an array of coefficients over all shards."""
+When = bool | Callable[[Array, Callable[[Any], Any], Any], Any] | None
+"""Who decides whether a masked part runs. None: it always runs, and its results are masked. A bool:
+the host knows. A function ``(predicate, part, operand) -> result``, such as a wrapper of
+``jax.lax.cond``: it decides on the device."""
+
+MEAN_SQUARE_FLOOR = 1e-16
+"""The metric's floor, in units of the mean of the running squares."""
+
+
+class Call(NamedTuple):
+    """The bundle that the verbs hand to one another."""
+
+    config: Config
+    blocks: Blocks
+    kernels: Kernels
+    reduce: Reduce
+    xp: Any
+    dtype: Any
+
+    def scalar(self, value: Array, leaf: Array) -> Array:
+        """A coefficient in the accumulation dtype of a leaf's average."""
+        return self.xp.astype(value, leaf.dtype, copy=False)
+
+    def device(self, state: State) -> Any:
+        """The state's device, traced or not."""
+        return array_device(state.gamma)
+
+    def means(self, state: State, leaf: int) -> Means:
+        """The averages of one leaf."""
+        return Means(
+            state.mean_params[leaf], state.mean_grads[leaf], state.prev_params[leaf], state.prev_grads[leaf]
+        )
+
+    def metrics(self, state: State, weights: Array | None = None) -> list[Metric | None]:
+        """The metric of each leaf; `weights` (L,) are those with which a gradient is to enter."""
+        if not self.config.uses_metric:
+            return [None] * len(state.history)
+        tiny = self.xp.finfo(self.dtype).smallest_normal
+        floors = state.mean_square * MEAN_SQUARE_FLOOR + tiny
+        result: list[Metric | None] = [None] * len(state.history)
+        for number, block in enumerate(self.blocks):
+            for leaf in block:
+                moment = state.moment[leaf]
+                weight = floors[number] if weights is None else weights[leaf]
+                result[leaf] = Metric(
+                    moment,
+                    self.scalar(weight, moment),
+                    self.scalar(floors[number], moment),
+                    self.config.metric_power,
+                )
+        return result
+
+    def valid(self, state: State, leaf: int) -> Array:
+        """0-d bool: whether a leaf has been observed in this window and in the previous one."""
+        return (state.leaf_window[leaf] > 0) & (state.leaf_prev_window[leaf] > 0)
+
+    def block_sums(self, parts: Sequence[Array | None]) -> Array:
+        """Sum each block's parts (None: nothing) of shape (K,) or (): (B, K) or (B,)."""
+        like = next(part for part in parts if part is not None)
+        sums = []
+        for block in self.blocks:
+            total = self.xp.zeros_like(like, dtype=self.dtype)
+            for leaf in block:
+                part = parts[leaf]
+                if part is not None:
+                    total = total + self.xp.astype(part, self.dtype, copy=False)
+            sums.append(total)
+        return self.xp.stack(sums)
+
+
+def prepare(
+    config: Config,
+    state: State,
+    blocks: Blocks | None,
+    kernels: Kernels | None,
+    reduce: Reduce | None,
+    **leaves: Sequence[Array | None] | None,
+) -> Call:
+    """Check the arguments of a verb and bundle them.
+
+    Raises
+    ------
+    ValueError
+        A number of leaves, a shape or a partition that does not match the state, or no gradient at all.
+    TypeError
+        A gradient whose dtype is not its parameter's or not a real floating-point one.
+    """
+    count = len(state.history)
+    if blocks is None:
+        blocks = one_block(count)
+    else:
+        validate_blocks(blocks, count)
+    if len(blocks) != state.gamma.shape[0]:
+        raise ValueError(f"`blocks` must be the state's {state.gamma.shape[0]} blocks, got {len(blocks)}")
+    for name, arrays in leaves.items():
+        if arrays is not None:
+            _check_leaves(name, arrays, state)
+    params, grads = leaves.get("params"), leaves.get("grads")
+    if grads is not None and all(grad is None for grad in grads):
+        raise ValueError("`grads` must hold at least one array, got only None")
+    for index, (param, grad) in enumerate(zip(params or (), grads or (), strict=False)):
+        if param is not None and grad is not None and dtype_name(param) != dtype_name(grad):
+            raise TypeError(f"`grads`[{index}] must have the parameter's dtype {param.dtype}, got {grad.dtype}")
+    xp = kernels.xp if kernels is not None else array_namespace(state.gamma)
+    return Call(config, blocks, kernels or Kernels(xp), reduce or _identity, xp, state.gamma.dtype)
+
+
+def run_if(when: When, predicate: Array, part: Callable[[Any], Any], operand: Any) -> Any:
+    """Run a masked part as `when` says; else return the operand."""
+    if when is None or when is True:
+        return part(operand)
+    if when is False:
+        return operand
+    return when(predicate, part, operand)
+
+
+def _check_leaves(name: str, arrays: Sequence[Array | None], state: State) -> None:
+    if len(arrays) != len(state.history):
+        raise ValueError(f"`{name}` must hold {len(state.history)} leaves, got {len(arrays)}")
+    for index, (array, history) in enumerate(zip(arrays, state.history, strict=True)):
+        if array is None:
+            if name == "params":
+                raise TypeError(f"`params`[{index}] must be an array, got None")
+            continue
+        if tuple(array.shape) != tuple(history.shape[2:]):
+            raise ValueError(
+                f"`{name}`[{index}] must have the shape {tuple(history.shape[2:])}, got {tuple(array.shape)}"
+            )
+        if dtype_name(array) not in ("float16", "bfloat16", "float32", "float64"):
+            raise TypeError(f"`{name}`[{index}] must be of a real floating-point dtype, got {array.dtype}")
+
+
+def _identity(array: Array) -> Array:
+    return array

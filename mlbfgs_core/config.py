@@ -1,0 +1,252 @@
+"""Every hyperparameter of the method, validated once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal, TypedDict, Unpack, cast
+
+__all__ = ["Config", "Preset", "Settings", "StepLength", "preset_momentum"]
+
+Preset = Literal["default", "paper", "lbfgs", "fit"]
+StepLength = Literal["unit", "clip", "none"]
+
+
+class Settings(TypedDict, total=False):
+    """The keyword arguments of `Config`, for the signatures of adapters."""
+
+    history_size: int
+    update_every: int
+    adaptive: bool
+    check_every: int
+    signal_to_noise: float
+    noise_floor: float
+    beta: float | None
+    min_cosine: float
+    damping: tuple[float, float, float] | None
+    step_length: StepLength
+    clip_factor: float
+    metric_power: float
+    metric_beta: float
+    history_dtype: str | None
+    preset: Preset | None
+
+
+_DEFAULT: Final[Settings] = {
+    "history_size": 10,
+    "update_every": 50,
+    "adaptive": True,
+    "check_every": 2,
+    "signal_to_noise": 4.0,
+    "noise_floor": 4.0,
+    "beta": None,
+    "min_cosine": 0.4,
+    "damping": None,
+    "step_length": "unit",
+    "clip_factor": 2.0,
+    "metric_power": 0.5,
+    "metric_beta": 0.99,
+    "history_dtype": None,
+    "preset": None,
+}
+_PUBLISHED: Final[Settings] = {
+    "adaptive": False,
+    "noise_floor": 0.0,
+    "min_cosine": 0.0,
+    "step_length": "none",
+    "metric_power": 0.0,
+}
+_PRESETS: Final[dict[str, Settings]] = {
+    "default": {},
+    "paper": {**_PUBLISHED, "beta": 0.9, "update_every": 20, "damping": (0.01, 10.0, 0.9)},
+    "lbfgs": {**_PUBLISHED, "beta": 0.0, "update_every": 1},
+    "fit": {"update_every": 20, "min_cosine": 0.3, "step_length": "clip", "metric_power": 0.0},
+}
+_MOMENTUM: Final = {"default": 0.9, "paper": 0.9, "lbfgs": 0.0, "fit": 0.0}
+_STEP_LENGTHS: Final = ("unit", "clip", "none")
+_HISTORY_DTYPES: Final = ("bfloat16", "float16", "float32", "float64")
+
+# argument -> (rule in words, test); tested only for Python numbers, so that a
+# traced hyperparameter passes through.
+_INTEGERS: Final = ("history_size", "update_every", "check_every")
+_REALS: Final[dict[str, tuple[str, float, float, bool]]] = {
+    # name: (rule, lower bound, upper bound, upper bound excluded)
+    "signal_to_noise": ("must be finite and >= 0", 0.0, math.inf, True),
+    "noise_floor": ("must be finite and >= 0", 0.0, math.inf, True),
+    "beta": ("must be None or in [0, 1)", 0.0, 1.0, True),
+    "min_cosine": ("must be in [0, 1)", 0.0, 1.0, True),
+    "clip_factor": ("must be finite and >= 1", 1.0, math.inf, True),
+    "metric_power": ("must be in [0, 1]", 0.0, 1.0, False),
+    "metric_beta": ("must be in [0, 1)", 0.0, 1.0, True),
+}
+
+
+@dataclass(frozen=True, init=False)
+class Config:
+    """The settings of mL-BFGS; a preset fills in what is not given.
+
+    Parameters
+    ----------
+    history_size : int
+        Curvature pairs kept for each block, `m`. Memory is ``2 * m`` values per parameter.
+    update_every : int
+        Steps from one curvature pair to the next, `T`: exactly with ``adaptive=False``, at the
+        latest with ``adaptive=True``.
+    adaptive : bool
+        Take a pair as soon as it stands out of the gradient noise.
+    check_every : int
+        Steps between two tests of whether it does; a positive test acts at the next step.
+    signal_to_noise : float
+        How many times the expected noise ``|y|^2`` must exceed.
+    noise_floor : float
+        Standard deviations of the curvature `mu` that a pair's curvature must exceed at a test,
+        and below which no stored pair's curvature lies.
+    beta : float or None
+        Decay of the exponential moving averages of parameters and gradients. ``None``: the plain
+        mean over the steps since the last pair.
+    min_cosine : float
+        Least cosine of the angle between `s` and the stored `y`; 0 turns the floor off.
+    damping : (float, float, float) or None
+        The paper's ``(sigma_L, sigma_H, tau_0)``; ``None`` turns it off.
+    step_length : {"unit", "clip", "none"}
+        Scale the direction over all blocks to length 1, or limit it to `clip_factor` times its own
+        running length, or leave it.
+    clip_factor : float
+        See `step_length`.
+    metric_power : float
+        Power `p` of the diagonal metric ``(mean square gradient)^(p/2)`` in whose coordinates the
+        method runs: 0 is the published method, 1 starts from Adam's diagonal.
+    metric_beta : float
+        Decay of the mean square gradient.
+    history_dtype : str or None
+        Storage of the pairs: "bfloat16", "float16", "float32" or "float64"; ``None``: that of the
+        averages (float32, or float64 for float64 parameters).
+    preset : {"default", "paper", "lbfgs", "fit"} or None
+        "paper" is the published method to the letter, "lbfgs" textbook L-BFGS at every step, "fit"
+        suits quadratics and full-batch fits. Settings that are given win over the preset's.
+
+    Raises
+    ------
+    TypeError
+        An unknown setting, or one of the wrong kind.
+    ValueError
+        A setting out of range.
+
+    Notes
+    -----
+    Difference from the paper: the cosine floor, the adaptive schedule, interval means, the unit
+    length and the metric are not in it; ``preset="paper"`` has none of them. The paper leaves
+    ``beta``, ``T`` and the damping to the problem; the preset's values are this library's choice.
+
+    Examples
+    --------
+    >>> Config(preset="fit", history_size=5).update_every
+    20
+    >>> Config(beta=1.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: `beta` must be None or in [0, 1), got 1.5
+    """
+
+    history_size: int
+    update_every: int
+    adaptive: bool
+    check_every: int
+    signal_to_noise: float
+    noise_floor: float
+    beta: float | None
+    min_cosine: float
+    damping: tuple[float, float, float] | None
+    step_length: StepLength
+    clip_factor: float
+    metric_power: float
+    metric_beta: float
+    history_dtype: str | None
+    preset: Preset | None
+
+    def __init__(self, **settings: Unpack[Settings]) -> None:
+        names = [field.name for field in fields(self)]
+        for name in settings:
+            if name not in names:
+                raise TypeError(f"unknown setting `{name}`; the settings are {', '.join(names)}")
+        preset = _check_preset(settings.get("preset"))
+        values = cast("dict[str, Any]", {**_DEFAULT, **_PRESETS[preset], **settings})
+        for name in names:
+            object.__setattr__(self, name, values[name])
+        self._validate()
+
+    @property
+    def uses_metric(self) -> bool:
+        """Whether the method runs in a diagonal metric (a traced power counts as one)."""
+        return not _is_zero(self.metric_power)
+
+    @property
+    def uses_noise(self) -> bool:
+        """Whether the noise along the stored pairs must be followed."""
+        return self.adaptive or not _is_zero(self.noise_floor)
+
+    def _validate(self) -> None:
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if name != "history_size" and not isinstance(value, (int, float, str, type(None))):
+                continue  # traced
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"`{name}` must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"`{name}` must be >= 1, got {value!r}")
+        for name, (rule, low, high, open_above) in _REALS.items():
+            value = getattr(self, name)
+            if name == "beta" and value is None:
+                continue
+            if isinstance(value, (str, bytes, bool, type(None))):
+                raise TypeError(f"`{name}` {rule}, got {value!r}")
+            if not isinstance(value, (int, float)):
+                continue  # traced
+            if not (low <= value <= high) or (open_above and value == high):
+                raise ValueError(f"`{name}` {rule}, got {value!r}")
+        if not isinstance(self.adaptive, bool):
+            raise TypeError(f"`adaptive` must be a bool, got {self.adaptive!r}")
+        if self.step_length not in _STEP_LENGTHS:
+            raise ValueError(f"`step_length` must be one of {_STEP_LENGTHS}, got {self.step_length!r}")
+        if self.history_dtype is not None and self.history_dtype not in _HISTORY_DTYPES:
+            raise ValueError(
+                f"`history_dtype` must be None or one of {_HISTORY_DTYPES}, got {self.history_dtype!r}"
+            )
+        if self.damping is not None:
+            _check_damping(self.damping)
+
+
+def preset_momentum(preset: str | None) -> float:
+    """Heavy-ball momentum that belongs to a preset: 0 for "lbfgs" and "fit", else 0.9.
+
+    Examples
+    --------
+    >>> preset_momentum(None), preset_momentum("fit")
+    (0.9, 0.0)
+    """
+    return _MOMENTUM[_check_preset(preset)]
+
+
+def _check_preset(preset: str | None) -> str:
+    if preset is None:
+        return "default"
+    if preset not in _PRESETS:
+        raise ValueError(f"`preset` must be None or one of {tuple(_PRESETS)}, got {preset!r}")
+    return preset
+
+
+def _check_damping(damping: object) -> None:
+    rule = "`damping` must be None or three numbers (sigma_L, sigma_H, tau_0)"
+    if not isinstance(damping, (tuple, list)) or len(damping) != 3:
+        raise TypeError(f"{rule}, got {damping!r}")
+    if any(isinstance(value, (str, bytes, bool, type(None))) for value in damping):
+        raise TypeError(f"{rule}, got {damping!r}")
+    if not all(isinstance(value, (int, float)) for value in damping):
+        return  # traced
+    sigma_low, sigma_high, tau = damping
+    if not (0 < sigma_low < 1 < sigma_high < math.inf and 0 < tau <= 1):
+        raise ValueError(f"{rule} with 0 < sigma_L < 1 < sigma_H and 0 < tau_0 <= 1, got {damping!r}")
+
+
+def _is_zero(value: object) -> bool:
+    return isinstance(value, (int, float)) and value == 0

@@ -1,0 +1,276 @@
+"""The direction ``d = H g`` and the control of its length, and the whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from .averages import Observation, is_check, is_due, observe_call, project_call
+from .blocks import Blocks
+from .call import Call, Reduce, When, prepare, run_if
+from .config import Config
+from .history import refresh_call
+from .kernels import Kernels
+from .state import State
+
+__all__ = ["direction", "step", "upcoming"]
+
+Array = Any
+WARM_UP = 0.01
+"""Length of a direction before the first pair with ``step_length="clip"``, relative to the
+parameters' norm, and the least norm per square root of the dimension that counts."""
+
+
+def step(
+    config: Config,
+    state: State,
+    params: Sequence[Array],
+    grads: Sequence[Array | None],
+    *,
+    blocks: Blocks | None = None,
+    kernels: Kernels | None = None,
+    reduce: Reduce | None = None,
+    when_check: When = None,
+    when_due: When = None,
+    observation: Observation | None = None,
+) -> tuple[list[Array | None], State]:
+    """One step: project, observe, refresh if due, direction; the history is read twice.
+
+    Parameters
+    ----------
+    config : Config
+    state : State
+        Consumed: use the state that is returned.
+    params : sequence of arrays
+        The leaves given to `init`, with their present values.
+    grads : sequence of arrays
+        The gradient at `params`, of the same shapes and dtypes. None where there is none: that leaf
+        keeps still.
+    blocks : tuple of tuples of int, optional
+        The blocks given to `init`.
+    kernels : Kernels, optional
+        The operations on parameter-sized arrays; by default plain array-API ones.
+    reduce : callable, optional
+        Sums an array of coefficients over all shards; by default the identity. Called once in a
+        step, once more where a metric meets a length control, twice at a check, three times at a
+        refresh.
+    when_check, when_due : None, bool or callable
+        Who decides whether the check or the refresh runs. None: both always run, and what is not
+        asked for is masked. A bool: the caller knows, for instance from `upcoming`. A function
+        ``(predicate, part, operand) -> result``, such as a wrapper of ``jax.lax.cond``. A part that
+        runs unasked changes nothing; one that is asked for must run.
+    observation : Observation, optional
+        From `project` of the same arguments; a caller with several states may replace its `finite`
+        by the conjunction of all.
+
+    Returns
+    -------
+    update : list of arrays
+        `d`, of the gradients' shapes and dtypes, to be *subtracted*; None where the gradient is
+        None; zero on a skipped step.
+    state : State
+        ``state.accepted`` is false where the gradient was non-finite: everything but the counter
+        `skipped` is then as it was.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Leaves that do not match the state, before anything has changed.
+
+    Notes
+    -----
+    Moves ``4 m`` values per parameter for the two passes over the history and, with default
+    settings, about 18 more (9 without metric and adaptive schedule). A refresh adds about
+    ``2 m + 22``.
+
+    References
+    ----------
+    Niu et al. 2023, Algorithm 1.
+
+    Examples
+    --------
+    Gradient descent turns into a quasi-Newton method on ``f(x) = x.A x / 2``.
+
+    >>> import numpy as np
+    >>> config, x = Config(preset="lbfgs"), np.asarray([1.0, 1.0])
+    >>> from mlbfgs_core import init
+    >>> state = init(config, [x])
+    >>> for _ in range(4):
+    ...     update, state = step(config, state, [x], [np.asarray([1.0, 3.0]) * x])
+    ...     x = x - 0.5 * update[0]
+    >>> int(state.pairs[0])
+    3
+    """
+    call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
+    if observation is None:
+        observation = project_call(call, state, params, grads)
+    state = observe_call(call, state, params, grads, observation, when_check)
+    due = state.due
+
+    def part(operand: tuple[State, Observation]) -> tuple[State, Observation | None]:
+        return refresh_call(call, operand[0], grads, operand[1], due)
+
+    state, observation = run_if(when_due, due, part, (state, observation))
+    return _direction(call, state, grads, observation)
+
+
+def upcoming(config: Config, state: State) -> Array:
+    """Whether the next accepted step asks for a check and for a refresh: (2,) array of bool.
+
+    A host that copies it without waiting can hand the two to the next `step` as `when_check` and
+    `when_due`: it depends only on steps that are already done.
+    """
+    xp, window = array_namespace(state.window), state.window + 1
+    return xp.stack([is_check(config, window, state), is_due(config, window, state)])
+
+
+def direction(
+    config: Config,
+    state: State,
+    grads: Sequence[Array | None],
+    *,
+    params: Sequence[Array] | None = None,
+    blocks: Blocks | None = None,
+    kernels: Kernels | None = None,
+    reduce: Reduce | None = None,
+) -> tuple[list[Array | None], State]:
+    """The direction ``H g`` for any gradient, with the length that the settings ask for.
+
+    Parameters
+    ----------
+    config : Config
+    state : State
+        Consumed.
+    grads : sequence of arrays
+        One per leaf, or None.
+    params : sequence of arrays, optional
+        Needed with ``step_length="clip"``, which begins relative to their norm.
+    blocks, kernels, reduce : optional
+        As in `step`.
+
+    Returns
+    -------
+    update : list of arrays
+    state : State
+
+    Notes
+    -----
+    ``H = gamma I + B^T C B``: reads the history twice, and everything about `d` that is not `d`
+    itself comes from coefficients: ``d.g = gamma |g|^2 + b.c``,
+    ``|d|^2 = gamma^2 |g|^2 + 2 gamma b.c + c.G c``.
+
+    References
+    ----------
+    Byrd, Nocedal & Schnabel 1994 for the compact form. Difference from the paper: its steps have no
+    length control (``step_length="none"``).
+    """
+    call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
+    return _direction(call, state, grads, project_call(call, state, params, grads))
+
+
+def _direction(
+    call: Call, state: State, grads: Sequence[Array | None], seen: Observation
+) -> tuple[list[Array | None], State]:
+    config, xp, keep = call.config, call.xp, seen.finite
+    gamma = _scale_of_start(call, state, seen)
+    b, square = seen.rows, seen.metric_square
+    # Small sums instead of matrix products, which may run in reduced precision.
+    c = xp.sum(state.operator * b[:, None, :], axis=2)
+    bc = xp.sum(b * c, axis=1)
+    cgc = xp.sum(c * xp.sum(state.gram * c[:, None, :], axis=2), axis=1)
+    along = gamma * square + bc
+    norm_square = xp.maximum(gamma**2 * square + 2.0 * gamma * bc + cgc, xp.zeros_like(square))
+    norm = xp.sqrt(xp.sum(norm_square))
+
+    exact = not config.uses_metric  # is the norm in the metric the norm of the update?
+    factor, length = xp.ones_like(norm), state.length
+    if config.step_length != "none":
+        if exact:
+            factor, length = _length(call, state, norm)
+        else:
+            factor = 1.0 / xp.where(norm > 0, norm, 1.0)
+    update, squares = _combine(call, state, grads, c * factor, gamma * factor, keep)
+    if not exact:
+        own_square = call.reduce(call.block_sums(squares)) / factor**2
+        if config.step_length != "none":
+            wanted, length = _length(call, state, xp.sqrt(xp.sum(own_square)))
+            ratio = wanted / factor
+            update = [None if d is None else call.kernels.scale(d, ratio) for d in update]
+        norm_square = own_square
+
+    both = xp.sqrt(norm_square) * xp.sqrt(seen.grad_square)
+    cosine = along / xp.where(both > 0, both, 1.0)
+    size = xp.where(state.size > 0, state.size, 1.0)
+    weight = _mean_square_weight(call, state)
+    mean_square = state.mean_square + weight * (seen.grad_square / size - state.mean_square)
+    state = state._replace(
+        cosine=xp.where(keep, cosine, state.cosine),
+        mean_square=xp.where(keep, mean_square, state.mean_square),
+        length=xp.where(keep, length, state.length),
+    )
+    return update, state
+
+
+def _combine(
+    call: Call, state: State, grads: Sequence[Array | None], c: Array, gamma: Array, keep: Array
+) -> tuple[list[Array | None], list[Array | None]]:
+    metrics = call.metrics(state)
+    update: list[Array | None] = [None] * len(grads)
+    squares: list[Array | None] = [None] * len(grads)
+    for number, block in enumerate(call.blocks):
+        for leaf in block:
+            grad, mean = grads[leaf], state.mean_grads[leaf]
+            if grad is not None:
+                update[leaf], squares[leaf] = call.kernels.combine(
+                    state.history[leaf],
+                    grad,
+                    call.scalar(c[number, :], mean),
+                    call.scalar(gamma[number], mean),
+                    metrics[leaf],
+                    keep,
+                    mean.dtype,
+                )
+    return update, squares
+
+
+def _scale_of_start(call: Call, state: State, seen: Observation) -> Array:
+    """`gamma` of each block; for one without a pair, what serves in its place."""
+    xp, has = call.xp, state.pairs > 0
+    if call.config.step_length == "clip" and seen.param_square is not None:
+        least = WARM_UP * xp.sqrt(state.size)
+        length = WARM_UP * xp.maximum(xp.sqrt(seen.param_square), least)
+        norm = xp.sqrt(seen.metric_square)
+        start = length / xp.where(norm > 0, norm, 1.0)
+    else:  # the other blocks' scale, or 1: the paper's d = g
+        count = xp.sum(xp.astype(has, call.dtype))
+        known = xp.sum(xp.where(has, state.gamma, 0.0)) / xp.where(count > 0, count, 1.0)
+        start = xp.where(count > 0, known, 1.0)
+    return xp.where(has, state.gamma, start)
+
+
+def _length(call: Call, state: State, norm: Array) -> tuple[Array, Array]:
+    """The factor that gives a direction of this norm its length, and the new running length."""
+    config, xp = call.config, call.xp
+    positive = norm > 0
+    safe = xp.where(positive, norm, 1.0)
+    if config.step_length == "unit":
+        return 1.0 / safe, state.length
+    running = xp.where(state.length > 0, state.length, norm)
+    length = xp.minimum(norm, config.clip_factor * running)
+    rate = 1.0 / (xp.ones_like(norm) * config.update_every)
+    followed = running + rate * (length - running)
+    started = xp.any(state.pairs > 0)
+    return (
+        xp.where(started & positive, length / safe, 1.0),
+        xp.where(started & positive, followed, state.length),
+    )
+
+
+def _mean_square_weight(call: Call, state: State) -> Array:
+    """Weight of this step in the bias-corrected running mean of the mean squared gradient."""
+    xp = call.xp
+    steps = xp.astype(xp.maximum(state.step, xp.ones_like(state.step)), call.dtype)
+    decay = xp.ones_like(steps) * call.config.metric_beta
+    return (1.0 - decay) / (1.0 - decay**steps)

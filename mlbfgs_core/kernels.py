@@ -1,0 +1,335 @@
+"""The operations on parameter-sized arrays, in plain array-API calls: the seam for speed.
+
+An adapter may subclass `Kernels` and override any method by a faster one of the same meaning.
+Arrays that a method is documented to consume are updated in place where the backend allows it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import array_api_extra as xpx
+from array_api_compat import is_array_api_strict_namespace, is_jax_namespace
+
+__all__ = ["Array", "Kernels", "Means", "Metric", "PairTile", "Projection"]
+
+Array = Any
+Index = Any
+
+
+class Metric(NamedTuple):
+    """The diagonal metric ``q = (moment + floor) ** (power / 2)`` of one leaf."""
+
+    moment: Array
+    """`v`, the running mean of squared gradients, of the leaf's shape."""
+    weight: Array
+    """0-d: weight of this step's square in `v`."""
+    floor: Array
+    """0-d: keeps `q` positive where the gradient has always been zero."""
+    power: Any
+
+    def moment_with(self, grad: Array, tile: Index) -> Array:
+        """The running mean after a gradient's tile has entered."""
+        old = self.moment[tile]
+        return old + self.weight * (grad * grad - old)
+
+    def root(self, kernels: Kernels, moment: Array) -> Array:
+        """``sqrt(q)`` from a tile of the running mean."""
+        return kernels.power(moment + self.floor, self.power / 4)
+
+
+class Means(NamedTuple):
+    """The averages of one leaf in this window and in the previous one."""
+
+    params: Array
+    grads: Array
+    prev_params: Array
+    prev_grads: Array
+
+
+class PairTile(NamedTuple):
+    """Inner products of a part of a pair, scaled so that no square over- or underflows."""
+
+    s_scale: Array
+    y_scale: Array
+    ss: Array
+    sy: Array
+    yy: Array
+
+
+class Projection(NamedTuple):
+    """What one leaf adds to the inner products of a step; every field in the scaled coordinates
+    of the metric but `grad_square`."""
+
+    rows: Array
+    """(2m,): inner products of the stored rows with the gradient."""
+    grad_square: Array
+    metric_square: Array | None
+    scatter: Array | None
+
+
+class Kernels:
+    """Plain array-API kernels; leaves larger than a tile are worked through in parts.
+
+    Parameters
+    ----------
+    xp : array namespace
+        From `array_api_compat.array_namespace`.
+    tile : int
+        Values of a leaf handled at a time where arrays can be written in place: the size of every
+        temporary array. A few times ``2**16`` fits processor caches; a GPU wants it large.
+        Backends that cannot write in place always take whole leaves.
+    """
+
+    def __init__(self, xp: Any, tile: int = 2**16) -> None:
+        if not isinstance(tile, int) or tile < 1:
+            raise ValueError(f"`tile` must be an int >= 1, got {tile!r}")
+        self.xp = xp
+        self.tile = tile
+        self.in_place = not is_jax_namespace(xp)
+        self.sets_by_index = not is_array_api_strict_namespace(xp)
+
+    # Elementary operations.
+
+    def tiles(self, leaf: Array) -> Iterator[Index]:
+        """Indices that cut a leaf along its first axis."""
+        size = math.prod(leaf.shape)
+        if not self.in_place or size <= self.tile:
+            yield (...,)
+            return
+        rows = leaf.shape[0]
+        step = max(1, self.tile * rows // size)
+        for start in range(0, rows, step):
+            yield (slice(start, start + step), ...)
+
+    def store(self, array: Array, tile: Index, value: Array) -> Array:
+        """`array` with `value` at the tile; consumes `array`."""
+        if not self.in_place:
+            return value
+        array[tile] = value
+        return array
+
+    def dot(self, a: Array, b: Array) -> Array:
+        """Inner product over all axes, in the arrays' (full) precision."""
+        return self.xp.matmul(self.xp.reshape(a, (-1,)), self.xp.reshape(b, (-1,)))
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Matrix product in the arrays' full precision."""
+        return self.xp.matmul(a, b)
+
+    def power(self, x: Array, exponent: Any) -> Array:
+        """``x ** exponent`` of a positive array; by square roots where they suffice (far cheaper)."""
+        halvings = -math.log2(exponent) if isinstance(exponent, float) and exponent > 0 else 0.5
+        if not halvings.is_integer() or halvings < 0:
+            return x**exponent
+        for _ in range(int(halvings)):
+            x = self.xp.sqrt(x)
+        return x
+
+    def rows(self, history: Array, tile: Index, dtype: Any) -> Array:
+        """The tile of a history as a matrix of 2m rows in `dtype`; a view where it can be."""
+        part = history[(slice(None), slice(None), *tile)]
+        return self.xp.astype(self.xp.reshape(part, (2 * history.shape[1], -1)), dtype, copy=False)
+
+    # The kernels. Each names the values it moves per parameter.
+
+    def project(
+        self,
+        history: Array,
+        grad: Array,
+        mean_grad: Array | None,
+        scatter_weight: Array,
+        metric: Metric | None,
+        dtype: Any,
+    ) -> Projection:
+        """Project a gradient on the stored rows; reads 2m + 1 values (+ 1 metric, + 1 scatter).
+
+        `metric` is the one before this gradient, which then enters it. `mean_grad` is None where no
+        scatter is needed.
+        """
+        xp = self.xp
+        total: list[Array] = []
+        for tile in self.tiles(grad):
+            g = xp.astype(grad[tile], dtype, copy=False)
+            square = self.dot(g, g)
+            parts = [square]
+            scaled, root = g, None
+            if metric is not None:
+                root = metric.root(self, metric.moment_with(g, tile))
+                scaled = g / root
+                parts.append(self.dot(scaled, scaled))
+            if mean_grad is not None:
+                off = g - mean_grad[tile]
+                off = off if root is None else off / root
+                parts.append(self.dot(off, off) * scatter_weight)
+            parts.insert(0, self.matmul(self.rows(history, tile, dtype), xp.reshape(scaled, (-1,))))
+            total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
+        rest = iter(total[2:])
+        return Projection(
+            total[0],
+            total[1],
+            None if metric is None else next(rest),
+            None if mean_grad is None else next(rest),
+        )
+
+    def square(self, leaf: Array, dtype: Any) -> Array:
+        """Sum of squares of a leaf in `dtype`; reads 1 value."""
+        total = None
+        for tile in self.tiles(leaf):
+            x = self.xp.astype(leaf[tile], dtype, copy=False)
+            total = self.dot(x, x) if total is None else total + self.dot(x, x)
+        return total
+
+    def update_means(
+        self,
+        mean_params: Array,
+        mean_grads: Array,
+        metric: Metric | None,
+        param: Array,
+        grad: Array,
+        weight: Array,
+        keep: Array,
+    ) -> tuple[Array, Array, Array | None]:
+        """``M += weight * (x - M)`` of parameter, gradient and squared gradient; reads 4 values and
+        writes 2 (+ 2 metric). Consumes the means. Nothing changes where `keep` (0-d) is false."""
+        xp, dtype = self.xp, mean_params.dtype
+        moment = None if metric is None else metric.moment
+        for tile in self.tiles(param):
+            mean = mean_params[tile]
+            x = xp.astype(param[tile], dtype, copy=False)
+            mean_params = self.store(mean_params, tile, xp.where(keep, mean + weight * (x - mean), mean))
+            mean = mean_grads[tile]
+            g = xp.astype(grad[tile], dtype, copy=False)
+            mean_grads = self.store(mean_grads, tile, xp.where(keep, mean + weight * (g - mean), mean))
+            if metric is not None:
+                new = xp.where(keep, metric.moment_with(g, tile), metric.moment[tile])
+                moment = self.store(moment, tile, new)
+        return mean_params, mean_grads, moment
+
+    def pair_products(self, means: Means, metric: Metric | None, valid: Array) -> list[PairTile]:
+        """Inner products of ``s`` and ``y``, tile by tile; reads 4 values (+ 1 metric)."""
+        xp = self.xp
+        products = []
+        for tile in self.tiles(means.params):
+            s, y = self._pair(means, metric, tile, valid)
+            if math.prod(s.shape) == 0:
+                zero = xp.sum(s)
+                products.append(PairTile(zero, zero, zero, zero, zero))
+                continue
+            s_scale, y_scale = xp.max(xp.abs(s)), xp.max(xp.abs(y))
+            s = s / xp.where(s_scale > 0, s_scale, 1.0)
+            y = y / xp.where(y_scale > 0, y_scale, 1.0)
+            products.append(PairTile(s_scale, y_scale, self.dot(s, s), self.dot(s, y), self.dot(y, y)))
+        return products
+
+    def write_pair(
+        self,
+        history: Array,
+        slot: Array,
+        means: Means,
+        metric: Metric | None,
+        valid: Array,
+        inverse_norm: Array,
+        damping: tuple[Array, Array],
+        keep: Array,
+    ) -> Array:
+        """Store ``(s, a y + b s) * inverse_norm`` with ``(a, b) = damping`` at a slot of the ring.
+
+        Consumes the history; moves about 8 values. `slot` is an index array of shape (1,).
+        """
+        xp = self.xp
+        for tile in self.tiles(means.params):
+            s, y = self._pair(means, metric, tile, valid)
+            s, y = s * inverse_norm, y * inverse_norm
+            new = xp.stack([s, damping[0] * y + damping[1] * s])
+            new = xp.expand_dims(xp.astype(new, history.dtype, copy=False), axis=1)
+            where = (slice(None), slice(None), *tile)
+            part = history[where]
+            new = xp.where(keep, new, xp.take(part, slot, axis=1))
+            if self.sets_by_index:
+                part = xpx.at(part)[:, slot, ...].set(new)
+                history = history if self.in_place else part
+            else:  # the standard itself has no assignment by an index array
+                ring = xp.reshape(xp.arange(part.shape[1]), (1, -1) + (1,) * (part.ndim - 2))
+                history[where] = xp.where(ring == slot[0], new, part)
+        return history
+
+    def gram(
+        self, history: Array, slot: Array, grad: Array | None, metric: Metric | None, dtype: Any
+    ) -> Array:
+        """Inner products (2m, 2 or 3) of all rows with the rows at a slot, as stored, and with a
+        gradient; reads 2m values."""
+        xp, total = self.xp, None
+        m = history.shape[1]
+        picked = xp.concat([slot, slot + m])
+        for tile in self.tiles(history[0, 0, ...]):
+            rows = self.rows(history, tile, dtype)
+            right = xp.take(rows, picked, axis=0)
+            if grad is not None:
+                g = xp.astype(grad[tile], dtype, copy=False)
+                g = g if metric is None else g / metric.root(self, metric.moment[tile])
+                right = xp.concat([right, xp.reshape(g, (1, -1))])
+            part = self.matmul(rows, xp.matrix_transpose(right))
+            total = part if total is None else total + part
+        return total
+
+    def rotate(self, means: Means, turn: Array, *, restart: bool) -> Means:
+        """Where `turn` (0-d): the averages become the previous ones and, with `restart`, begin
+        anew at zero. Consumes the averages; moves 8 values."""
+        xp = self.xp
+        params, grads, prev_params, prev_grads = means
+        for tile in self.tiles(params):
+            now_p, now_g = params[tile], grads[tile]
+            prev_params = self.store(prev_params, tile, xp.where(turn, now_p, prev_params[tile]))
+            prev_grads = self.store(prev_grads, tile, xp.where(turn, now_g, prev_grads[tile]))
+            if restart:
+                params = self.store(params, tile, xp.where(turn, 0.0, now_p))
+                grads = self.store(grads, tile, xp.where(turn, 0.0, now_g))
+        return Means(params, grads, prev_params, prev_grads)
+
+    def combine(
+        self,
+        history: Array,
+        grad: Array,
+        coefficients: Array,
+        gamma: Array,
+        metric: Metric | None,
+        keep: Array,
+        dtype: Any,
+    ) -> tuple[Array, Array | None]:
+        """``gamma g + B^T c``, and its sum of squares in a metric; zero where `keep` is false.
+
+        Reads 2m + 1 values (+ 1 metric), writes 1.
+        """
+        xp = self.xp
+        update, square = xp.empty_like(grad), None
+        for tile in self.tiles(grad):
+            g = xp.astype(grad[tile], dtype, copy=False)
+            root = None if metric is None else metric.root(self, metric.moment[tile])
+            g = g if root is None else g / root
+            d = self.matmul(coefficients, self.rows(history, tile, dtype))
+            d = gamma * g + xp.reshape(d, g.shape)
+            d = xp.where(keep, d if root is None else d / root, 0.0)
+            if root is not None:
+                square = self.dot(d, d) if square is None else square + self.dot(d, d)
+            update = self.store(update, tile, xp.astype(d, grad.dtype, copy=False))
+        return update, square
+
+    def scale(self, update: Array, factor: Array) -> Array:
+        """``update * factor``; consumes the update; moves 2 values."""
+        xp = self.xp
+        for tile in self.tiles(update):
+            scaled = xp.astype(update[tile], factor.dtype, copy=False) * factor
+            update = self.store(update, tile, xp.astype(scaled, update.dtype, copy=False))
+        return update
+
+    def _pair(self, means: Means, metric: Metric | None, tile: Index, valid: Array) -> tuple[Array, Array]:
+        xp = self.xp
+        s = xp.where(valid, means.params[tile] - means.prev_params[tile], 0.0)
+        y = xp.where(valid, means.grads[tile] - means.prev_grads[tile], 0.0)
+        if metric is None:
+            return s, y
+        root = metric.root(self, metric.moment[tile])
+        return s * root, y / root

@@ -1,0 +1,193 @@
+"""Curvature pairs: their inner products, the test for noise, damping and the cosine floor."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .call import Call
+from .config import Config
+from .kernels import PairTile
+from .state import State
+
+__all__ = ["Damping", "PairProducts", "check", "damp", "paper_tau", "products"]
+
+Array = Any
+
+
+class PairProducts(NamedTuple):
+    """Per block (B,): inner products of ``s / s_scale`` and ``y / y_scale``, in the metric.
+
+    The scales are about the largest magnitudes in `s` and `y`, so that pairs of any representable
+    size have products that neither overflow nor vanish.
+    """
+
+    s_scale: Array
+    y_scale: Array
+    ss: Array
+    sy: Array
+    yy: Array
+
+    def s_norm(self, xp: Any) -> Array:
+        """``|s|``."""
+        return self.s_scale * xp.sqrt(self.ss)
+
+    def y_norm(self, xp: Any) -> Array:
+        """``|y|``."""
+        return self.y_scale * xp.sqrt(self.yy)
+
+
+class Damping(NamedTuple):
+    """How a pair is stored: ``y <- tau y + (1 - tau + delta) s``; every field is (B,)."""
+
+    tau: Array
+    delta: Array
+    mu: Array
+    """``s.y / s.s`` before damping."""
+    usable: Array
+    """bool: whether the damped pair carries positive, finite curvature."""
+    inverse_norm: Array
+    """``1 / |s|``, by which both members are multiplied."""
+
+
+def products(call: Call, state: State) -> PairProducts:
+    """Inner products of each block's next pair; reads 4 to 5 values per parameter, reduces twice."""
+    xp = call.xp
+    metrics = call.metrics(state)
+    gathered = []
+    for block in call.blocks:
+        tiles: list[PairTile] = []
+        for leaf in block:
+            tiles += call.kernels.pair_products(
+                call.means(state, leaf), metrics[leaf], call.valid(state, leaf)
+            )
+        columns = zip(*tiles, strict=True)
+        parts = [xp.stack([xp.astype(x, call.dtype, copy=False) for x in column]) for column in columns]
+        gathered.append(_add_scaled(*parts, s_total=xp.max(parts[0]), y_total=xp.max(parts[1]), xp=xp))
+    local = [xp.stack(column) for column in zip(*gathered, strict=True)]
+    scales = call.reduce(xp.stack(local[:2], axis=1))
+    local = [x[:, None] for x in local]
+    shard = _add_scaled(*local, s_total=scales[:, :1], y_total=scales[:, 1:], xp=xp)
+    sums = call.reduce(xp.stack(shard[2:], axis=1))
+    return PairProducts(scales[:, 0], scales[:, 1], sums[:, 0], sums[:, 1], sums[:, 2])
+
+
+def check(call: Call, state: State, asked: Array) -> State:
+    """Ask whether the pair stands out of the gradient noise; if so, the next step takes it.
+
+    ``|y|^2`` must exceed `signal_to_noise` times the noise expected in it, and the curvature
+    `noise_floor` times its standard deviation, once that is known.
+    """
+    config, xp = call.config, call.xp
+    pair = products(call, state)
+    s_top, y_top = xp.max(pair.s_scale), xp.max(pair.y_scale)
+    s_part = pair.s_scale / xp.where(s_top > 0, s_top, 1.0)
+    y_part = pair.y_scale / xp.where(y_top > 0, y_top, 1.0)
+    spread, freedom = _window_noise(call, state)
+    y_norm = y_top * xp.sqrt(xp.sum(pair.yy * y_part**2))
+    y_noise = xp.sqrt(spread * (state.scatter + state.prev_scatter) / freedom)
+    row_noise, known = _row_noise(call, state)
+    rise = y_top * xp.sum(pair.sy * s_part * y_part)  # s.y in units of s_top, as is the next
+    rise_noise = xp.sqrt(spread * xp.sum(pair.ss * s_part**2 * row_noise))
+    passed = (y_norm > xp.sqrt(xp.ones_like(y_norm) * config.signal_to_noise) * y_noise) & (
+        (rise > config.noise_floor * rise_noise) | ~xp.any(known)
+    )
+    ratio = (y_norm / xp.where(y_noise > 0, y_noise, 1.0)) ** 2
+    return state._replace(
+        pending=state.pending | (asked & passed),
+        signal_to_noise=xp.where(asked, xp.where(y_noise > 0, ratio, 0.0), state.signal_to_noise),
+    )
+
+
+def damp(call: Call, state: State, pair: PairProducts) -> Damping:
+    """The damping of each block's pair.
+
+    References
+    ----------
+    Niu et al. 2023, the two-sided damping of `y` (`paper_tau`). Difference from the paper: the
+    cosine floor ``delta = max(0, c_min |y| - s.y/|s|, k sigma_mu |s| - s.y/|s|) / |s|``, which knows
+    no absolute scale.
+    """
+    config, xp = call.config, call.xp
+    s_norm = pair.s_norm(xp)
+    positive = s_norm > 0
+    safe_norm = xp.where(positive, s_norm, 1.0)
+    ratio = pair.y_scale / xp.where(pair.s_scale > 0, pair.s_scale, 1.0)
+    mu = pair.sy / xp.where(pair.ss > 0, pair.ss, 1.0) * ratio
+    length = pair.y_norm(xp) / safe_norm  # of y, in units of |s|; `mu` is its part along s
+    tau, base, base_length = xp.ones_like(mu), mu, length
+    if config.damping is not None:
+        tau = paper_tau(config, mu, xp)
+        base = tau * mu + (1.0 - tau)
+        base_length = xp.sqrt((tau * length) ** 2 + 2.0 * tau * (1.0 - tau) * mu + (1.0 - tau) ** 2)
+    least = config.min_cosine * base_length
+    if config.uses_noise:
+        row_noise, _ = _row_noise(call, state)
+        spread, _ = _window_noise(call, state)
+        least = xp.maximum(least, config.noise_floor * xp.sqrt(spread * row_noise) / safe_norm)
+    delta = xp.maximum(least - base, xp.zeros_like(base))
+    curvature = base + delta
+    final_length = xp.sqrt(xp.maximum(base_length**2 + 2.0 * delta * base + delta**2, curvature**2))
+    usable = positive & xp.isfinite(final_length) & (final_length > 0)
+    usable = usable & (curvature > xp.finfo(call.dtype).eps * final_length)
+    return Damping(tau, delta, mu, usable, 1.0 / safe_norm)
+
+
+def paper_tau(config: Config, mu: Array, xp: Any) -> Array:
+    """Weight of `y` in the paper's damping, which keeps the curvature in ``[sigma_L, sigma_H]``.
+
+    References
+    ----------
+    Niu et al. 2023: ``tau = min((1 - sigma_L) / (1 - mu), tau_0)`` where ``mu <= sigma_L``,
+    ``min((sigma_H - 1) / (mu - 1), tau_0)`` where ``mu >= sigma_H``, else ``tau_0``.
+    """
+    if config.damping is None:
+        return xp.ones_like(mu)
+    sigma_low, sigma_high, tau_0 = config.damping
+    low, high = mu <= sigma_low, mu >= sigma_high
+    binding = xp.where(
+        low,
+        (1.0 - sigma_low) / xp.where(low, 1.0 - mu, 1.0),
+        (sigma_high - 1.0) / xp.where(high, mu - 1.0, 1.0),
+    )
+    limit = xp.ones_like(mu) * tau_0
+    return xp.where(low | high, xp.minimum(binding, limit), limit)
+
+
+def _window_noise(call: Call, state: State) -> tuple[Array, Array]:
+    """Variance of ``M_g - P_g`` in units of one gradient's, and the scatters' degrees of freedom."""
+    config, xp = call.config, call.xp
+    now = xp.astype(xp.maximum(state.window, xp.ones_like(state.window)), call.dtype)
+    before = xp.astype(xp.maximum(state.prev_window, xp.ones_like(state.window)), call.dtype)
+    if config.beta is None:
+        spread, freedom = 1.0 / now + 1.0 / before, now + before - 2.0
+    else:  # stationary exponential averages, `now` steps apart
+        beta = xp.ones_like(now) * config.beta
+        spread = 2.0 * (1.0 - beta) / (1.0 + beta) * (1.0 - beta**now)
+        freedom = (now + before) * 2.0 * beta / (1.0 + beta)
+    return spread, xp.maximum(freedom, xp.ones_like(freedom))
+
+
+def _row_noise(call: Call, state: State) -> tuple[Array, Array]:
+    """(B,): mean variance along the stored `s` on which two samples or more are known; and whether
+    there is one."""
+    xp = call.xp
+    slots = xp.arange(state.row_age.shape[1], dtype=state.pairs.dtype, device=call.device(state))
+    known = (slots[None, :] < state.pairs[:, None]) & (state.row_age >= 4)
+    count = xp.sum(xp.astype(known, call.dtype), axis=1)
+    total = xp.sum(xp.where(known, state.row_noise, 0.0), axis=1)
+    return total / xp.maximum(count, xp.ones_like(count)), count > 0
+
+
+def _add_scaled(
+    s_scale: Array, y_scale: Array, ss: Array, sy: Array, yy: Array, *, s_total: Array, y_total: Array, xp: Any
+) -> list[Array]:
+    """Sum products over the last axis, from their own scales to common ones."""
+    s_part = s_scale / xp.where(s_total > 0, s_total, 1.0)
+    y_part = y_scale / xp.where(y_total > 0, y_total, 1.0)
+    return [
+        s_total,
+        y_total,
+        xp.sum(ss * s_part**2, axis=-1),
+        xp.sum(sy * s_part * y_part, axis=-1),
+        xp.sum(yy * y_part**2, axis=-1),
+    ]

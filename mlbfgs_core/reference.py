@@ -1,0 +1,224 @@
+"""The readable twin: NumPy, lists and dense matrices, no tricks; the oracle of the tests.
+
+For small problems only: the inverse Hessian of a block is a dense matrix, built pair by pair.
+Symbols are those of the paper (Niu et al. 2023) and of Nocedal & Wright, Numerical Optimization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .config import Config
+
+__all__ = ["Reference", "bfgs_inverse_hessian"]
+
+Vector = npt.NDArray[np.float64]
+
+
+def bfgs_inverse_hessian(pairs: Sequence[tuple[Vector, Vector]], gamma: float, dim: int) -> Vector:
+    """The dense BFGS inverse Hessian of pairs ``(s, y)``, oldest first, from ``gamma I``.
+
+    Nocedal & Wright, eq. 6.17: ``H <- (I - rho s y^T) H (I - rho y s^T) + rho s s^T``.
+
+    Examples
+    --------
+    >>> bfgs_inverse_hessian([(np.asarray([1.0, 0.0]), np.asarray([4.0, 0.0]))], 1.0, 2)
+    array([[0.25, 0.  ],
+           [0.  , 1.  ]])
+    """
+    H = gamma * np.eye(dim)
+    for s, y in pairs:
+        rho = 1 / (s @ y)
+        V = np.eye(dim) - rho * np.outer(y, s)
+        H = V.T @ H @ V + rho * np.outer(s, s)
+    return H
+
+
+@dataclass
+class _Block:
+    """What one block remembers."""
+
+    M_theta: Vector
+    M_g: Vector
+    v: Vector
+    P_theta: Vector | None = None
+    P_g: Vector | None = None
+    pairs: list[tuple[Vector, Vector]] = field(default_factory=list)
+    noise: list[list[float]] = field(default_factory=list)
+    """For each stored pair the projections of the gradients on `s` since it was stored."""
+    mean_square: float = 0.0
+
+
+class Reference:
+    """mL-BFGS on flat float64 vectors, one per block, step by step.
+
+    Parameters
+    ----------
+    config : Config
+    sizes : sequence of int
+        Dimension of each block.
+    """
+
+    def __init__(self, config: Config, sizes: Sequence[int]) -> None:
+        self.config = config
+        self.blocks = [_Block(np.zeros(n), np.zeros(n), np.zeros(n)) for n in sizes]
+        self.steps = self.skipped = self.n = self.n_P = 0
+        self.r = self.r_P = 0.0
+        self.pending = False
+        self.length = 0.0
+
+    def step(self, thetas: Sequence[Vector], grads: Sequence[Vector]) -> list[Vector]:
+        """The directions of one step, to be subtracted; zeros for a non-finite gradient."""
+        cfg = self.config
+        if not all(np.isfinite(g).all() for g in grads):
+            self.skipped += 1
+            return [np.zeros_like(g) for g in grads]
+        self.steps += 1
+        self.n += 1
+        for block, theta, g in zip(self.blocks, thetas, grads, strict=True):
+            self._observe(block, theta, g)
+        due = self.n >= cfg.update_every or self.pending
+        if cfg.adaptive and self.n_P == 0:
+            due = due or self.n >= cfg.check_every
+        if cfg.adaptive and self.n_P > 0 and self.n % cfg.check_every == 0:
+            self.pending = self.pending or self._stands_out()
+        if due:
+            self._refresh()
+        directions = self._directions(thetas, grads)
+        for block, g in zip(self.blocks, grads, strict=True):
+            decay = cfg.metric_beta
+            block.mean_square += (1 - decay) / (1 - decay**self.steps) * (g @ g / len(g) - block.mean_square)
+        return directions
+
+    def root(self, block: _Block) -> Vector:
+        """``sqrt(q)`` of the metric ``q = (v + floor)^(p/2)``."""
+        floor = 1e-16 * block.mean_square + np.finfo(np.float64).smallest_normal
+        root: Vector = (block.v + floor) ** (self.config.metric_power / 4)
+        return root
+
+    def inverse_hessian(self, block: _Block) -> Vector:
+        """The dense `H` of a block, in the coordinates of the metric."""
+        n = len(block.v)
+        s, y = block.pairs[-1]
+        return bfgs_inverse_hessian(block.pairs, s @ y / (y @ y), n)
+
+    def _observe(self, block: _Block, theta: Vector, g: Vector) -> None:
+        cfg = self.config
+        decay = cfg.metric_beta
+        block.v = block.v + (1 - decay) / (1 - decay**self.steps) * (g**2 - block.v)
+        if cfg.beta is None:
+            w = 1 / self.n
+        else:
+            w = 1.0 if self.steps == 1 else 1 - cfg.beta
+        self.r += (1 - w) * float(np.sum(((g - block.M_g) / self.root(block)) ** 2))
+        for (s, _), seen in zip(block.pairs, block.noise, strict=True):
+            seen.append(float(s @ (g / self.root(block))))
+        block.M_theta = block.M_theta + w * (theta - block.M_theta)
+        block.M_g = block.M_g + w * (g - block.M_g)
+
+    def _pair(self, block: _Block) -> tuple[Vector, Vector]:
+        if block.P_theta is None or block.P_g is None:
+            return np.zeros_like(block.v), np.zeros_like(block.v)
+        root = self.root(block)
+        return root * (block.M_theta - block.P_theta), (block.M_g - block.P_g) / root
+
+    def _spread(self) -> tuple[float, float]:
+        """Variance of ``M_g - P_g`` in units of one gradient's, and degrees of freedom of `r`."""
+        if self.config.beta is None:
+            return 1 / self.n + 1 / max(self.n_P, 1), max(self.n + self.n_P - 2, 1)
+        beta = self.config.beta
+        spread = 2 * (1 - beta) / (1 + beta) * (1 - beta**self.n)
+        return spread, max((self.n + self.n_P) * 2 * beta / (1 + beta), 1)
+
+    def _row_noise(self, block: _Block) -> float | None:
+        """Mean over the stored pairs of the running variance along `s`."""
+        known = []
+        for seen in block.noise:
+            v = 0.0
+            for i in range(2, len(seen)):
+                sample = (seen[i] - 2 * seen[i - 1] + seen[i - 2]) ** 2 / 6
+                v += max(1 / (i - 1), 0.1) * (sample - v)
+            if len(seen) >= 4:
+                known.append(v)
+        return float(np.mean(known)) if known else None
+
+    def _stands_out(self) -> bool:
+        cfg, (nu, freedom) = self.config, self._spread()
+        pairs = [self._pair(block) for block in self.blocks]
+        y_square = sum(y @ y for _, y in pairs)
+        if not y_square > cfg.signal_to_noise * nu * (self.r_P + self.r) / freedom:
+            return False
+        noise = [self._row_noise(block) for block in self.blocks]
+        if all(v is None for v in noise):
+            return True
+        variance = nu * sum((s @ s) * (v or 0.0) for (s, _), v in zip(pairs, noise, strict=True))
+        return bool(sum(s @ y for s, y in pairs) > cfg.noise_floor * np.sqrt(variance))
+
+    def _refresh(self) -> None:
+        cfg, (nu, _) = self.config, self._spread()
+        for block in self.blocks:
+            s, y = self._pair(block)
+            norm = np.linalg.norm(s)
+            if self.n_P > 0 and norm > 0:
+                s, y = s / norm, y / norm
+                mu = float(s @ y)
+                tau = self._tau(mu)
+                y_hat = tau * y + (1 - tau) * s
+                least = cfg.min_cosine * np.linalg.norm(y_hat)
+                if cfg.uses_noise:
+                    least = max(least, cfg.noise_floor * np.sqrt(nu * (self._row_noise(block) or 0.0)) / norm)
+                y_hat = y_hat + max(0.0, least - s @ y_hat) * s
+                if s @ y_hat > np.finfo(np.float64).eps * np.linalg.norm(y_hat):
+                    block.pairs.append((s, y_hat))
+                    block.noise.append([])
+                    del block.pairs[: -cfg.history_size], block.noise[: -cfg.history_size]
+            block.P_theta, block.P_g = block.M_theta, block.M_g
+            if cfg.beta is None:
+                block.M_theta, block.M_g = np.zeros_like(s), np.zeros_like(s)
+        self.n_P, self.n = self.n, 0
+        self.r_P, self.r = self.r, 0.0
+        self.pending = False
+
+    def _tau(self, mu: float) -> float:
+        if self.config.damping is None:
+            return 1.0
+        sigma_L, sigma_H, tau_0 = self.config.damping
+        if mu <= sigma_L:
+            return min((1 - sigma_L) / (1 - mu), tau_0)
+        if mu >= sigma_H:
+            return min((sigma_H - 1) / (mu - 1), tau_0)
+        return tau_0
+
+    def _directions(self, thetas: Sequence[Vector], grads: Sequence[Vector]) -> list[Vector]:
+        cfg = self.config
+        with_pairs = [block for block in self.blocks if block.pairs]
+        directions = []
+        for block, theta, g in zip(self.blocks, thetas, grads, strict=True):
+            g_metric: Any = g / self.root(block) if cfg.uses_metric else g
+            if block.pairs:
+                d = self.inverse_hessian(block) @ g_metric
+            elif cfg.step_length == "clip":
+                length = 0.01 * max(np.linalg.norm(theta), 0.01 * np.sqrt(len(g)))
+                d = length * g_metric / (np.linalg.norm(g_metric) or 1.0)
+            elif with_pairs:
+                gammas = [s @ y / (y @ y) for s, y in (block.pairs[-1] for block in with_pairs)]
+                d = float(np.mean(gammas)) * g_metric
+            else:
+                d = g_metric
+            directions.append(d / self.root(block) if cfg.uses_metric else d)
+        norm = float(np.sqrt(sum(d @ d for d in directions)))
+        if cfg.step_length == "none" or norm == 0:
+            return directions
+        if cfg.step_length == "unit":
+            return [d / norm for d in directions]
+        if not with_pairs:
+            return directions
+        running = self.length or norm
+        length = min(norm, cfg.clip_factor * running)
+        self.length = running + (length - running) / cfg.update_every
+        return [d * (length / norm) for d in directions]

@@ -1,0 +1,274 @@
+"""What the optimizer remembers: a NamedTuple of arrays, its start and its exact size in bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from array_api_compat import device as array_device
+from array_api_compat import is_array_api_obj
+
+from .blocks import Blocks, one_block, validate_blocks
+from .config import Config
+
+__all__ = ["LEAF_ARRAYS", "Array", "MemoryPlan", "State", "accumulation_dtype", "init", "plan_memory"]
+
+Array = Any
+_BYTES = {"bool": 1, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_LEAF_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+class State(NamedTuple):
+    """Everything that one optimizer remembers; `m` pairs, `L` leaves, `B` blocks.
+
+    Symbols are those of the paper (Niu et al. 2023); shapes never change.
+    """
+
+    # Parameter-sized: a tuple with one array per leaf.
+    history: tuple[Array, ...]
+    """(2, m, *leaf): `s` in [0], damped `y` in [1], each divided by the norm of `s`."""
+    mean_params: tuple[Array, ...]
+    """`M_theta`, the average of this window."""
+    mean_grads: tuple[Array, ...]
+    """`M_g`."""
+    prev_params: tuple[Array, ...]
+    """`M_theta` of the previous window."""
+    prev_grads: tuple[Array, ...]
+    moment: tuple[Array, ...]
+    """`v`, running mean of squared gradients; an empty tuple without a metric."""
+
+    # Per leaf, (L,) int32.
+    leaf_steps: Array
+    """Observations ever."""
+    leaf_window: Array
+    """Observations in this window."""
+    leaf_prev_window: Array
+    """Observations on which the previous window's averages rest."""
+
+    # Per block, leading axis B.
+    size: Array
+    """Number of parameters, over all shards."""
+    mean_square: Array
+    """Running mean of the mean squared gradient."""
+    gram: Array
+    """(B, 2m, 2m): inner products of the stored rows."""
+    operator: Array
+    """(B, 2m, 2m): `C` in ``H = gamma I + B^T C B``."""
+    gamma: Array
+    """Scale of the initial inverse Hessian."""
+    pairs: Array
+    """int32: pairs stored ever; modulo m the ring's next slot."""
+    rejected: Array
+    """int32: pairs that carried no usable curvature."""
+    row_projection: Array
+    """(B, 2, m): the last two inner products of the stored `s` with a gradient, newest in [0]."""
+    row_noise: Array
+    """(B, m): variance of the gradient along the stored `s`."""
+    row_age: Array
+    """(B, m) int32: projections seen since the row was written."""
+    mu: Array
+    """Curvature ``s.y / s.s`` of the last pair, before damping."""
+    tau: Array
+    """Weight of `y` in the last stored pair."""
+    delta: Array
+    """Weight of `s` in the last stored pair."""
+    cosine: Array
+    """Cosine of the angle between the last direction and gradient."""
+
+    # One for all blocks, 0-d.
+    step: Array
+    """int32: accepted steps."""
+    skipped: Array
+    """int32: steps left out because of a non-finite gradient."""
+    accepted: Array
+    """bool: whether the last step was accepted."""
+    window: Array
+    """int32 `n`: accepted steps in this window."""
+    prev_window: Array
+    """int32 `n_P`: the same of the previous window; 0 before there is one."""
+    scatter: Array
+    """`r`: scatter of the gradient about its mean in this window."""
+    prev_scatter: Array
+    signal_to_noise: Array
+    """Of the last check: ``|y|^2`` over the noise expected in it."""
+    pending: Array
+    """bool: a check has passed, and the next accepted step takes the pair."""
+    due: Array
+    """bool: this step takes the pair."""
+    length: Array
+    """Running length of the direction, for ``step_length="clip"``; 0 before the first pair."""
+
+
+LEAF_ARRAYS = State._fields[:6]
+"""Names of the fields that hold one parameter-sized array per leaf."""
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes of an optimizer's state, by kind."""
+
+    history: int
+    averages: int
+    metric: int
+    coefficients: int
+    total: int
+
+
+def init(config: Config, leaves: Sequence[Array], blocks: Blocks | None = None, xp: Any = None) -> State:
+    """The state before the first step.
+
+    Parameters
+    ----------
+    config : Config
+    leaves : sequence of arrays
+        Parameters, or anything with a `shape` and a `dtype` (such as ``jax.ShapeDtypeStruct``):
+        float16, bfloat16, float32 or float64.
+    blocks : tuple of tuples of int, optional
+        From `partition`; by default one block of all leaves.
+    xp : array namespace, optional
+        By default that of the leaves; must be given for abstract leaves.
+
+    Returns
+    -------
+    State
+        On the leaves' device. Averages are float32 (float64 for float64 leaves), counters int32.
+
+    Raises
+    ------
+    TypeError
+        A leaf that is not of a real floating-point dtype.
+    ValueError
+        No leaves, leaves on several devices (give each device a state), blocks that are no partition,
+        or a namespace without the history's dtype.
+
+    Notes
+    -----
+    Allocates ``plan_memory(config, leaves, blocks).total`` bytes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> init(Config(history_size=3), [np.zeros((4, 2))]).history[0].shape
+    (2, 3, 4, 2)
+    """
+    blocks = _check(config, leaves, blocks)
+    if xp is None:
+        from array_api_compat import array_namespace
+
+        xp = array_namespace(*leaves)
+    devices = [array_device(leaf) if is_array_api_obj(leaf) else None for leaf in leaves]
+    if len(set(map(str, devices))) > 1:
+        raise ValueError(f"`leaves` must be on one device, got {sorted(set(map(str, devices)))}")
+    arrays: dict[str, list[Array]] = {}
+    for name, index, shape, dtype in _layout(config, leaves, blocks):
+        if not hasattr(xp, dtype):
+            raise ValueError(f"`history_dtype` must be a dtype of {xp.__name__}, got {dtype!r}")
+        fill = 1 if name in ("gamma", "accepted") else 0
+        array = xp.full(shape, fill, dtype=getattr(xp, dtype), device=devices[0])
+        arrays.setdefault(name, []).append(array)
+    sizes = [float(sum(math.prod(leaves[i].shape) for i in block)) for block in blocks]
+    full = [xp.full((), size, dtype=arrays["size"][0].dtype, device=devices[0]) for size in sizes]
+    arrays["size"] = [xp.stack(full)]
+    return State(
+        **{
+            name: tuple(arrays.get(name, ())) if name in LEAF_ARRAYS else arrays[name][0]
+            for name in State._fields
+        }
+    )
+
+
+def plan_memory(config: Config, leaves: Sequence[Array], blocks: Blocks | None = None) -> MemoryPlan:
+    """Exact bytes of the state that `init` would allocate, without allocating it.
+
+    Parameters
+    ----------
+    config : Config
+    leaves : sequence of arrays
+        Anything with a `shape` and a `dtype`.
+    blocks : tuple of tuples of int, optional
+
+    Returns
+    -------
+    MemoryPlan
+        Bytes. With float32 parameters and history it is ``(2 m + 5) * 4`` bytes per parameter (one
+        array less without a metric) and a few kilobytes of coefficients per block.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `init`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> plan = plan_memory(Config(history_dtype="float32"), [np.zeros(1000, dtype=np.float32)])
+    >>> plan.history, plan.averages, plan.metric
+    (80000, 16000, 4000)
+    """
+    blocks = _check(config, leaves, blocks)
+    kinds = {"history": 0, "averages": 0, "metric": 0, "coefficients": 0}
+    for name, index, shape, dtype in _layout(config, leaves, blocks):
+        kind = "coefficients" if index is None else {"history": "history", "moment": "metric"}.get(name, "averages")
+        kinds[kind] += math.prod(shape) * _BYTES[dtype]
+    return MemoryPlan(**kinds, total=sum(kinds.values()))
+
+
+def accumulation_dtype(leaf: Array) -> str:
+    """Name of the dtype of a leaf's averages and inner products: float32, or float64 for float64."""
+    return "float64" if dtype_name(leaf) == "float64" else "float32"
+
+
+def coefficient_dtype(leaves: Sequence[Array]) -> str:
+    """Name of the dtype of coefficients: the widest of the leaves' accumulation dtypes."""
+    return max(map(accumulation_dtype, leaves))
+
+
+def dtype_name(leaf: Array) -> str:
+    """ "float32" for NumPy's, PyTorch's and JAX's float32 alike."""
+    return str(leaf.dtype).rpartition(".")[2]
+
+
+def _layout(
+    config: Config, leaves: Sequence[Array], blocks: Blocks
+) -> Iterator[tuple[str, int | None, tuple[int, ...], str]]:
+    """Name, leaf (None: none), shape and dtype of every array of the state: its one definition."""
+    m, count, number = config.history_size, len(leaves), len(blocks)
+    for index, leaf in enumerate(leaves):
+        shape, dtype = tuple(leaf.shape), accumulation_dtype(leaf)
+        yield "history", index, (2, m, *shape), config.history_dtype or dtype
+        for name in ("mean_params", "mean_grads", "prev_params", "prev_grads"):
+            yield name, index, shape, dtype
+        if config.uses_metric:
+            yield "moment", index, shape, dtype
+    for name in ("leaf_steps", "leaf_window", "leaf_prev_window"):
+        yield name, None, (count,), "int32"
+    real = coefficient_dtype(leaves)
+    for name in ("size", "mean_square", "gamma", "mu", "tau", "delta", "cosine"):
+        yield name, None, (number,), real
+    for name in ("gram", "operator"):
+        yield name, None, (number, 2 * m, 2 * m), real
+    for name in ("pairs", "rejected"):
+        yield name, None, (number,), "int32"
+    yield "row_projection", None, (number, 2, m), real
+    yield "row_noise", None, (number, m), real
+    yield "row_age", None, (number, m), "int32"
+    for name in ("step", "skipped", "window", "prev_window"):
+        yield name, None, (), "int32"
+    for name in ("accepted", "pending", "due"):
+        yield name, None, (), "bool"
+    for name in ("scatter", "prev_scatter", "signal_to_noise", "length"):
+        yield name, None, (), real
+
+
+def _check(config: Config, leaves: Sequence[Array], blocks: Blocks | None) -> Blocks:
+    if not isinstance(config, Config):
+        raise TypeError(f"`config` must be a Config, got {type(config).__name__}")
+    if len(leaves) == 0:
+        raise ValueError("`leaves` must hold at least one array, got none")
+    for index, leaf in enumerate(leaves):
+        if dtype_name(leaf) not in _LEAF_DTYPES:
+            raise TypeError(f"`leaves`[{index}] must be of one of the dtypes {_LEAF_DTYPES}, got {leaf.dtype}")
+    if blocks is None:
+        return one_block(len(leaves))
+    validate_blocks(blocks, len(leaves))
+    return blocks
