@@ -267,5 +267,6 @@ def _follow_noise(call: Call, state: State, seen: Observation) -> State:
 
 def _needed(params: Sequence[Array] | None) -> Sequence[Array]:
     if params is None:
-        raise ValueError("`params` must be given with step_length='clip', got None")
+        msg = "`params` must be given with step_length='clip', got None"
+        raise ValueError(msg)
     return params

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
-__all__ = ["Blocks", "BlockSpec", "one_block", "partition", "validate_blocks"]
+__all__ = ["BlockSpec", "Blocks", "one_block", "partition", "validate_blocks"]
 
 Blocks = tuple[tuple[int, ...], ...]
 """For each block the indices of its leaves; every leaf stands in exactly one block."""
@@ -45,9 +45,11 @@ def partition(names: Sequence[str], blocks: BlockSpec = "all") -> Blocks:
     ((0, 1),)
     """
     if not names:
-        raise ValueError("`names` must hold at least one leaf, got none")
+        msg = "`names` must hold at least one leaf, got none"
+        raise ValueError(msg)
     if len(set(names)) < len(names):
-        raise ValueError(f"`names` must be distinct, got {list(names)}")
+        msg = f"`names` must be distinct, got {list(names)}"
+        raise ValueError(msg)
     groups: dict[Hashable, list[int]] = {}
     label = _labeller(names, blocks)
     for index, name in enumerate(names):
@@ -55,7 +57,8 @@ def partition(names: Sequence[str], blocks: BlockSpec = "all") -> Blocks:
         try:
             groups.setdefault(value, []).append(index)
         except TypeError:
-            raise TypeError(f"`blocks` must give a hashable label, got {value!r} for {name!r}") from None
+            msg = f"`blocks` must give a hashable label, got {value!r} for {name!r}"
+            raise TypeError(msg) from None
     return tuple(tuple(indices) for indices in groups.values())
 
 
@@ -63,19 +66,22 @@ def _labeller(names: Sequence[str], blocks: BlockSpec) -> Callable[[str], Hashab
     if callable(blocks):
         return blocks
     if not isinstance(blocks, str):
-        raise TypeError(f"`blocks` must be 'all', 'layer', 'parameter' or a function of a name, got {blocks!r}")
+        msg = f"`blocks` must be 'all', 'layer', 'parameter' or a function of a name, got {blocks!r}"
+        raise TypeError(msg)
     if blocks == "all":
         return lambda _: ""
     if blocks == "parameter":
         return lambda name: name
     if blocks == "layer":
         if not any("." in name for name in names):
-            raise ValueError(
+            msg = (
                 "`blocks`='layer' needs names with dots such as 'encoder.weight' (in PyTorch: pass "
                 f"model.named_parameters()), got {list(names)[:3]}"
             )
+            raise ValueError(msg)
         return lambda name: name.rpartition(".")[0]
-    raise ValueError(f"`blocks` must be 'all', 'layer', 'parameter' or a function, got {blocks!r}")
+    msg = f"`blocks` must be 'all', 'layer', 'parameter' or a function, got {blocks!r}"
+    raise ValueError(msg)
 
 
 def one_block(count: int) -> Blocks:
@@ -87,6 +93,5 @@ def validate_blocks(blocks: Blocks, count: int) -> None:
     """Raise ValueError unless each of `count` leaves stands in exactly one non-empty block."""
     indices = sorted(index for block in blocks for index in block)
     if indices != list(range(count)) or not all(blocks):
-        raise ValueError(
-            f"`blocks` must hold each leaf index 0..{count - 1} exactly once in non-empty blocks, got {blocks!r}"
-        )
+        msg = f"`blocks` must hold each leaf index 0..{count - 1} exactly once in non-empty blocks, got {blocks!r}"
+        raise ValueError(msg)

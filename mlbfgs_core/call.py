@@ -111,16 +111,19 @@ def prepare(
     else:
         validate_blocks(blocks, count)
     if len(blocks) != state.gamma.shape[0]:
-        raise ValueError(f"`blocks` must be the state's {state.gamma.shape[0]} blocks, got {len(blocks)}")
+        msg = f"`blocks` must be the state's {state.gamma.shape[0]} blocks, got {len(blocks)}"
+        raise ValueError(msg)
     for name, arrays in leaves.items():
         if arrays is not None:
             _check_leaves(name, arrays, state)
     params, grads = leaves.get("params"), leaves.get("grads")
     if grads is not None and all(grad is None for grad in grads):
-        raise ValueError("`grads` must hold at least one array, got only None")
+        msg = "`grads` must hold at least one array, got only None"
+        raise ValueError(msg)
     for index, (param, grad) in enumerate(zip(params or (), grads or (), strict=False)):
         if param is not None and grad is not None and dtype_name(param) != dtype_name(grad):
-            raise TypeError(f"`grads`[{index}] must have the parameter's dtype {param.dtype}, got {grad.dtype}")
+            msg = f"`grads`[{index}] must have the parameter's dtype {param.dtype}, got {grad.dtype}"
+            raise TypeError(msg)
     xp = kernels.xp if kernels is not None else array_namespace(state.gamma)
     return Call(config, blocks, kernels or Kernels(xp), reduce or _identity, xp, state.gamma.dtype)
 
@@ -136,18 +139,22 @@ def run_if(when: When, predicate: Array, part: Callable[[Any], Any], operand: An
 
 def _check_leaves(name: str, arrays: Sequence[Array | None], state: State) -> None:
     if len(arrays) != len(state.history):
-        raise ValueError(f"`{name}` must hold {len(state.history)} leaves, got {len(arrays)}")
+        msg = f"`{name}` must hold {len(state.history)} leaves, got {len(arrays)}"
+        raise ValueError(msg)
     for index, (array, history) in enumerate(zip(arrays, state.history, strict=True)):
         if array is None:
             if name == "params":
-                raise TypeError(f"`params`[{index}] must be an array, got None")
+                msg = f"`params`[{index}] must be an array, got None"
+                raise TypeError(msg)
             continue
         if tuple(array.shape) != tuple(history.shape[2:]):
-            raise ValueError(
+            msg = (
                 f"`{name}`[{index}] must have the shape {tuple(history.shape[2:])}, got {tuple(array.shape)}"
             )
+            raise ValueError(msg)
         if dtype_name(array) not in ("float16", "bfloat16", "float32", "float64"):
-            raise TypeError(f"`{name}`[{index}] must be of a real floating-point dtype, got {array.dtype}")
+            msg = f"`{name}`[{index}] must be of a real floating-point dtype, got {array.dtype}"
+            raise TypeError(msg)
 
 
 def _identity(array: Array) -> Array:

@@ -168,7 +168,8 @@ class Config:
         names = [field.name for field in fields(self)]
         for name in settings:
             if name not in names:
-                raise TypeError(f"unknown setting `{name}`; the settings are {', '.join(names)}")
+                msg = f"unknown setting `{name}`; the settings are {', '.join(names)}"
+                raise TypeError(msg)
         preset = _check_preset(settings.get("preset"))
         values = cast("dict[str, Any]", {**_DEFAULT, **_PRESETS[preset], **settings})
         for name in names:
@@ -191,27 +192,32 @@ class Config:
             if name != "history_size" and not isinstance(value, (int, float, str, type(None))):
                 continue  # traced
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"`{name}` must be an int, got {value!r}")
+                msg = f"`{name}` must be an int, got {value!r}"
+                raise TypeError(msg)
             if value < 1:
-                raise ValueError(f"`{name}` must be >= 1, got {value!r}")
+                msg = f"`{name}` must be >= 1, got {value!r}"
+                raise ValueError(msg)
         for name, (rule, low, high, open_above) in _REALS.items():
             value = getattr(self, name)
             if name == "beta" and value is None:
                 continue
             if isinstance(value, (str, bytes, bool, type(None))):
-                raise TypeError(f"`{name}` {rule}, got {value!r}")
+                msg = f"`{name}` {rule}, got {value!r}"
+                raise TypeError(msg)
             if not isinstance(value, (int, float)):
                 continue  # traced
             if not (low <= value <= high) or (open_above and value == high):
-                raise ValueError(f"`{name}` {rule}, got {value!r}")
+                msg = f"`{name}` {rule}, got {value!r}"
+                raise ValueError(msg)
         if not isinstance(self.adaptive, bool):
-            raise TypeError(f"`adaptive` must be a bool, got {self.adaptive!r}")
+            msg = f"`adaptive` must be a bool, got {self.adaptive!r}"
+            raise TypeError(msg)
         if self.step_length not in _STEP_LENGTHS:
-            raise ValueError(f"`step_length` must be one of {_STEP_LENGTHS}, got {self.step_length!r}")
+            msg = f"`step_length` must be one of {_STEP_LENGTHS}, got {self.step_length!r}"
+            raise ValueError(msg)
         if self.history_dtype is not None and self.history_dtype not in _HISTORY_DTYPES:
-            raise ValueError(
-                f"`history_dtype` must be None or one of {_HISTORY_DTYPES}, got {self.history_dtype!r}"
-            )
+            msg = f"`history_dtype` must be None or one of {_HISTORY_DTYPES}, got {self.history_dtype!r}"
+            raise ValueError(msg)
         if self.damping is not None:
             _check_damping(self.damping)
 
@@ -231,21 +237,25 @@ def _check_preset(preset: str | None) -> str:
     if preset is None:
         return "default"
     if preset not in _PRESETS:
-        raise ValueError(f"`preset` must be None or one of {tuple(_PRESETS)}, got {preset!r}")
+        msg = f"`preset` must be None or one of {tuple(_PRESETS)}, got {preset!r}"
+        raise ValueError(msg)
     return preset
 
 
 def _check_damping(damping: object) -> None:
     rule = "`damping` must be None or three numbers (sigma_L, sigma_H, tau_0)"
     if not isinstance(damping, (tuple, list)) or len(damping) != 3:
-        raise TypeError(f"{rule}, got {damping!r}")
+        msg = f"{rule}, got {damping!r}"
+        raise TypeError(msg)
     if any(isinstance(value, (str, bytes, bool, type(None))) for value in damping):
-        raise TypeError(f"{rule}, got {damping!r}")
+        msg = f"{rule}, got {damping!r}"
+        raise TypeError(msg)
     if not all(isinstance(value, (int, float)) for value in damping):
         return  # traced
     sigma_low, sigma_high, tau = damping
     if not (0 < sigma_low < 1 < sigma_high < math.inf and 0 < tau <= 1):
-        raise ValueError(f"{rule} with 0 < sigma_L < 1 < sigma_H and 0 < tau_0 <= 1, got {damping!r}")
+        msg = f"{rule} with 0 < sigma_L < 1 < sigma_H and 0 < tau_0 <= 1, got {damping!r}"
+        raise ValueError(msg)
 
 
 def _is_zero(value: object) -> bool:

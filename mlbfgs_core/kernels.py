@@ -85,7 +85,8 @@ class Kernels:
 
     def __init__(self, xp: Any, tile: int = 2**16) -> None:
         if not isinstance(tile, int) or tile < 1:
-            raise ValueError(f"`tile` must be an int >= 1, got {tile!r}")
+            msg = f"`tile` must be an int >= 1, got {tile!r}"
+            raise ValueError(msg)
         self.xp = xp
         self.tile = tile
         self.in_place = not is_jax_namespace(xp)

@@ -179,7 +179,15 @@ def _row_noise(call: Call, state: State) -> tuple[Array, Array]:
 
 
 def _add_scaled(
-    s_scale: Array, y_scale: Array, ss: Array, sy: Array, yy: Array, *, s_total: Array, y_total: Array, xp: Any
+    s_scale: Array,
+    y_scale: Array,
+    ss: Array,
+    sy: Array,
+    yy: Array,
+    *,
+    s_total: Array,
+    y_total: Array,
+    xp: Any,
 ) -> list[Array]:
     """Sum products over the last axis, from their own scales to common ones."""
     s_part = s_scale / xp.where(s_total > 0, s_total, 1.0)

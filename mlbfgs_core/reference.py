@@ -20,7 +20,7 @@ __all__ = ["Reference", "bfgs_inverse_hessian"]
 Vector = npt.NDArray[np.float64]
 
 
-def bfgs_inverse_hessian(pairs: Sequence[tuple[Vector, Vector]], gamma: float, dim: int) -> Vector:
+def bfgs_inverse_hessian(pairs: Sequence[tuple[Vector, Vector]], gamma: Any, dim: int) -> Vector:
     """The dense BFGS inverse Hessian of pairs ``(s, y)``, oldest first, from ``gamma I``.
 
     Nocedal & Wright, eq. 6.17: ``H <- (I - rho s y^T) H (I - rho y s^T) + rho s s^T``.
@@ -51,7 +51,7 @@ class _Block:
     pairs: list[tuple[Vector, Vector]] = field(default_factory=list)
     noise: list[list[float]] = field(default_factory=list)
     """For each stored pair the projections of the gradients on `s` since it was stored."""
-    mean_square: float = 0.0
+    mean_square: Any = 0.0
 
 
 class Reference:
@@ -111,10 +111,7 @@ class Reference:
         cfg = self.config
         decay = cfg.metric_beta
         block.v = block.v + (1 - decay) / (1 - decay**self.steps) * (g**2 - block.v)
-        if cfg.beta is None:
-            w = 1 / self.n
-        else:
-            w = 1.0 if self.steps == 1 else 1 - cfg.beta
+        w = 1 / self.n if cfg.beta is None else 1.0 if self.steps == 1 else 1 - cfg.beta
         self.r += (1 - w) * float(np.sum(((g - block.M_g) / self.root(block)) ** 2))
         for (s, _), seen in zip(block.pairs, block.noise, strict=True):
             seen.append(float(s @ (g / self.root(block))))
@@ -169,7 +166,7 @@ class Reference:
                 mu = float(s @ y)
                 tau = self._tau(mu)
                 y_hat = tau * y + (1 - tau) * s
-                least = cfg.min_cosine * np.linalg.norm(y_hat)
+                least: Any = cfg.min_cosine * np.linalg.norm(y_hat)
                 if cfg.uses_noise:
                     least = max(least, cfg.noise_floor * np.sqrt(nu * (self._row_noise(block) or 0.0)) / norm)
                 y_hat = y_hat + max(0.0, least - s @ y_hat) * s

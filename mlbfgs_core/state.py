@@ -158,11 +158,13 @@ def init(config: Config, leaves: Sequence[Array], blocks: Blocks | None = None, 
         xp = array_namespace(*leaves)
     devices = [array_device(leaf) if is_array_api_obj(leaf) else None for leaf in leaves]
     if len(set(map(str, devices))) > 1:
-        raise ValueError(f"`leaves` must be on one device, got {sorted(set(map(str, devices)))}")
+        msg = f"`leaves` must be on one device, got {sorted(set(map(str, devices)))}"
+        raise ValueError(msg)
     arrays: dict[str, list[Array]] = {}
-    for name, index, shape, dtype in _layout(config, leaves, blocks):
+    for name, _index, shape, dtype in _layout(config, leaves, blocks):
         if not hasattr(xp, dtype):
-            raise ValueError(f"`history_dtype` must be a dtype of {xp.__name__}, got {dtype!r}")
+            msg = f"`history_dtype` must be a dtype of {xp.__name__}, got {dtype!r}"
+            raise ValueError(msg)
         fill = 1 if name in ("gamma", "accepted") else 0
         array = xp.full(shape, fill, dtype=getattr(xp, dtype), device=devices[0])
         arrays.setdefault(name, []).append(array)
@@ -208,7 +210,11 @@ def plan_memory(config: Config, leaves: Sequence[Array], blocks: Blocks | None =
     blocks = _check(config, leaves, blocks)
     kinds = {"history": 0, "averages": 0, "metric": 0, "coefficients": 0}
     for name, index, shape, dtype in _layout(config, leaves, blocks):
-        kind = "coefficients" if index is None else {"history": "history", "moment": "metric"}.get(name, "averages")
+        kind = (
+            "coefficients"
+            if index is None
+            else {"history": "history", "moment": "metric"}.get(name, "averages")
+        )
         kinds[kind] += math.prod(shape) * _BYTES[dtype]
     return MemoryPlan(**kinds, total=sum(kinds.values()))
 
@@ -224,7 +230,7 @@ def coefficient_dtype(leaves: Sequence[Array]) -> str:
 
 
 def dtype_name(leaf: Array) -> str:
-    """ "float32" for NumPy's, PyTorch's and JAX's float32 alike."""
+    """The same name, such as "float32", for NumPy's, PyTorch's and JAX's dtypes."""
     return str(leaf.dtype).rpartition(".")[2]
 
 
@@ -262,12 +268,15 @@ def _layout(
 
 def _check(config: Config, leaves: Sequence[Array], blocks: Blocks | None) -> Blocks:
     if not isinstance(config, Config):
-        raise TypeError(f"`config` must be a Config, got {type(config).__name__}")
+        msg = f"`config` must be a Config, got {type(config).__name__}"
+        raise TypeError(msg)
     if len(leaves) == 0:
-        raise ValueError("`leaves` must hold at least one array, got none")
+        msg = "`leaves` must hold at least one array, got none"
+        raise ValueError(msg)
     for index, leaf in enumerate(leaves):
         if dtype_name(leaf) not in _LEAF_DTYPES:
-            raise TypeError(f"`leaves`[{index}] must be of one of the dtypes {_LEAF_DTYPES}, got {leaf.dtype}")
+            msg = f"`leaves`[{index}] must be of one of the dtypes {_LEAF_DTYPES}, got {leaf.dtype}"
+            raise TypeError(msg)
     if blocks is None:
         return one_block(len(leaves))
     validate_blocks(blocks, len(leaves))
