@@ -74,12 +74,17 @@ def project(
 
 
 def project_call(
-    call: Call, state: State, params: Sequence[Array] | None, grads: Sequence[Array | None]
+    call: Call,
+    state: State,
+    params: Sequence[Array] | None,
+    grads: Sequence[Array | None],
+    *,
+    observed: bool = False,
 ) -> Observation:
-    """`project` after its arguments have been checked."""
+    """`project` after its arguments have been checked; `observed`: the gradient is in the averages."""
     config, kernels, xp = call.config, call.kernels, call.xp
     _, mean_weights, moment_weights = _advance(call, state, grads)
-    metrics = call.metrics(state, moment_weights)
+    metrics = call.metrics(state, None if observed else moment_weights)
     parts: list[Array | None] = []
     for leaf, grad in enumerate(grads):
         if grad is None:

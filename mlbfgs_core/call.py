@@ -61,10 +61,10 @@ class Call(NamedTuple):
         for number, block in enumerate(self.blocks):
             for leaf in block:
                 moment = state.moment[leaf]
-                weight = floors[number] if weights is None else weights[leaf]
+                weight = None if weights is None else self.scalar(weights[leaf], moment)
                 result[leaf] = Metric(
                     moment,
-                    self.scalar(weight, moment),
+                    weight,
                     self.scalar(floors[number], moment),
                     self.config.metric_power,
                 )

@@ -167,7 +167,8 @@ def direction(
     length control (``step_length="none"``).
     """
     call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
-    return _direction(call, state, grads, project_call(call, state, params, grads))
+    seen = project_call(call, state, params, grads, observed=True)
+    return _direction(call, state, grads, seen)
 
 
 def _direction(

@@ -24,8 +24,8 @@ class Metric(NamedTuple):
 
     moment: Array
     """`v`, the running mean of squared gradients, of the leaf's shape."""
-    weight: Array
-    """0-d: weight of this step's square in `v`."""
+    weight: Array | None
+    """0-d: weight of this step's square in `v`; None where it has entered already."""
     floor: Array
     """0-d: keeps `q` positive where the gradient has always been zero."""
     power: Any
@@ -33,6 +33,8 @@ class Metric(NamedTuple):
     def moment_with(self, grad: Array, tile: Index) -> Array:
         """The running mean after a gradient's tile has entered."""
         old = self.moment[tile]
+        if self.weight is None:
+            return old
         return old + self.weight * (grad * grad - old)
 
     def root(self, kernels: Kernels, moment: Array) -> Array:
@@ -147,8 +149,8 @@ class Kernels:
     ) -> Projection:
         """Project a gradient on the stored rows; reads 2m + 1 values (+ 1 metric, + 1 scatter).
 
-        `metric` is the one before this gradient, which then enters it. `mean_grad` is None where no
-        scatter is needed.
+        Where `metric` has a weight, the gradient enters it first. `mean_grad` is None where no scatter
+        is needed.
         """
         xp = self.xp
         total: list[Array] = []
