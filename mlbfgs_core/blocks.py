@@ -93,5 +93,6 @@ def validate_blocks(blocks: Blocks, count: int) -> None:
     """Raise ValueError unless each of `count` leaves stands in exactly one non-empty block."""
     indices = sorted(index for block in blocks for index in block)
     if indices != list(range(count)) or not all(blocks):
-        msg = f"`blocks` must hold each leaf index 0..{count - 1} exactly once in non-empty blocks, got {blocks!r}"
+        rule = f"must hold each leaf index 0..{count - 1} exactly once in non-empty blocks"
+        msg = f"`blocks` {rule}, got {blocks!r}"
         raise ValueError(msg)

@@ -20,7 +20,7 @@ __all__ = ["direction", "step", "upcoming"]
 Array = Any
 WARM_UP = 0.01
 """Length of a direction before the first pair with ``step_length="clip"``, relative to the
-parameters' norm, and the least norm per square root of the dimension that counts."""
+parameters' norm; and the least norm that counts, relative to the root of the dimension."""
 
 
 def step(
@@ -175,7 +175,7 @@ def _direction(
     call: Call, state: State, grads: Sequence[Array | None], seen: Observation
 ) -> tuple[list[Array | None], State]:
     config, xp, keep = call.config, call.xp, seen.finite
-    gamma = _scale_of_start(call, state, seen)
+    gamma = _scale_of_start(call, state)
     b, square = seen.rows, seen.metric_square
     # Small sums instead of matrix products, which may run in reduced precision.
     c = xp.sum(state.operator * b[:, None, :], axis=2)
@@ -189,14 +189,14 @@ def _direction(
     factor, length = xp.ones_like(norm), state.length
     if config.step_length != "none":
         if exact:
-            factor, length = _length(call, state, norm)
+            factor, length = _length(call, state, seen, norm)
         else:
             factor = 1.0 / xp.where(norm > 0, norm, 1.0)
     update, squares = _combine(call, state, grads, c * factor, gamma * factor, keep)
     if not exact:
         own_square = call.reduce(call.block_sums(squares)) / factor**2
         if config.step_length != "none":
-            wanted, length = _length(call, state, xp.sqrt(xp.sum(own_square)))
+            wanted, length = _length(call, state, seen, xp.sqrt(xp.sum(own_square)))
             ratio = wanted / factor
             update = [None if d is None else call.kernels.scale(d, ratio) for d in update]
         norm_square = own_square
@@ -236,22 +236,15 @@ def _combine(
     return update, squares
 
 
-def _scale_of_start(call: Call, state: State, seen: Observation) -> Array:
-    """`gamma` of each block; for one without a pair, what serves in its place."""
+def _scale_of_start(call: Call, state: State) -> Array:
+    """`gamma` of each block; for one without a pair that of the others, or 1: the paper's ``d = g``."""
     xp, has = call.xp, state.pairs > 0
-    if call.config.step_length == "clip" and seen.param_square is not None:
-        least = WARM_UP * xp.sqrt(state.size)
-        length = WARM_UP * xp.maximum(xp.sqrt(seen.param_square), least)
-        norm = xp.sqrt(seen.metric_square)
-        start = length / xp.where(norm > 0, norm, 1.0)
-    else:  # the other blocks' scale, or 1: the paper's d = g
-        count = xp.sum(xp.astype(has, call.dtype))
-        known = xp.sum(xp.where(has, state.gamma, 0.0)) / xp.where(count > 0, count, 1.0)
-        start = xp.where(count > 0, known, 1.0)
-    return xp.where(has, state.gamma, start)
+    count = xp.sum(xp.astype(has, call.dtype))
+    known = xp.sum(xp.where(has, state.gamma, 0.0)) / xp.where(count > 0, count, 1.0)
+    return xp.where(has, state.gamma, xp.where(count > 0, known, 1.0))
 
 
-def _length(call: Call, state: State, norm: Array) -> tuple[Array, Array]:
+def _length(call: Call, state: State, seen: Observation, norm: Array) -> tuple[Array, Array]:
     """The factor that gives a direction of this norm its length, and the new running length."""
     config, xp = call.config, call.xp
     positive = norm > 0
@@ -262,9 +255,11 @@ def _length(call: Call, state: State, norm: Array) -> tuple[Array, Array]:
     length = xp.minimum(norm, config.clip_factor * running)
     rate = 1.0 / (xp.ones_like(norm) * config.update_every)
     followed = running + rate * (length - running)
+    least = WARM_UP * xp.sqrt(xp.sum(state.size))
+    warm_up = WARM_UP * xp.maximum(xp.sqrt(xp.sum(seen.param_square)), least)
     started = xp.any(state.pairs > 0)
     return (
-        xp.where(started & positive, length / safe, 1.0),
+        xp.where(started, length, warm_up) / safe,
         xp.where(started & positive, followed, state.length),
     )
 

@@ -24,7 +24,7 @@ class Metric(NamedTuple):
 
     moment: Array
     """`v`, the running mean of squared gradients, of the leaf's shape."""
-    weight: Array | None
+    weight: Any
     """0-d: weight of this step's square in `v`; None where it has entered already."""
     floor: Array
     """0-d: keeps `q` positive where the gradient has always been zero."""
@@ -33,9 +33,11 @@ class Metric(NamedTuple):
     def moment_with(self, grad: Array, tile: Index) -> Array:
         """The running mean after a gradient's tile has entered."""
         old = self.moment[tile]
-        if self.weight is None:
-            return old
-        return old + self.weight * (grad * grad - old)
+        return old if self.weight is None else old + self.change(grad, tile)
+
+    def change(self, grad: Array, tile: Index) -> Array:
+        """What a gradient's tile adds to the running mean."""
+        return self.weight * (grad * grad - self.moment[tile])
 
     def root(self, kernels: Kernels, moment: Array) -> Array:
         """``sqrt(q)`` from a tile of the running mean."""
@@ -112,6 +114,15 @@ class Kernels:
         if not self.in_place:
             return value
         array[tile] = value
+        return array
+
+    def add(self, array: Array, tile: Index, change: Array, keep: Array) -> Array:
+        """`array` with `change` added at the tile where `keep` (0-d); consumes `array`."""
+        change = self.xp.where(keep, change, 0.0)
+        if not self.in_place:
+            return array + change
+        part = array[tile]
+        part += change
         return array
 
     def dot(self, a: Array, b: Array) -> Array:
@@ -200,15 +211,12 @@ class Kernels:
         xp, dtype = self.xp, mean_params.dtype
         moment = None if metric is None else metric.moment
         for tile in self.tiles(param):
-            mean = mean_params[tile]
             x = xp.astype(param[tile], dtype, copy=False)
-            mean_params = self.store(mean_params, tile, xp.where(keep, mean + weight * (x - mean), mean))
-            mean = mean_grads[tile]
+            mean_params = self.add(mean_params, tile, weight * (x - mean_params[tile]), keep)
             g = xp.astype(grad[tile], dtype, copy=False)
-            mean_grads = self.store(mean_grads, tile, xp.where(keep, mean + weight * (g - mean), mean))
+            mean_grads = self.add(mean_grads, tile, weight * (g - mean_grads[tile]), keep)
             if metric is not None:
-                new = xp.where(keep, metric.moment_with(g, tile), metric.moment[tile])
-                moment = self.store(moment, tile, new)
+                moment = self.add(moment, tile, metric.change(g, tile), keep)
         return mean_params, mean_grads, moment
 
     def pair_products(self, means: Means, metric: Metric | None, valid: Array) -> list[PairTile]:

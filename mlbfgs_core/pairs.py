@@ -160,10 +160,16 @@ def _window_noise(call: Call, state: State) -> tuple[Array, Array]:
     before = xp.astype(xp.maximum(state.prev_window, xp.ones_like(state.window)), call.dtype)
     if config.beta is None:
         spread, freedom = 1.0 / now + 1.0 / before, now + before - 2.0
-    else:  # stationary exponential averages, `now` steps apart
+    else:
+        # Exponential averages that started at their first value: P has the variance `prev`, of which
+        # a part stays in M, and the `now` gradients since have geometric weights.
         beta = xp.ones_like(now) * config.beta
-        spread = 2.0 * (1.0 - beta) / (1.0 + beta) * (1.0 - beta**now)
-        freedom = (now + before) * 2.0 * beta / (1.0 + beta)
+        first = xp.astype(state.step - state.window, call.dtype)
+        limit = (1.0 - beta) / (1.0 + beta)
+        prev = limit + (1.0 - limit) * beta ** (2.0 * xp.maximum(first - 1.0, xp.zeros_like(first)))
+        spread = (1.0 - beta**now) ** 2 * prev + limit * (1.0 - beta ** (2.0 * now))
+        seen = now + before - xp.astype(first <= before, call.dtype)  # the very first adds no scatter
+        freedom = seen * 2.0 * beta / (1.0 + beta)
     return spread, xp.maximum(freedom, xp.ones_like(freedom))
 
 

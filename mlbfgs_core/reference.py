@@ -129,8 +129,12 @@ class Reference:
         if self.config.beta is None:
             return 1 / self.n + 1 / max(self.n_P, 1), max(self.n + self.n_P - 2, 1)
         beta = self.config.beta
-        spread = 2 * (1 - beta) / (1 + beta) * (1 - beta**self.n)
-        return spread, max((self.n + self.n_P) * 2 * beta / (1 + beta), 1)
+        first = self.steps - self.n  # observations before this window
+        limit = (1 - beta) / (1 + beta)
+        prev = limit + (1 - limit) * beta ** (2 * max(first - 1, 0))
+        spread = (1 - beta**self.n) ** 2 * prev + limit * (1 - beta ** (2 * self.n))
+        seen = self.n + max(self.n_P, 1) - (first <= max(self.n_P, 1))
+        return spread, max(seen * 2 * beta / (1 + beta), 1)
 
     def _row_noise(self, block: _Block) -> float | None:
         """Mean over the stored pairs of the running variance along `s`."""
@@ -195,13 +199,10 @@ class Reference:
         cfg = self.config
         with_pairs = [block for block in self.blocks if block.pairs]
         directions = []
-        for block, theta, g in zip(self.blocks, thetas, grads, strict=True):
+        for block, g in zip(self.blocks, grads, strict=True):
             g_metric: Any = g / self.root(block) if cfg.uses_metric else g
             if block.pairs:
                 d = self.inverse_hessian(block) @ g_metric
-            elif cfg.step_length == "clip":
-                length = 0.01 * max(np.linalg.norm(theta), 0.01 * np.sqrt(len(g)))
-                d = length * g_metric / (np.linalg.norm(g_metric) or 1.0)
             elif with_pairs:
                 gammas = [s @ y / (y @ y) for s, y in (block.pairs[-1] for block in with_pairs)]
                 d = float(np.mean(gammas)) * g_metric
@@ -214,7 +215,9 @@ class Reference:
         if cfg.step_length == "unit":
             return [d / norm for d in directions]
         if not with_pairs:
-            return directions
+            theta, dim = np.concatenate(thetas), sum(len(g) for g in grads)
+            length = 0.01 * max(np.linalg.norm(theta), 0.01 * np.sqrt(dim))
+            return [d * (length / norm) for d in directions]
         running = self.length or norm
         length = min(norm, cfg.clip_factor * running)
         self.length = running + (length - running) / cfg.update_every

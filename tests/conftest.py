@@ -11,12 +11,14 @@ import jax
 import jax.numpy
 import pytest
 from array_api_extra.testing import patch_lazy_xp_functions
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 jax.config.update("jax_enable_x64", True)
 
 # The `xp` fixture hands the same namespace to every example of a test, so its scope is no hazard.
+# Examples are seeds of generators, which shrinking makes no simpler.
 _common = {
+    "phases": [Phase.explicit, Phase.generate],
     "deadline": None,
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 }

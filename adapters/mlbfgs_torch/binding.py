@@ -37,7 +37,9 @@ def bind(
     leaves = [param.detach() for param in params]
     fresh = core.init(config, [param.detach() for param in new or params[:1]], xp=xp)
     for index, param in enumerate(new):
-        memory[param].update({name: getattr(fresh, name)[index] for name in core.LEAF_ARRAYS if getattr(fresh, name)})
+        memory[param].update(
+            {name: getattr(fresh, name)[index] for name in core.LEAF_ARRAYS if getattr(fresh, name)}
+        )
         memory[param].update({name: getattr(fresh, name)[index] for name in LEAF_COUNTS})
     known = [param for param in params if "gram" in memory[param]]
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks, BlockSpec
 
-from .binding import LEAF_COUNTS, Flags, bind, store
+from .binding import Flags, bind, store
 
 __all__ = ["MLBFGS"]
 
@@ -212,7 +212,8 @@ class MLBFGS(Optimizer):
     def _partitions(self) -> list[_Partition]:
         """Groups of equal settings and device, with their parameters in blocks."""
         if not any(group["params"] for group in self.param_groups):
-            raise ValueError("`params` must hold at least one parameter, got none")
+            msg = "`params` must hold at least one parameter, got none"
+            raise ValueError(msg)
         members: dict[Any, list[_Member]] = {}
         number = 0
         for group in self.param_groups:
@@ -249,7 +250,7 @@ class MLBFGS(Optimizer):
                 if "momentum_buffer" not in entry:
                     entry["momentum_buffer"] = torch.zeros_like(entry["mean_params"])
                 buffer = entry["momentum_buffer"]
-                buffer.mul_(torch.where(finite, group["momentum"], 1.0)).add_(direction)
+                buffer.mul_(1 + accepted * (group["momentum"] - 1)).add_(direction)
                 direction = buffer
             if group["weight_decay"] != 0:
                 param.mul_((1 - rate * group["weight_decay"]).to(param.dtype))
@@ -278,7 +279,11 @@ class _Partition(NamedTuple):
 
     def active(self, memory: dict[Tensor, Any]) -> _Partition:
         """Only the parameters that have a gradient now or have had one."""
-        kept = [i for i, m in enumerate(self.members) if m.param.grad is not None or "history" in memory.get(m.param, ())]
+        kept = [
+            i
+            for i, m in enumerate(self.members)
+            if m.param.grad is not None or "history" in memory.get(m.param, ())
+        ]
         if len(kept) == len(self.members):
             return self
         place = {index: new for new, index in enumerate(kept)}
@@ -308,7 +313,8 @@ def _gradient(member: _Member) -> Tensor | None:
     if grad is None:
         return None
     if grad.layout != torch.strided:
-        raise RuntimeError(f"MLBFGS does not support sparse gradients, got {grad.layout} for {member.name!r}")
+        msg = f"MLBFGS does not support sparse gradients, got {grad.layout} for {member.name!r}"
+        raise RuntimeError(msg)
     return grad.neg() if member.group["maximize"] else grad.detach()
 
 
@@ -330,20 +336,23 @@ def _check_hyperparameters(values: dict[str, Any]) -> None:
         value = values[name]
         if isinstance(value, Tensor):
             if name != "lr" or value.numel() != 1:
-                raise TypeError(f"`{name}` must be a number, got a tensor of shape {tuple(value.shape)}")
+                msg = f"`{name}` must be a number, got a tensor of shape {tuple(value.shape)}"
+                raise TypeError(msg)
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"`{name}` must be a number, got {value!r}")
+            msg = f"`{name}` must be a number, got {value!r}"
+            raise TypeError(msg)
         if not 0 <= value < upper:
-            raise ValueError(f"`{name}` {rule}, got {value!r}")
+            msg = f"`{name}` {rule}, got {value!r}"
+            raise ValueError(msg)
     if not isinstance(values["maximize"], bool):
-        raise TypeError(f"`maximize` must be a bool, got {values['maximize']!r}")
+        msg = f"`maximize` must be a bool, got {values['maximize']!r}"
+        raise TypeError(msg)
 
 
 def _check_params(params: Iterable[Any]) -> None:
     for index, param in enumerate(params):
         tensor = param[1] if isinstance(param, tuple) else param
         if isinstance(tensor, Tensor) and tensor.dtype not in _LEAF_DTYPES:
-            raise TypeError(
-                f"`params`[{index}] must be of one of the dtypes {_LEAF_DTYPES}, got {tensor.dtype}"
-            )
+            msg = f"`params`[{index}] must be of one of the dtypes {_LEAF_DTYPES}, got {tensor.dtype}"
+            raise TypeError(msg)

@@ -77,9 +77,7 @@ def test_every_step_matches_optax_scale_by_lbfgs(xp, rng):
     for count in range(2 * M + 2):
         gradient = matrix @ x
         expected, memory = peer_update(jnp.asarray(gradient), memory, jnp.asarray(x))
-        update, state = core.step(
-            config, state, split(x, [(DIM,)], xp), split(gradient, [(DIM,)], xp)
-        )
+        update, state = core.step(config, state, split(x, [(DIM,)], xp), split(gradient, [(DIM,)], xp))
         if count > 0:  # optax scales the very first gradient by its norm
             assert relative(to_numpy(update[0]), np.asarray(expected)) < 1e3 * TOLERANCE
         x = x - 0.5 * np.asarray(expected)
@@ -94,9 +92,11 @@ def test_inverse_hessian_maps_newest_y_to_s(xp, rng):
 
 @given(rng=generators)
 def test_inverse_hessian_is_symmetric_positive_definite_and_descends(xp, rng):
-    state = state_after(core.Config(history_size=M, **{**PLAIN, "min_cosine": 0.4}), [
-        (rng.normal(size=DIM), rng.normal(size=DIM)) for _ in range(M + 2)
-    ], xp)  # pairs of any curvature, negative included
+    state = state_after(
+        core.Config(history_size=M, **{**PLAIN, "min_cosine": 0.4}),
+        [(rng.normal(size=DIM), rng.normal(size=DIM)) for _ in range(M + 2)],
+        xp,
+    )  # pairs of any curvature, negative included
     matrix = operator_matrix(state)
     assert relative(matrix, matrix.T) < TOLERANCE
     assert np.linalg.eigvalsh((matrix + matrix.T) / 2)[0] > 0
@@ -193,7 +193,9 @@ def test_the_order_of_leaves_and_of_blocks_does_not_matter(xp, rng):
         parts = np.split(vector, [4, 7])
         return np.concatenate([parts[i] for i in order])
 
-    straight = apply(CONFIG, state_after(CONFIG, pairs, xp, shapes, blocks=blocks), gradient, xp, shapes, blocks=blocks)
+    straight = apply(
+        CONFIG, state_after(CONFIG, pairs, xp, shapes, blocks=blocks), gradient, xp, shapes, blocks=blocks
+    )
     shapes_turned = [shapes[i] for i in order]
     pairs_turned = [(permute(s), permute(y)) for s, y in pairs]
     state = state_after(CONFIG, pairs_turned, xp, shapes_turned, blocks=turned)
@@ -206,10 +208,15 @@ def test_blocks_without_length_control_are_separate_optimizers(xp, rng):
     pairs, gradient = curvature_pairs(rng, M + 1, 12), rng.normal(size=12)
     shapes, blocks = [(5,), (7,)], ((0,), (1,))
     # Curvature within each block, so that every block stores every pair.
-    pairs = [(s, np.concatenate([spd5 @ s[:5], spd7 @ s[5:]])) for (s, _), spd5, spd7 in (
-        (pair, spd(np.random.default_rng(1), 5), spd(np.random.default_rng(2), 7)) for pair in pairs
-    )]
-    together = apply(CONFIG, state_after(CONFIG, pairs, xp, shapes, blocks=blocks), gradient, xp, shapes, blocks=blocks)
+    pairs = [
+        (s, np.concatenate([spd5 @ s[:5], spd7 @ s[5:]]))
+        for (s, _), spd5, spd7 in (
+            (pair, spd(np.random.default_rng(1), 5), spd(np.random.default_rng(2), 7)) for pair in pairs
+        )
+    ]
+    together = apply(
+        CONFIG, state_after(CONFIG, pairs, xp, shapes, blocks=blocks), gradient, xp, shapes, blocks=blocks
+    )
     apart = [
         apply(CONFIG, state_after(CONFIG, [(s[part], y[part]) for s, y in pairs], xp), gradient[part], xp)
         for part in (slice(0, 5), slice(5, 12))

@@ -1,0 +1,83 @@
+"""Every command that a developer or a CI runs: ``python3 -m nox -s NAME``; ``nox -l`` lists them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["tests", "lint", "typing", "build"]
+
+ROOT = Path(__file__).parent
+GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")
+CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
+
+
+def install(session: nox.Session, *packages: str, group: str | None = None) -> None:
+    """Install packages and a dependency group at the versions of the constraints file."""
+    members = nox.project.dependency_groups(GROUPS, group) if group else ()
+    session.install(*CONSTRAINTS, *packages, *members)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Test on NumPy, array-api-strict, PyTorch and JAX, without a GPU; arguments go to pytest."""
+    install(session, "-e", ".[torch]", group="test")
+    # Each worker computes on one core, so that the workers do not wait for one another.
+    threads = {
+        "OMP_NUM_THREADS": "1",
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+        "JAX_PLATFORMS": "cpu",
+    }
+    session.run("pytest", "-n", "auto", *session.posargs, env=threads)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    install(session, group="lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Check the types of the core strictly."""
+    install(session, "-e", ".", group="typing")
+    session.run("mypy")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train on noisy quadratics and handwritten digits; print tables, write figures to demo-output."""
+    install(session, ".[demo]")
+    session.run("python", "benchmarks/demo.py", *session.posargs)
+
+
+@nox.session
+def benchmark(session: nox.Session) -> None:
+    """Time a step of the core against its floor on NumPy and PyTorch; arguments go to the script."""
+    install(session, ".[torch]")
+    session.run("python", "benchmarks/step_cost.py", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheel, install it elsewhere, and import every package from there."""
+    session.install("build")
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "-m", "build", "--outdir", folder, ".")
+        (wheel,) = Path(folder).glob("*.whl")
+        install(session, f"{wheel}[torch]")
+        session.cd(folder)
+        script = "import mlbfgs_core, mlbfgs_torch; print(mlbfgs_core.__file__, mlbfgs_torch.__file__)"
+        session.run("python", "-P", "-c", script)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Test on a CUDA GPU; fails where there is none."""
+    install(session, "-e", ".[torch]", group="test")
+    session.run("pytest", "tests/gpu", *session.posargs)

@@ -1,0 +1,412 @@
+"""`MLBFGS` behaves as a `torch.optim.Optimizer` should, and does what the core says."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import array_api_compat.torch as xp
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mlbfgs_core as core
+from mlbfgs_torch import MLBFGS
+
+FAST = {"adaptive": False, "update_every": 2, "history_size": 3}
+"""A pair every other step, so that short tests run on the quasi-Newton path."""
+
+
+def make_model(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).to(dtype)
+
+
+def make_data(steps, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(16, 4, generator=generator).to(dtype), torch.randn(16, 2, generator=generator).to(dtype))
+        for _ in range(steps)
+    ]
+
+
+def train(model, optimizer, data, scheduler=None):
+    for inputs, targets in data:
+        optimizer.zero_grad()
+        (model(inputs) - targets).square().mean().backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return model
+
+
+def weights(model):
+    return [param.detach().clone() for param in model.parameters()]
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
+
+
+def flat(values):
+    return torch.cat([value.detach().reshape(-1) for value in values])
+
+
+@pytest.mark.parametrize("settings", [{}, FAST, {"preset": "fit"}, {"preset": "lbfgs"}], ids=str)
+def test_trajectory_is_the_cores(settings):
+    data, model = make_data(20), make_model()
+    twin = weights(model)
+    optimizer = MLBFGS(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01, **settings)
+    config, buffers = core.Config(**settings), [torch.zeros_like(p) for p in twin]
+    state = core.init(config, twin, xp=xp)
+    for inputs, targets in data:
+        optimizer.zero_grad()
+        (model(inputs) - targets).square().mean().backward()
+        update, state = core.step(config, state, twin, [p.grad.clone() for p in model.parameters()])
+        optimizer.step()
+        for param, buffer, direction in zip(twin, buffers, update, strict=True):
+            buffer.mul_(0.9).add_(direction)
+            param.mul_(1 - 0.05 * 0.01).sub_(0.05 * buffer)
+        torch.testing.assert_close(flat(model.parameters()), flat(twin), rtol=1e-9, atol=1e-11)
+    assert int(state.pairs[0]) > 0
+
+
+def test_state_dict_round_trip_continues_bit_for_bit():
+    data, model = make_data(30, torch.float32), make_model(dtype=torch.float32)
+    optimizer = MLBFGS(model.parameters(), lr=0.1, check_every=1)
+    train(model, optimizer, data[:15])
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    other = copy.deepcopy(model)
+    resumed = MLBFGS(other.parameters(), lr=0.5, history_size=10)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert_same(weights(train(model, optimizer, data[15:])), weights(train(other, resumed, data[15:])))
+    assert int(resumed.diagnostics()[0].step) == 30
+
+
+def test_loading_does_not_tie_two_optimizers_together():
+    data, model = make_data(12), make_model()
+    optimizer = MLBFGS(model.parameters(), **FAST)
+    train(model, optimizer, data[:6])
+    twin = copy.deepcopy(model)
+    other = MLBFGS(twin.parameters(), **FAST)
+    other.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, data[6:])
+    expected = weights(model)
+    assert_same(weights(train(twin, other, data[6:])), expected)
+
+
+def test_loading_keeps_float32_memory_of_bfloat16_parameters():
+    data, model = make_data(20, torch.bfloat16), make_model(dtype=torch.bfloat16)
+    optimizer = MLBFGS(model.parameters(), lr=0.05, **FAST)
+    train(model, optimizer, data[:10])
+    other = copy.deepcopy(model)
+    resumed = MLBFGS(other.parameters(), lr=0.05, **FAST)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for entry in resumed.state.values():
+        assert entry["history"].dtype == entry["mean_grads"].dtype == torch.float32
+        assert entry["pairs"].dtype == torch.int32
+    assert_same(weights(train(model, optimizer, data[10:])), weights(train(other, resumed, data[10:])))
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_copies_continue_like_the_original(duplicate):
+    data, model = make_data(14), make_model()
+    optimizer = MLBFGS(model.named_parameters(), blocks="layer", **FAST)
+    train(model, optimizer, data[:7])
+    other, resumed = duplicate((model, optimizer))
+    train(model, optimizer, data[7:])
+    expected = weights(model)
+    assert_same(weights(train(other, resumed, data[7:])), expected)
+    assert len(resumed.diagnostics()[0].pairs) == 2
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_gradient_changes_nothing_but_a_counter(poison):
+    data, model = make_data(10), make_model()
+    optimizer = MLBFGS(model.parameters(), weight_decay=0.1, **FAST)
+    train(model, optimizer, data[:6])
+    before, memory = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 1.0)
+    next(model.parameters()).grad[0, 0] = poison
+    optimizer.step()
+    assert_same(weights(model), before)
+    for key, entry in optimizer.state_dict()["state"].items():
+        for name, value in entry.items():
+            if name not in ("skipped", "accepted", "due"):
+                assert torch.equal(value, memory[key][name]), name
+    assert int(optimizer.diagnostics()[0].skipped) == 1
+    train(model, optimizer, data[6:])
+    assert torch.isfinite(flat(model.parameters())).all()
+
+
+def test_a_nan_in_one_group_skips_the_step_of_all():
+    model = make_model()
+    first, last = model[0], model[2]
+    optimizer = MLBFGS([{"params": first.parameters()}, {"params": last.parameters(), "history_size": 2}])
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    last.bias.grad[0] = float("nan")
+    before = weights(model)
+    optimizer.step()
+    assert_same(weights(model), before)
+    assert [int(record.skipped) for record in optimizer.diagnostics()] == [1, 1]
+
+
+def test_maximize_climbs_as_minimizing_the_negative_descends():
+    def run(sign, maximize):
+        model, data = make_model(), make_data(12)
+        optimizer = MLBFGS(model.parameters(), maximize=maximize, **FAST)
+        for inputs, targets in data:
+            optimizer.zero_grad()
+            (sign * (model(inputs) - targets).square().mean()).backward()
+            optimizer.step()
+        return weights(model)
+
+    assert_same(run(1.0, False), run(-1.0, True))
+
+
+def test_gradients_are_not_written():
+    model = make_model()
+    optimizer = MLBFGS(model.parameters(), maximize=True, weight_decay=0.1, **FAST)
+    for inputs, targets in make_data(5):
+        optimizer.zero_grad()
+        (model(inputs) - targets).square().mean().backward()
+        before = [(p.grad.clone(), p.grad._version) for p in model.parameters()]
+        optimizer.step()
+        for param, (grad, version) in zip(model.parameters(), before, strict=True):
+            assert torch.equal(param.grad, grad)
+            assert param.grad._version == version
+
+
+def test_parameter_without_a_gradient_keeps_still_and_takes_no_memory():
+    model, data = make_model(), make_data(6)
+    optimizer = MLBFGS(model.parameters(), weight_decay=0.1, **FAST)
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    train(model, optimizer, data)
+    assert torch.equal(model[0].weight, before)
+    assert model[0].weight not in optimizer.state
+    model[0].weight.requires_grad_(True)  # unfreezing later
+    train(model, optimizer, data)
+    assert not torch.equal(model[0].weight, before)
+    optimizer.zero_grad()
+    kept = weights(model)
+    assert optimizer.step() is None
+    assert_same(weights(model), kept)
+
+
+def test_groups_that_differ_in_rate_only_share_curvature():
+    data = make_data(12)
+
+    def run(split):
+        model = make_model()
+        groups = (
+            [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.1}]
+            if split
+            else model.parameters()
+        )
+        optimizer = MLBFGS(groups, lr=0.1, **FAST)
+        return weights(train(model, optimizer, data)), optimizer
+
+    together, _ = run(split=False)
+    apart, optimizer = run(split=True)
+    assert_same(together, apart)
+    assert len(optimizer.diagnostics()) == 1
+
+
+def test_groups_with_their_own_settings_stand_alone():
+    model, data = make_model(), make_data(8)
+    optimizer = MLBFGS(model[0].parameters(), momentum=0.9, **FAST)
+    optimizer.add_param_group({"params": list(model[2].parameters()), "preset": "fit", "weight_decay": 0.1})
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.0]
+    assert [group["step_length"] for group in optimizer.param_groups] == ["unit", "clip"]
+    train(model, optimizer, data)
+    assert [int(record.step) for record in optimizer.diagnostics()] == [8, 8]
+
+
+def test_parameters_may_be_added_in_the_middle():
+    model, data = make_model(), make_data(12)
+    optimizer = MLBFGS(model[0].parameters(), **FAST)
+    train(model, optimizer, data[:6])
+    optimizer.add_param_group({"params": model[2].parameters()})
+    before = weights(model[2])
+    train(model, optimizer, data[6:])
+    assert not torch.equal(model[2].weight, before[0])
+    assert int(optimizer.diagnostics()[0].step) == 12
+
+
+@pytest.mark.parametrize(
+    ("blocks", "count"), [("all", 1), ("layer", 2), ("parameter", 4), (lambda name: "bias" in name, 2)]
+)
+def test_blocks_partition_named_parameters(blocks, count):
+    model = make_model()
+    optimizer = MLBFGS(model.named_parameters(), blocks=blocks, **FAST)
+    train(model, optimizer, make_data(8))
+    (record,) = optimizer.diagnostics()
+    assert record.pairs.shape == (count,)
+    assert (record.pairs > 0).all()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=20, cycle_momentum=True),
+        lambda o: torch.optim.lr_scheduler.LinearLR(o),
+    ],
+    ids=["cosine", "one cycle", "linear"],
+)
+def test_learning_rate_schedulers_drive_it(schedule):
+    model = make_model()
+    optimizer = MLBFGS(model.parameters(), lr=0.1, **FAST)
+    scheduler, seen = schedule(optimizer), []
+    for batch in make_data(10):
+        train(model, optimizer, [batch], scheduler)
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert len(set(seen)) > 3
+    assert torch.isfinite(flat(model.parameters())).all()
+
+
+def test_tensor_learning_rate_equals_the_number():
+    data, results = make_data(10), []
+    for rate in (0.05, torch.tensor(0.05, dtype=torch.float64)):
+        model = make_model()
+        results.append(weights(train(model, MLBFGS(model.parameters(), lr=rate, **FAST), data)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_closure_is_evaluated_once_with_gradients_and_its_loss_returned():
+    model, calls = make_model(), []
+    optimizer = MLBFGS(model.parameters(), **FAST)
+    inputs, targets = make_data(1)[0]
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = (model(inputs) - targets).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() > 0
+    assert calls == [True]
+
+
+def test_non_contiguous_empty_and_scalar_parameters_train():
+    params = [
+        nn.Parameter(torch.randn(6, 4, dtype=torch.float64).t()),
+        nn.Parameter(torch.randn(2, 3, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)),
+        nn.Parameter(torch.tensor(1.0, dtype=torch.float64)),
+        nn.Parameter(torch.zeros(0, 3, dtype=torch.float64)),
+    ]
+    straight = [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in params]
+    for leaves in (params, straight):
+        optimizer = MLBFGS(leaves, **FAST)
+        for _ in range(12):
+            optimizer.zero_grad()
+            sum((p * p * (i + 1)).sum() for i, p in enumerate(leaves)).backward()
+            optimizer.step()
+    torch.testing.assert_close(flat(params), flat(straight))
+
+
+def test_several_dtypes_share_a_block():
+    params = [
+        nn.Parameter(torch.ones(5, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    ]
+    optimizer = MLBFGS(params, lr=0.05, **FAST)
+    start = sum(float(p.detach().double().square().sum()) for p in params)
+    for _ in range(15):
+        optimizer.zero_grad()
+        sum((p * p).sum().double() for p in params).backward()
+        optimizer.step()
+    assert sum(float(p.detach().double().square().sum()) for p in params) < start
+    assert [optimizer.state[p]["history"].dtype for p in params] == [
+        torch.float32,
+        torch.float64,
+        torch.float32,
+    ]
+
+
+def test_memory_is_what_was_planned():
+    model = make_model(dtype=torch.float32)
+    optimizer = MLBFGS(model.parameters(), momentum=0.0)
+    train(model, optimizer, make_data(1, torch.float32))
+    plan = core.plan_memory(core.Config(), list(model.parameters()))
+    held = sum(
+        entry[name].numel() * entry[name].element_size()
+        for entry in optimizer.state.values()
+        for name in core.LEAF_ARRAYS
+    )
+    assert held == plan.history + plan.averages + plan.metric
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"lr": -1.0}, ValueError, "`lr` must be finite and >= 0, got -1.0"),
+        ({"lr": float("nan")}, ValueError, "`lr`"),
+        ({"lr": "0.1"}, TypeError, "`lr` must be a number, got '0.1'"),
+        ({"lr": torch.ones(2)}, TypeError, "`lr` must be a number, got a tensor"),
+        ({"momentum": 1.0}, ValueError, r"`momentum` must be in \[0, 1\), got 1.0"),
+        ({"weight_decay": -0.1}, ValueError, "`weight_decay` must be finite and >= 0, got -0.1"),
+        ({"maximize": 1}, TypeError, "`maximize` must be a bool, got 1"),
+        ({"history_size": 0}, ValueError, "`history_size` must be >= 1, got 0"),
+        ({"preset": "best"}, ValueError, "`preset`"),
+        ({"eps": 1e-8}, TypeError, "unknown setting `eps`"),
+        ({"blocks": "layers"}, ValueError, "`blocks` must be .*, got 'layers'"),
+        ({"blocks": "layer"}, ValueError, "named_parameters"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        MLBFGS([nn.Parameter(torch.ones(2))], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "words"),
+    [
+        ([], ValueError, "empty parameter list"),
+        ([{"params": []}], ValueError, "`params` must hold at least one parameter, got none"),
+        ([nn.Parameter(torch.ones(2, dtype=torch.complex64))], TypeError, "complex64"),
+        ([torch.ones(2, dtype=torch.int64)], TypeError, "int64"),
+    ],
+)
+def test_bad_parameters_are_refused(params, error, words):
+    with pytest.raises(error, match=words):
+        MLBFGS(params)
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    model = make_model()
+    optimizer = MLBFGS(model[0].parameters(), **FAST)
+    with pytest.raises(ValueError, match="`beta`"):
+        optimizer.add_param_group({"params": list(model[2].parameters()), "beta": 2.0})
+    assert len(optimizer.param_groups) == 1
+    train(model, optimizer, make_data(4))
+
+
+def test_sparse_gradients_are_refused():
+    table = nn.Embedding(5, 3, sparse=True)
+    optimizer = MLBFGS(table.parameters())
+    table(torch.tensor([1, 2])).sum().backward()
+    before = table.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert torch.equal(table.weight, before)
+
+
+def test_float32_trajectory_follows_float64():
+    results = {}
+    for dtype in (torch.float32, torch.float64):
+        model = make_model()
+        model.to(dtype)
+        optimizer = MLBFGS(model.parameters(), lr=0.02, **FAST)
+        results[dtype] = flat(train(model, optimizer, make_data(10, dtype)).parameters()).double().numpy()
+    np.testing.assert_allclose(results[torch.float32], results[torch.float64], atol=1e-3)

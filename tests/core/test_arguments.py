@@ -1,0 +1,173 @@
+"""Bad input: an error of the right kind that names the argument, the rule and the value."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import array_api_compat.torch as torch_namespace
+import numpy as np
+import pytest
+import torch
+
+import mlbfgs_core as core
+
+LEAF = np.ones((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"history_size": 0}, ValueError, "`history_size` must be >= 1, got 0"),
+        ({"history_size": 2.5}, TypeError, "`history_size` must be an int, got 2.5"),
+        ({"history_size": True}, TypeError, "`history_size`"),
+        ({"update_every": 0}, ValueError, "`update_every` must be >= 1, got 0"),
+        ({"update_every": "often"}, TypeError, "`update_every` must be an int, got 'often'"),
+        ({"check_every": -1}, ValueError, "`check_every` must be >= 1, got -1"),
+        ({"adaptive": 1}, TypeError, "`adaptive` must be a bool, got 1"),
+        ({"signal_to_noise": -1.0}, ValueError, "`signal_to_noise` must be finite and >= 0, got -1.0"),
+        ({"noise_floor": float("inf")}, ValueError, "`noise_floor` must be finite and >= 0, got inf"),
+        ({"beta": 1.0}, ValueError, r"`beta` must be None or in \[0, 1\), got 1.0"),
+        ({"beta": float("nan")}, ValueError, "`beta`"),
+        ({"beta": "0.9"}, TypeError, "`beta`"),
+        ({"min_cosine": 1.0}, ValueError, "`min_cosine`"),
+        ({"clip_factor": 0.5}, ValueError, "`clip_factor` must be finite and >= 1, got 0.5"),
+        ({"metric_power": 1.5}, ValueError, r"`metric_power` must be in \[0, 1\], got 1.5"),
+        ({"metric_beta": 1.0}, ValueError, "`metric_beta`"),
+        ({"step_length": "long"}, ValueError, "`step_length` must be one of .*, got 'long'"),
+        ({"history_dtype": "int8"}, ValueError, "`history_dtype` must be None or one of .*, got 'int8'"),
+        ({"damping": 0.5}, TypeError, "`damping` must be None or three numbers .*, got 0.5"),
+        ({"damping": (0.1, 5.0)}, TypeError, "`damping`"),
+        ({"damping": (2.0, 5.0, 0.5)}, ValueError, "sigma_L < 1 < sigma_H"),
+        ({"damping": (0.1, 5.0, 0.0)}, ValueError, "0 < tau_0 <= 1"),
+        ({"preset": "best"}, ValueError, "`preset` must be None or one of .*, got 'best'"),
+        ({"memory": 3}, TypeError, "unknown setting `memory`"),
+    ],
+)
+def test_setting_out_of_range_is_refused(settings, error, words):
+    with pytest.raises(error, match=words):
+        core.Config(**settings)
+
+
+def test_explicit_settings_win_over_the_preset():
+    config = core.Config(preset="lbfgs", history_size=3, min_cosine=0.2)
+    assert (config.history_size, config.min_cosine, config.update_every, config.beta) == (3, 0.2, 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (([],), ValueError, "`leaves` must hold at least one array, got none"),
+        (([np.ones(2, dtype=int)],), TypeError, r"`leaves`\[0\] must be of one of the dtypes .*, got int64"),
+        (([LEAF, np.ones(2, dtype=complex)],), TypeError, r"`leaves`\[1\] .*, got complex128"),
+        (([LEAF], ((0,), (0,))), ValueError, "`blocks` must hold each leaf index 0..0 exactly once"),
+        (([LEAF, LEAF], ((0,),)), ValueError, "`blocks` must hold each leaf index 0..1 exactly once"),
+        (([LEAF], ((0,), ())), ValueError, "non-empty blocks"),
+        (([torch.ones(2), torch.ones(2, device="meta")],), ValueError, "`leaves` must be on one device, got"),
+    ],
+)
+def test_leaves_that_cannot_be_optimized_are_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        core.init(core.Config(), *arguments)
+
+
+def test_namespace_without_the_history_dtype_is_refused():
+    with pytest.raises(ValueError, match=r"`history_dtype` must be a dtype of .*numpy, got 'bfloat16'"):
+        core.init(core.Config(history_dtype="bfloat16"), [LEAF])
+
+
+def test_config_of_the_wrong_kind_is_refused():
+    with pytest.raises(TypeError, match="`config` must be a Config, got dict"):
+        core.init({"history_size": 3}, [LEAF])
+
+
+@pytest.mark.parametrize(
+    ("params", "grads", "error", "words"),
+    [
+        ([LEAF], [LEAF[:1]], ValueError, r"`grads`\[0\] must have the shape \(2, 3\), got \(1, 3\)"),
+        ([LEAF[0]], [LEAF], ValueError, r"`params`\[0\] must have the shape \(2, 3\), got \(3,\)"),
+        ([LEAF], [LEAF, LEAF], ValueError, "`grads` must hold 1 leaves, got 2"),
+        ([LEAF], [LEAF.astype(np.float32)], TypeError, r"`grads`\[0\] must have the parameter's dtype"),
+        (
+            [LEAF],
+            [LEAF.astype(int)],
+            TypeError,
+            r"`grads`\[0\] must be of a real floating-point dtype, got int64",
+        ),
+        ([None], [LEAF], TypeError, r"`params`\[0\] must be an array, got None"),
+        ([LEAF], [None], ValueError, "`grads` must hold at least one array, got only None"),
+    ],
+)
+def test_gradients_that_do_not_match_are_refused_before_anything_changes(params, grads, error, words):
+    config = core.Config()
+    state = core.init(config, [LEAF])
+    for verb in (core.step, core.observe, core.project):
+        with pytest.raises(error, match=words):
+            verb(config, state, params, grads)
+    fresh = core.init(config, [LEAF])
+    for before, after in zip(fresh, state, strict=True):
+        np.testing.assert_equal(after, before)
+
+
+def test_blocks_that_are_not_the_states_are_refused():
+    config = core.Config()
+    state = core.init(config, [LEAF, LEAF])
+    with pytest.raises(ValueError, match="`blocks` must be the state's 1 blocks, got 2"):
+        core.step(config, state, [LEAF, LEAF], [LEAF, LEAF], blocks=((0,), (1,)))
+
+
+def test_clipped_direction_asks_for_the_parameters():
+    config = core.Config(preset="fit")
+    with pytest.raises(ValueError, match="`params` must be given with step_length='clip', got None"):
+        core.direction(config, core.init(config, [LEAF]), [LEAF])
+
+
+@pytest.mark.parametrize(
+    ("names", "blocks", "error", "words"),
+    [
+        (["a"], "layers", ValueError, "`blocks` must be .*, got 'layers'"),
+        (["a", "b"], "layer", ValueError, "`blocks`='layer' needs names with dots"),
+        (["a"], 3, TypeError, "`blocks` must be .*, got 3"),
+        (["a"], lambda name: [name], TypeError, r"`blocks` must give a hashable label, got \['a'\] for 'a'"),
+        (["a", "a"], "all", ValueError, "`names` must be distinct"),
+        ([], "all", ValueError, "`names` must hold at least one leaf, got none"),
+    ],
+)
+def test_partition_that_cannot_be_formed_is_refused(names, blocks, error, words):
+    with pytest.raises(error, match=words):
+        core.partition(names, blocks)
+
+
+def test_kernels_refuse_an_empty_tile():
+    with pytest.raises(ValueError, match="`tile` must be an int >= 1, got 0"):
+        core.Kernels(torch_namespace, tile=0)
+
+
+def test_core_imports_no_framework():
+    script = (
+        "import sys, numpy, mlbfgs_core as core\n"
+        "config, x = core.Config(), numpy.ones(3)\n"
+        "core.step(config, core.init(config, [x]), [x], [x])\n"
+        "loaded = {'torch', 'jax', 'cupy', 'scipy', 'optax'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    for path in Path(core.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = (
+                [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
+            )
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            roots = {name.partition(".")[0] for name in names}
+            allowed = {*sys.stdlib_module_names, "array_api_compat", "array_api_extra"}
+            allowed |= {"numpy"} if path.name == "reference.py" else set()
+            assert roots <= allowed, (path.name, roots - allowed)
+
+
+def test_public_names_are_those_that_exist():
+    assert all(hasattr(core, name) for name in core.__all__)
+    assert {"Config", "direction", "init", "observe", "plan_memory", "refresh", "spectrum"} <= set(
+        core.__all__
+    )

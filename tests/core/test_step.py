@@ -1,0 +1,398 @@
+"""The whole step: against the readable twin, masked, skipped, cut in leaves, shards and tiles."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+
+import array_api_compat.numpy as numpy_namespace
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+
+import mlbfgs_core as core
+from mlbfgs_core.reference import Reference
+from tests.helpers import join, relative, spd, split, to_numpy, trajectory
+from tests.strategies import generators, schedules
+
+lazy_xp_modules = [core]
+
+SETTINGS = {
+    "default": {},
+    "fixed": {"adaptive": False, "update_every": 4},
+    "paper": {"preset": "paper", "update_every": 3},
+    "lbfgs": {"preset": "lbfgs"},
+    "fit": {"preset": "fit"},
+    "ema, adaptive": {"beta": 0.8, "update_every": 6},
+    "adam's metric": {"metric_power": 1.0, "step_length": "none"},
+    "odd metric": {"metric_power": 0.3, "step_length": "clip", "update_every": 6},
+    "both dampings": {"damping": (0.1, 5.0, 0.9), "update_every": 6},
+}
+SHAPES, BLOCKS, SIZES = [(3, 2), (), (4,)], ((0, 2), (1,)), (10, 1)
+ORDER = np.concatenate([np.arange(6), np.arange(7, 11), [6]])  # from leaves to blocks
+
+
+def config_of(name, **settings):
+    return core.Config(**{"history_size": 4, **SETTINGS[name], **settings})
+
+
+def noisy_quadratic(rng, dim, steps, sigma=0.05):
+    """A start and a gradient ``A x + noise`` of a block-diagonal quadratic."""
+    matrix = np.zeros((dim, dim))
+    matrix[np.ix_(ORDER[:10], ORDER[:10])] = spd(rng, 10)
+    matrix[ORDER[10], ORDER[10]] = 0.5
+    noise = sigma * rng.normal(size=(steps, dim))
+    return rng.normal(size=dim), lambda t, x: matrix @ x + noise[t]
+
+
+def assert_states_equal(actual, expected, but=()):
+    for name in set(core.State._fields) - set(but):
+        a, b = getattr(actual, name), getattr(expected, name)
+        for x, y in zip(a if isinstance(a, tuple) else [a], b if isinstance(b, tuple) else [b], strict=True):
+            np.testing.assert_array_equal(to_numpy(x), to_numpy(y), err_msg=name)
+
+
+def copied(state, xp):
+    copy = [
+        tuple(xp.asarray(a, copy=True) for a in x) if isinstance(x, tuple) else xp.asarray(x, copy=True)
+        for x in state
+    ]
+    return core.State(*copy)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@given(rng=generators)
+def test_core_equals_the_reference_step_by_step(xp, name, rng):
+    config, steps = config_of(name), 30
+    start, gradient = noisy_quadratic(rng, 11, steps)
+    reference = Reference(config, SIZES)
+
+    def faulty(t, x):
+        g = gradient(t, x)
+        g[3] = np.nan if t % 11 == 7 else g[3]
+        return g
+
+    for t, (update, x, state) in enumerate(
+        trajectory(config, xp, start, faulty, steps, shapes=SHAPES, blocks=BLOCKS)
+    ):
+        parts = [part[ORDER] for part in (x, faulty(t, x))]
+        expected = reference.step(*([part[:10], part[10:]] for part in parts))
+        # Rounding grows with the steps that feed on it; in a converged quasi-Newton run most of all.
+        assert relative(update[ORDER], np.concatenate(expected)) < 1e-6
+    assert int(state.skipped) == reference.skipped == 3
+    kept = [min(int(pairs), config.history_size) for pairs in to_numpy(state.pairs)]
+    assert kept == [len(block.pairs) for block in reference.blocks]
+    assert max(kept) > 0
+
+
+@pytest.mark.parametrize("name", ["default", "fixed", "ema, adaptive"])
+@given(rng=generators)
+def test_masked_refresh_equals_no_refresh(xp, name, rng):
+    config = config_of(name)
+    start, gradient = noisy_quadratic(rng, 11, 12)
+    *_, (_, _, state) = trajectory(config, xp, start, gradient, 12, shapes=SHAPES, blocks=BLOCKS)
+    before = copied(state, xp)
+    assert_states_equal(core.refresh(config, state, xp.zeros_like(state.due), blocks=BLOCKS), before)
+
+
+@pytest.mark.parametrize("name", ["default", "fixed", "lbfgs", "ema, adaptive"])
+@given(rng=generators)
+def test_what_the_host_foresees_equals_the_masked_step(xp, name, rng):
+    config, steps = config_of(name), 20
+    start, gradient = noisy_quadratic(rng, 11, steps)
+    masked = trajectory(config, xp, start, gradient, steps)
+    x, state = start.copy(), core.init(config, split(start, [(11,)], xp), xp=xp)
+    for t, (expected, _, _) in enumerate(masked):
+        check, due = (bool(flag) for flag in core.upcoming(config, state))
+        leaves = [split(part, [(11,)], xp) for part in (x, gradient(t, x))]
+        update, state = core.step(config, state, *leaves, when_check=check, when_due=due)
+        np.testing.assert_array_equal(join(update), expected)
+        x = x - 0.1 * join(update)
+    assert int(state.pairs[0]) > 0
+
+
+@pytest.mark.parametrize("name", ["default", "lbfgs"])
+def test_deciding_on_the_device_equals_the_masked_step(name):
+    config, steps = config_of(name), 20
+    start, gradient = noisy_quadratic(np.random.default_rng(0), 11, steps)
+
+    def decide(predicate, part, operand):
+        return jax.lax.cond(predicate, part, lambda operand: operand, operand)
+
+    run = jax.jit(
+        lambda state, x, g: core.step(config, state, x, g, when_check=decide, when_due=decide),
+        donate_argnums=0,
+    )
+    x, state = start.copy(), jax.tree.map(jnp.copy, core.init(config, [jnp.asarray(start)]))
+    for t, (expected, _, _) in enumerate(trajectory(config, numpy_namespace, start, gradient, steps)):
+        update, state = run(state, [jnp.asarray(x)], [jnp.asarray(gradient(t, x))])
+        assert relative(join(update), expected) < 1e-8
+        x = x - 0.1 * join(update)
+    assert int(state.pairs[0]) > 0
+    assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", ["default", "fit", "paper"])
+@given(rng=generators, faults=schedules(20))
+def test_nan_gradients_equal_skipped_steps(xp, name, rng, faults):
+    config = config_of(name)
+    start, gradient = noisy_quadratic(rng, 11, len(faults))
+    good = [t for t, fault in enumerate(faults) if fault is None]
+
+    def faulty(t, x):
+        g = gradient(t, x)
+        if faults[t] is not None:
+            g[int(t) % 11] = faults[t]
+        return g
+
+    final = None
+    for t, (update, _, state) in enumerate(
+        trajectory(config, xp, start, faulty, len(faults), shapes=SHAPES, blocks=BLOCKS)
+    ):
+        assert np.all(update == 0) or faults[t] is None
+        assert bool(state.accepted) == (faults[t] is None)
+        final = state
+    assert int(final.skipped) == len(faults) - len(good)
+    if not good:
+        return
+    *_, (_, _, clean) = trajectory(
+        config, xp, start, lambda i, x: gradient(good[i], x), len(good), shapes=SHAPES, blocks=BLOCKS
+    )
+    # `due` speaks of the last step alone.
+    assert_states_equal(final, clean, but=("skipped", "accepted", "due"))
+
+
+def test_gradient_whose_square_overflows_is_skipped(xp):
+    config, x = core.Config(), split(np.ones(3), [(3,)], xp, "float32")
+    state = core.init(config, x, xp=xp)
+    update, state = core.step(config, state, x, split(np.full(3, 1e30), [(3,)], xp, "float32"))
+    assert np.all(join(update) == 0)
+    assert int(state.skipped) == 1
+
+
+@pytest.mark.parametrize("name", ["default", "lbfgs", "fit"])
+@given(rng=generators)
+def test_leaf_that_never_has_a_gradient_is_as_if_it_were_not_there(xp, name, rng):
+    config, steps, shapes = config_of(name), 20, [(6,), (5,)]
+    start, gradient = noisy_quadratic(rng, 11, steps)
+    frozen = rng.normal(size=6)
+    without = trajectory(
+        config, xp, start[6:], lambda t, x: gradient(t, np.concatenate([frozen, x]))[6:], steps
+    )
+    if name == "fit":  # its warm-up is relative to the norm of all parameters
+        frozen = frozen * 0
+        config = config_of(name, step_length="none")
+        without = trajectory(
+            config, xp, start[6:], lambda t, x: gradient(t, np.concatenate([frozen, x]))[6:], steps
+        )
+    x = np.concatenate([frozen, start[6:]])
+    state = core.init(config, split(x, shapes, xp), xp=xp)
+    for t, (expected, _, _) in enumerate(without):
+        leaves, grads = (split(part, shapes, xp) for part in (x, gradient(t, x)))
+        update, state = core.step(config, state, leaves, [None, grads[1]])
+        assert update[0] is None
+        assert relative(to_numpy(update[1]), expected) < 1e-7
+        x[6:] -= 0.1 * to_numpy(update[1])
+    assert np.all(to_numpy(state.history[0]) == 0)
+
+
+def test_leaf_that_gets_its_gradient_later_joins_the_pairs(xp):
+    config, shapes = core.Config(history_size=4, update_every=3, adaptive=False), [(6,), (5,)]
+    start, gradient = noisy_quadratic(np.random.default_rng(0), 11, 40)
+    x, state = start.copy(), core.init(config, split(start, shapes, xp), xp=xp)
+    for t in range(40):
+        leaves, grads = (split(part, shapes, xp) for part in (x, gradient(t, x)))
+        update, state = core.step(config, state, leaves, grads if t >= 12 else [None, grads[1]])
+        if update[0] is not None:
+            x = x - 0.1 * join(update)
+    assert np.all(np.isfinite(x))
+    assert np.all(np.linalg.norm(to_numpy(state.history[0])[0].reshape(4, -1), axis=1) > 0)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+@pytest.mark.parametrize("scales", [(1e6, 1.0), (1.0, 1e3), (1e-4, 1e-2)])
+def test_rescaling_loss_and_parameters_leaves_fit_alone(xp, scales, power):
+    loss, unit = scales
+    if power and unit != 1.0:
+        pytest.skip("a metric other than the full one is not invariant to the scale of parameters")
+    config, steps = config_of("fit", metric_power=power), 30
+    start, gradient = noisy_quadratic(np.random.default_rng(0), 11, steps, sigma=0.01)
+    plain = [u for u, _, _ in trajectory(config, xp, start, gradient, steps)]
+    scaled = trajectory(config, xp, unit * start, lambda t, x: loss / unit * gradient(t, x / unit), steps)
+    for expected, (update, _, _) in zip(plain, scaled, strict=True):
+        assert relative(update / unit, expected) < 1e-7
+
+
+def test_rescaling_the_loss_leaves_the_default_alone_in_float32(xp):
+    config, steps = config_of("default"), 30
+    start, gradient = noisy_quadratic(np.random.default_rng(0), 11, steps, sigma=0.01)
+    plain = [x for _, x, _ in trajectory(config, xp, start, gradient, steps, dtype="float32")]
+    scaled = trajectory(config, xp, start, lambda t, x: 1e3 * gradient(t, x), steps, dtype="float32")
+    for expected, (_, x, _) in zip(plain, scaled, strict=True):
+        assert relative(x, expected) < 1e4 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("name", ["default", "fit", "paper"])
+def test_tiles_of_any_size_give_the_same_step(name):
+    config, steps = config_of(name), 15
+    start, gradient = noisy_quadratic(np.random.default_rng(0), 11, steps)
+    runs = [
+        [
+            u
+            for u, _, _ in trajectory(
+                config,
+                numpy_namespace,
+                start,
+                gradient,
+                steps,
+                shapes=SHAPES,
+                kernels=core.Kernels(numpy_namespace, tile=tile),
+            )
+        ]
+        for tile in (1, 3, 2**16)
+    ]
+    for updates in runs[:2]:
+        assert relative(np.asarray(updates), np.asarray(runs[2])) < 1e-8
+
+
+@pytest.mark.parametrize("name", ["default", "fit", "paper"])
+def test_shards_that_reduce_equal_the_whole(name):
+    config, steps = config_of(name), 25
+    start, gradient = noisy_quadratic(np.random.default_rng(0), 11, steps)
+    expected = [u for u, _, _ in trajectory(config, numpy_namespace, start, gradient, steps)]
+    parts, box, barrier = (slice(0, 4), slice(4, 11)), {}, threading.Barrier(2)
+    results, calls = {}, []
+
+    def worker(rank):
+        def reduce(array):
+            box[rank] = np.asarray(array)
+            barrier.wait()
+            total = box[0] + box[1]
+            barrier.wait()
+            calls.append(rank)
+            return total
+
+        part, x = parts[rank], start.copy()
+        size = np.asarray([11.0])  # of the whole block
+        state = core.init(config, [x[part]])._replace(size=size)
+        for t in range(steps):
+            update, state = core.step(config, state, [x[part]], [gradient(t, x)[part]], reduce=reduce)
+            results[rank, t] = update[0]
+            barrier.wait()
+            x = x - 0.1 * np.concatenate([results[0, t], results[1, t]])
+
+    threads = [threading.Thread(target=worker, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for t in range(steps):
+        actual = np.concatenate([results[0, t], results[1, t]])
+        assert relative(actual, expected[t]) < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("settings", "plain", "check", "refresh"),
+    [({"preset": "paper"}, 1, 0, 3), ({"preset": "fit"}, 1, 2, 3), ({}, 2, 2, 3)],
+    ids=["paper", "fit", "default"],
+)
+def test_a_step_reduces_once_and_once_more_for_a_length_in_a_metric(settings, plain, check, refresh):
+    config, calls = core.Config(**settings), []
+    x = np.ones(5)
+    state = core.init(config, [x])
+
+    def reduce(array):
+        calls.append(array.shape)
+        return array
+
+    def count(**when):
+        nonlocal state
+        calls.clear()
+        _, state = core.step(config, state, [x], [x], reduce=reduce, **when)
+        return len(calls)
+
+    assert count(when_check=False, when_due=False) == plain
+    assert count(when_check=True, when_due=False) == plain + check
+    assert count(when_check=False, when_due=True) == plain + refresh
+    m = config.history_size
+    assert calls[0][0] == 1
+    assert 2 * m + 1 <= calls[0][1] <= 2 * m + 4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_half_precision_parameters_keep_full_precision_memory(xp, dtype):
+    if not hasattr(xp, dtype):
+        pytest.skip(f"{xp.__name__} has no {dtype}")
+    config, steps = config_of("default"), 25
+    start, gradient = noisy_quadratic(np.random.default_rng(0), 11, steps, sigma=0.01)
+    eps = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23}[dtype]
+    state = core.init(config, split(start, SHAPES, xp, dtype), xp=xp)
+    exact = core.init(config, split(start, SHAPES, xp), xp=xp)
+    x = start.copy()
+    for t in range(steps):
+        leaves, grads = (split(part, SHAPES, xp, dtype) for part in (x, gradient(t, x)))
+        rounded = [split(join(part), SHAPES, xp) for part in (leaves, grads)]
+        update, state = core.step(config, state, leaves, grads)
+        expected, exact = core.step(config, exact, *rounded)
+        assert all(str(d.dtype).endswith(dtype) for d in update)
+        assert relative(join(update), join(expected)) < max(4 * eps, 1e-3)
+        x = x - 0.1 * join(expected)
+    for name in ("mean_params", "mean_grads", "history", "moment"):
+        assert all(str(leaf.dtype).endswith("float32") for leaf in getattr(state, name))
+    assert int(state.pairs[0]) > 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"preset": "paper"}, {"history_size": 3, "history_dtype": "float16"}]
+)
+def test_planned_bytes_are_those_that_init_allocates(xp, settings):
+    leaves = [
+        xp.zeros((3, 5), dtype=xp.float32),
+        xp.zeros((), dtype=xp.float64),
+        xp.zeros((0, 2), dtype=xp.float32),
+    ]
+    if not hasattr(xp, settings.get("history_dtype") or "float32"):
+        pytest.skip("the standard itself has no float16")
+    config, blocks = core.Config(**settings), ((0, 2), (1,))
+    plan = core.plan_memory(config, leaves, blocks)
+    bytes_of = {
+        name: sum(_nbytes(a) for a in (value if isinstance(value, tuple) else [value]))
+        for name, value in core.init(config, leaves, blocks, xp)._asdict().items()
+    }
+    assert plan.history == bytes_of["history"]
+    assert plan.metric == bytes_of["moment"]
+    assert plan.averages == sum(bytes_of[f"{a}_{b}"] for a in ("mean", "prev") for b in ("params", "grads"))
+    assert plan.total == sum(bytes_of.values()) == sum(plan[:-1])
+
+
+def _nbytes(array):
+    bits = {"bool": 8, "int32": 32, "float16": 16, "float32": 32, "float64": 64}
+    return int(np.prod(array.shape)) * bits[str(array.dtype).rpartition(".")[2]] // 8
+
+
+@pytest.mark.parametrize("name", ["default", "fit", "paper"])
+@pytest.mark.parametrize("when", ["plain", "check", "refresh"])
+def test_a_step_allocates_the_update_and_a_few_tiles(name, when):
+    config, n, tile = config_of(name, history_size=10), 1_000_000, 2**12
+    rng = np.random.default_rng(0)
+    x, g = (rng.normal(size=n).astype(np.float32) for _ in range(2))
+    kernels = core.Kernels(numpy_namespace, tile=tile)
+    state = core.init(config, [x])
+    state = core.step(config, state, [x], [g], kernels=kernels)[1]
+    flags = {"when_check": when == "check", "when_due": when == "refresh"}
+    tracemalloc.start()
+    core.step(config, state, [x], [g], kernels=kernels, **flags)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A refresh holds tiles of all rows; bookkeeping and coefficients take some kilobytes per tile.
+    assert peak < x.nbytes + 60 * tile * 4 + 1e6
+
+
+def test_a_functional_backend_keeps_what_it_was_given():
+    config, x = core.Config(), jnp.ones(5)
+    state = core.init(config, [x])
+    before = jax.tree.map(np.asarray, state)
+    core.step(config, state, [x], [x])
+    assert_states_equal(state, before)
