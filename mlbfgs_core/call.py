@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
     def scalar(self, value: Array, leaf: Array) -> Array:
         """A coefficient in the accumulation dtype of a leaf's average."""
-        return self.xp.astype(value, leaf.dtype, copy=False)
+        return self.kernels.cast(value, leaf.dtype)
 
     def device(self, state: State) -> Any:
         """The state's device, traced or not."""
@@ -83,7 +83,7 @@ class Call(NamedTuple):
             for leaf in block:
                 part = parts[leaf]
                 if part is not None:
-                    total = total + self.xp.astype(part, self.dtype, copy=False)
+                    total = total + self.kernels.cast(part, self.dtype)
             sums.append(total)
         return self.xp.stack(sums)
 

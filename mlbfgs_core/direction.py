@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +19,11 @@ from .state import State
 __all__ = ["direction", "step", "upcoming"]
 
 Array = Any
-WARM_UP = 0.01
+WARM_UP, WARM_UP_GROWTH, WARM_UP_MOST = 0.01, 1.5, 0.3
 """Length of a direction before the first pair with ``step_length="clip"``, relative to the
-parameters' norm; and the least norm that counts, relative to the root of the dimension."""
+parameters' norm; its growth from step to step, for as long as noise hides the pair; its limit."""
+LEAST_NORM = 0.01
+"""The least norm of the parameters that counts, relative to the root of the dimension."""
 
 
 def step(
@@ -255,8 +258,11 @@ def _length(call: Call, state: State, seen: Observation, norm: Array) -> tuple[A
     length = xp.minimum(norm, config.clip_factor * running)
     rate = 1.0 / (xp.ones_like(norm) * config.update_every)
     followed = running + rate * (length - running)
-    least = WARM_UP * xp.sqrt(xp.sum(state.size))
-    warm_up = WARM_UP * xp.maximum(xp.sqrt(xp.sum(seen.param_square)), least)
+    norm_of_params = xp.sqrt(xp.sum(seen.param_square))
+    reach = xp.maximum(norm_of_params, LEAST_NORM * xp.sqrt(xp.sum(state.size)))
+    growth = xp.astype(state.step - 1, call.dtype) * math.log(WARM_UP_GROWTH)
+    part = WARM_UP * xp.exp(xp.minimum(growth, xp.ones_like(growth) * math.log(WARM_UP_MOST / WARM_UP)))
+    warm_up = part * reach
     started = xp.any(state.pairs > 0)
     return (
         xp.where(started, length, warm_up) / safe,

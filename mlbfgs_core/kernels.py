@@ -109,6 +109,10 @@ class Kernels:
         for start in range(0, rows, step):
             yield (slice(start, start + step), ...)
 
+    def cast(self, x: Array, dtype: Any) -> Array:
+        """`x` in a dtype; itself where it has that already, which saves a call."""
+        return x if x.dtype == dtype else self.xp.astype(x, dtype, copy=False)
+
     def store(self, array: Array, tile: Index, value: Array) -> Array:
         """`array` with `value` at the tile; consumes `array`."""
         if not self.in_place:
@@ -145,7 +149,7 @@ class Kernels:
     def rows(self, history: Array, tile: Index, dtype: Any) -> Array:
         """The tile of a history as a matrix of 2m rows in `dtype`; a view where it can be."""
         part = history[(slice(None), slice(None), *tile)]
-        return self.xp.astype(self.xp.reshape(part, (2 * history.shape[1], -1)), dtype, copy=False)
+        return self.cast(self.xp.reshape(part, (2 * history.shape[1], -1)), dtype)
 
     # The kernels. Each names the values it moves per parameter.
 
@@ -166,7 +170,7 @@ class Kernels:
         xp = self.xp
         total: list[Array] = []
         for tile in self.tiles(grad):
-            g = xp.astype(grad[tile], dtype, copy=False)
+            g = self.cast(grad[tile], dtype)
             square = self.dot(g, g)
             parts = [square]
             scaled, root = g, None
@@ -192,7 +196,7 @@ class Kernels:
         """Sum of squares of a leaf in `dtype`; reads 1 value."""
         total = None
         for tile in self.tiles(leaf):
-            x = self.xp.astype(leaf[tile], dtype, copy=False)
+            x = self.cast(leaf[tile], dtype)
             total = self.dot(x, x) if total is None else total + self.dot(x, x)
         return total
 
@@ -208,12 +212,12 @@ class Kernels:
     ) -> tuple[Array, Array, Array | None]:
         """``M += weight * (x - M)`` of parameter, gradient and squared gradient; reads 4 values and
         writes 2 (+ 2 metric). Consumes the means. Nothing changes where `keep` (0-d) is false."""
-        xp, dtype = self.xp, mean_params.dtype
+        dtype = mean_params.dtype
         moment = None if metric is None else metric.moment
         for tile in self.tiles(param):
-            x = xp.astype(param[tile], dtype, copy=False)
+            x = self.cast(param[tile], dtype)
             mean_params = self.add(mean_params, tile, weight * (x - mean_params[tile]), keep)
-            g = xp.astype(grad[tile], dtype, copy=False)
+            g = self.cast(grad[tile], dtype)
             mean_grads = self.add(mean_grads, tile, weight * (g - mean_grads[tile]), keep)
             if metric is not None:
                 moment = self.add(moment, tile, metric.change(g, tile), keep)
@@ -255,7 +259,7 @@ class Kernels:
             s, y = self._pair(means, metric, tile, valid)
             s, y = s * inverse_norm, y * inverse_norm
             new = xp.stack([s, damping[0] * y + damping[1] * s])
-            new = xp.expand_dims(xp.astype(new, history.dtype, copy=False), axis=1)
+            new = xp.expand_dims(self.cast(new, history.dtype), axis=1)
             where = (slice(None), slice(None), *tile)
             part = history[where]
             new = xp.where(keep, new, xp.take(part, slot, axis=1))
@@ -279,7 +283,7 @@ class Kernels:
             rows = self.rows(history, tile, dtype)
             right = xp.take(rows, picked, axis=0)
             if grad is not None:
-                g = xp.astype(grad[tile], dtype, copy=False)
+                g = self.cast(grad[tile], dtype)
                 g = g if metric is None else g / metric.root(self, metric.moment[tile])
                 right = xp.concat([right, xp.reshape(g, (1, -1))])
             part = self.matmul(rows, xp.matrix_transpose(right))
@@ -317,7 +321,7 @@ class Kernels:
         xp = self.xp
         update, square = xp.empty_like(grad), None
         for tile in self.tiles(grad):
-            g = xp.astype(grad[tile], dtype, copy=False)
+            g = self.cast(grad[tile], dtype)
             root = None if metric is None else metric.root(self, metric.moment[tile])
             g = g if root is None else g / root
             d = self.matmul(coefficients, self.rows(history, tile, dtype))
@@ -325,15 +329,14 @@ class Kernels:
             d = xp.where(keep, d if root is None else d / root, 0.0)
             if root is not None:
                 square = self.dot(d, d) if square is None else square + self.dot(d, d)
-            update = self.store(update, tile, xp.astype(d, grad.dtype, copy=False))
+            update = self.store(update, tile, self.cast(d, grad.dtype))
         return update, square
 
     def scale(self, update: Array, factor: Array) -> Array:
         """``update * factor``; consumes the update; moves 2 values."""
-        xp = self.xp
         for tile in self.tiles(update):
-            scaled = xp.astype(update[tile], factor.dtype, copy=False) * factor
-            update = self.store(update, tile, xp.astype(scaled, update.dtype, copy=False))
+            scaled = self.cast(update[tile], factor.dtype) * factor
+            update = self.store(update, tile, self.cast(scaled, update.dtype))
         return update
 
     def _pair(self, means: Means, metric: Metric | None, tile: Index, valid: Array) -> tuple[Array, Array]:

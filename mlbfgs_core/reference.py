@@ -216,7 +216,8 @@ class Reference:
             return [d / norm for d in directions]
         if not with_pairs:
             theta, dim = np.concatenate(thetas), sum(len(g) for g in grads)
-            length = 0.01 * max(np.linalg.norm(theta), 0.01 * np.sqrt(dim))
+            part = min(0.01 * 1.5 ** (self.steps - 1), 0.3)
+            length = part * max(np.linalg.norm(theta), 0.01 * np.sqrt(dim))
             return [d * (length / norm) for d in directions]
         running = self.length or norm
         length = min(norm, cfg.clip_factor * running)

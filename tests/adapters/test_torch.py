@@ -55,7 +55,11 @@ def flat(values):
     return torch.cat([value.detach().reshape(-1) for value in values])
 
 
-@pytest.mark.parametrize("settings", [{}, FAST, {"preset": "fit"}, {"preset": "lbfgs"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"update_every": 6}, FAST, {"preset": "fit", "update_every": 6}, {"preset": "lbfgs"}],
+    ids=str,
+)
 def test_trajectory_is_the_cores(settings):
     data, model = make_data(20), make_model()
     twin = weights(model)
