@@ -94,7 +94,8 @@ class Kernels:
         self.xp = xp
         self.tile = tile
         self.in_place = not is_jax_namespace(xp)
-        self.sets_by_index = not is_array_api_strict_namespace(xp)
+        # The standard itself has no assignment by an index array.
+        self.indexes_by_array = not is_array_api_strict_namespace(xp)
 
     # Elementary operations.
 
@@ -128,6 +129,12 @@ class Kernels:
         part = array[tile]
         part += change
         return array
+
+    def pick(self, array: Array, index: Array, axis: int) -> Array:
+        """`array` at the positions of a 1-d index array along an axis."""
+        if not self.indexes_by_array:
+            return self.xp.take(array, index, axis=axis)
+        return array[(slice(None),) * axis + (index, ...)]  # NumPy's take copies a strided array whole
 
     def dot(self, a: Array, b: Array) -> Array:
         """Inner product over all axes, in the arrays' (full) precision."""
@@ -262,11 +269,11 @@ class Kernels:
             new = xp.expand_dims(self.cast(new, history.dtype), axis=1)
             where = (slice(None), slice(None), *tile)
             part = history[where]
-            new = xp.where(keep, new, xp.take(part, slot, axis=1))
-            if self.sets_by_index:
+            new = xp.where(keep, new, self.pick(part, slot, 1))
+            if self.indexes_by_array:
                 part = xpx.at(part)[:, slot, ...].set(new)
                 history = history if self.in_place else part
-            else:  # the standard itself has no assignment by an index array
+            else:
                 ring = xp.reshape(xp.arange(part.shape[1]), (1, -1) + (1,) * (part.ndim - 2))
                 history[where] = xp.where(ring == slot[0], new, part)
         return history
@@ -281,7 +288,7 @@ class Kernels:
         picked = xp.concat([slot, slot + m])
         for tile in self.tiles(history[0, 0, ...]):
             rows = self.rows(history, tile, dtype)
-            right = xp.take(rows, picked, axis=0)
+            right = self.pick(rows, picked, 0)
             if grad is not None:
                 g = self.cast(grad[tile], dtype)
                 g = g if metric is None else g / metric.root(self, metric.moment[tile])
