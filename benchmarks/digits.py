@@ -76,8 +76,8 @@ TASKS = (
         name="classifier",
         widths=(SIDE**2, 128, 64, 32, 10),
         activation=nn.ReLU,
-        batch_size=2048,
-        steps=100,
+        batch_size=1024,
+        steps=150,
         rates={
             "mL-BFGS": (0.2, 0.5, 1.0, 2.0),
             "AdamW": (0.005, 0.01, 0.02, 0.05),
