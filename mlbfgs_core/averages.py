@@ -68,6 +68,14 @@ def project(
     -----
     Reads ``2 m + 1`` values per parameter, one more for the metric, one for an adaptive schedule and
     one for ``step_length="clip"``. Reduces ``B * (2 m + 1)`` numbers and one more for each of these.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mlbfgs_core import init
+    >>> config, x = Config(preset="lbfgs"), np.asarray([1.0, 2.0])
+    >>> project(config, init(config, [x]), [x], [3 * x]).grad_square
+    array([45.])
     """
     call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
     return project_call(call, state, params, grads)
@@ -159,6 +167,15 @@ def observe(
     ----------
     Niu et al. 2023, Algorithm 1, the momentum updates ``M <- beta M + (1 - beta) x``. Difference
     from the paper: with ``beta=None`` the plain mean over the window.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mlbfgs_core import init
+    >>> config, x = Config(preset="lbfgs"), np.asarray([1.0, 2.0])
+    >>> state = observe(config, init(config, [x]), [x], [3 * x])
+    >>> bool(state.due), state.mean_grads[0]
+    (True, array([3., 6.]))
     """
     call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
     if observation is None:

@@ -168,6 +168,14 @@ def direction(
     ----------
     Byrd, Nocedal & Schnabel 1994 for the compact form. Difference from the paper: its steps have no
     length control (``step_length="none"``).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mlbfgs_core import init
+    >>> config, x = Config(step_length="unit", metric_power=0.0), np.asarray([3.0, 4.0])
+    >>> direction(config, init(config, [x]), [x])[0][0]
+    array([0.6, 0.8])
     """
     call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
     seen = project_call(call, state, params, grads, observed=True)

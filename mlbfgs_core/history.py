@@ -55,6 +55,18 @@ def refresh(
     ----------
     Niu et al. 2023, Algorithm 1: ``s = M_theta(t) - M_theta(t')``, ``y = M_g(t) - M_g(t')``, damping,
     push. Difference from the paper: both members are divided by ``|s|``, which leaves `H` as it is.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mlbfgs_core import init, observe
+    >>> config, x = Config(preset="lbfgs"), np.asarray([1.0, 2.0])
+    >>> state = init(config, [x])
+    >>> for point in (x, 2 * x):
+    ...     state = observe(config, state, [point], [3 * point])
+    ...     state = refresh(config, state, state.due)
+    >>> state.mu
+    array([3.])
     """
     call = prepare(config, state, blocks, kernels, reduce)
     due = call.xp.ones_like(state.due) & due

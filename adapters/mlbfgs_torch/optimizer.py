@@ -118,7 +118,7 @@ class MLBFGS(Optimizer):
             group["momentum"] = core.preset_momentum(config.preset)
         _check_hyperparameters({**self.defaults, **group})
         params = group["params"]
-        if not isinstance(params, Tensor):
+        if not isinstance(params, (Tensor, set)):  # the base class refuses sets
             group["params"] = params = list(params)
         _check_params([params] if isinstance(params, Tensor) else params)
         super().add_param_group(group)

@@ -377,6 +377,7 @@ def test_bad_settings_are_refused(arguments, error, words):
     ("params", "error", "words"),
     [
         ([], ValueError, "empty parameter list"),
+        ([{"params": {nn.Parameter(torch.ones(2))}}], TypeError, "ordered collections"),
         ([{"params": []}], ValueError, "`params` must hold at least one parameter, got none"),
         ([nn.Parameter(torch.ones(2, dtype=torch.complex64))], TypeError, "complex64"),
         ([torch.ones(2, dtype=torch.int64)], TypeError, "int64"),

@@ -212,7 +212,8 @@ def test_leaf_that_gets_its_gradient_later_joins_the_pairs(xp):
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5])
-@pytest.mark.parametrize("scales", [(1e6, 1.0), (1.0, 1e3), (1e-4, 1e-2)])
+# Not to smaller parameters: the warm-up's length has a least norm of the parameters.
+@pytest.mark.parametrize("scales", [(1e6, 1.0), (1.0, 1e3), (1e-4, 1e2)])
 def test_rescaling_loss_and_parameters_leaves_fit_alone(xp, scales, power):
     loss, unit = scales
     if power and unit != 1.0:
