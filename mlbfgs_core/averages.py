@@ -258,9 +258,13 @@ def _advance(call: Call, state: State, grads: Sequence[Array | None]) -> tuple[A
         mean_weights = xp.where(steps == 1.0, 1.0, xp.ones_like(steps) - config.beta)
     if not config.uses_metric:
         return increments, mean_weights, mean_weights
+    return increments, mean_weights, mean_square_weight(config, steps, xp)
+
+
+def mean_square_weight(config: Config, steps: Array, xp: Any) -> Array:
+    """Weight of the newest of so many squared gradients in their bias-corrected running mean."""
     decay = xp.ones_like(steps) * config.metric_beta
-    # The bias-corrected running mean, written as a running mean of its own.
-    return increments, mean_weights, (1.0 - decay) / (1.0 - decay**steps)
+    return (1.0 - decay) / (1.0 - decay**steps)
 
 
 def _follow_noise(call: Call, state: State, seen: Observation) -> State:

@@ -11,7 +11,7 @@ from array_api_compat import device as array_device
 from .blocks import Blocks, one_block, validate_blocks
 from .config import Config
 from .kernels import Kernels, Means, Metric
-from .state import State, dtype_name
+from .state import LEAF_DTYPES, State, dtype_name
 
 __all__ = ["Call", "Reduce", "When", "prepare", "run_if"]
 
@@ -152,7 +152,7 @@ def _check_leaves(name: str, arrays: Sequence[Array | None], state: State) -> No
                 f"`{name}`[{index}] must have the shape {tuple(history.shape[2:])}, got {tuple(array.shape)}"
             )
             raise ValueError(msg)
-        if dtype_name(array) not in ("float16", "bfloat16", "float32", "float64"):
+        if dtype_name(array) not in LEAF_DTYPES:
             msg = f"`{name}`[{index}] must be of a real floating-point dtype, got {array.dtype}"
             raise TypeError(msg)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from .averages import Observation, is_check, is_due, observe_call, project_call
+from .averages import Observation, is_check, is_due, mean_square_weight, observe_call, project_call
 from .blocks import Blocks
 from .call import Call, Reduce, When, prepare, run_if
 from .config import Config
@@ -215,7 +215,8 @@ def _direction(
     both = xp.sqrt(norm_square) * xp.sqrt(seen.grad_square)
     cosine = along / xp.where(both > 0, both, 1.0)
     size = xp.where(state.size > 0, state.size, 1.0)
-    weight = _mean_square_weight(call, state)
+    steps = xp.astype(xp.maximum(state.step, xp.ones_like(state.step)), call.dtype)
+    weight = mean_square_weight(config, steps, xp)
     mean_square = state.mean_square + weight * (seen.grad_square / size - state.mean_square)
     state = state._replace(
         cosine=xp.where(keep, cosine, state.cosine),
@@ -276,11 +277,3 @@ def _length(call: Call, state: State, seen: Observation, norm: Array) -> tuple[A
         xp.where(started, length, warm_up) / safe,
         xp.where(started & positive, followed, state.length),
     )
-
-
-def _mean_square_weight(call: Call, state: State) -> Array:
-    """Weight of this step in the bias-corrected running mean of the mean squared gradient."""
-    xp = call.xp
-    steps = xp.astype(xp.maximum(state.step, xp.ones_like(state.step)), call.dtype)
-    decay = xp.ones_like(steps) * call.config.metric_beta
-    return (1.0 - decay) / (1.0 - decay**steps)

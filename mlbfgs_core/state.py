@@ -6,17 +6,27 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from array_api_compat import array_namespace, is_array_api_obj
 from array_api_compat import device as array_device
-from array_api_compat import is_array_api_obj
 
 from .blocks import Blocks, one_block, validate_blocks
 from .config import Config
 
-__all__ = ["LEAF_ARRAYS", "Array", "MemoryPlan", "State", "accumulation_dtype", "init", "plan_memory"]
+__all__ = [
+    "LEAF_ARRAYS",
+    "LEAF_DTYPES",
+    "Array",
+    "MemoryPlan",
+    "State",
+    "accumulation_dtype",
+    "init",
+    "plan_memory",
+]
 
 Array = Any
 _BYTES = {"bool": 1, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-_LEAF_DTYPES = ("float16", "bfloat16", "float32", "float64")
+LEAF_DTYPES = ("float16", "bfloat16", "float32", "float64")
+"""Names of the dtypes that a leaf may have."""
 
 
 class State(NamedTuple):
@@ -153,8 +163,6 @@ def init(config: Config, leaves: Sequence[Array], blocks: Blocks | None = None, 
     """
     blocks = _check(config, leaves, blocks)
     if xp is None:
-        from array_api_compat import array_namespace
-
         xp = array_namespace(*leaves)
     devices = [array_device(leaf) if is_array_api_obj(leaf) else None for leaf in leaves]
     if len(set(map(str, devices))) > 1:
@@ -274,8 +282,8 @@ def _check(config: Config, leaves: Sequence[Array], blocks: Blocks | None) -> Bl
         msg = "`leaves` must hold at least one array, got none"
         raise ValueError(msg)
     for index, leaf in enumerate(leaves):
-        if dtype_name(leaf) not in _LEAF_DTYPES:
-            msg = f"`leaves`[{index}] must be of one of the dtypes {_LEAF_DTYPES}, got {leaf.dtype}"
+        if dtype_name(leaf) not in LEAF_DTYPES:
+            msg = f"`leaves`[{index}] must be of one of the dtypes {LEAF_DTYPES}, got {leaf.dtype}"
             raise TypeError(msg)
     if blocks is None:
         return one_block(len(leaves))

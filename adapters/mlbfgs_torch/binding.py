@@ -11,15 +11,15 @@ import torch
 import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
 
-__all__ = ["LEAF_COUNTS", "Flags", "bind", "store"]
+__all__ = ["Flags", "bind", "store"]
 
-LEAF_COUNTS = ("leaf_steps", "leaf_window", "leaf_prev_window")
+_LEAF_COUNTS = ("leaf_steps", "leaf_window", "leaf_prev_window")
 _COEFFICIENTS = tuple(name for name in core.State._fields if name not in core.LEAF_ARRAYS)
 _PER_UNIT = (
     "step", "skipped", "accepted", "window", "prev_window", "scatter", "prev_scatter", "signal_to_noise",
     "pending", "due", "length",
 )  # fmt: skip
-_PER_BLOCK = tuple(name for name in _COEFFICIENTS if name not in (*LEAF_COUNTS, *_PER_UNIT, "size"))
+_PER_BLOCK = tuple(name for name in _COEFFICIENTS if name not in (*_LEAF_COUNTS, *_PER_UNIT, "size"))
 
 
 def bind(
@@ -40,7 +40,7 @@ def bind(
         memory[param].update(
             {name: getattr(fresh, name)[index] for name in core.LEAF_ARRAYS if getattr(fresh, name)}
         )
-        memory[param].update({name: getattr(fresh, name)[index] for name in LEAF_COUNTS})
+        memory[param].update({name: getattr(fresh, name)[index] for name in _LEAF_COUNTS})
     known = [param for param in params if "gram" in memory[param]]
 
     def of_block(name: str, block: tuple[int, ...]) -> torch.Tensor:
@@ -51,7 +51,7 @@ def bind(
         name: tuple(memory[param][name] for param in params) if getattr(fresh, name) else ()
         for name in core.LEAF_ARRAYS
     }
-    for name in LEAF_COUNTS:
+    for name in _LEAF_COUNTS:
         values[name] = torch.stack([memory[param][name] for param in params])
     for name in _PER_BLOCK:
         values[name] = torch.stack([of_block(name, block) for block in blocks])
@@ -63,7 +63,7 @@ def bind(
     for number, block in enumerate(blocks):
         for i in block:
             entry = memory[params[i]]
-            entry.update({name: getattr(state, name)[i] for name in LEAF_COUNTS})
+            entry.update({name: getattr(state, name)[i] for name in _LEAF_COUNTS})
             entry.update({name: getattr(state, name)[number] for name in _PER_BLOCK})
             entry.update({name: getattr(state, name) for name in _PER_UNIT})
     return state

@@ -15,13 +15,14 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks, BlockSpec
+from mlbfgs_core.state import LEAF_DTYPES
 
 from .binding import Flags, bind, store
 
 __all__ = ["MLBFGS"]
 
 _SETTINGS = tuple(field.name for field in fields(core.Config))
-_LEAF_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LEAF_DTYPES = tuple(getattr(torch, name) for name in LEAF_DTYPES)
 # Values handled at a time: several times a CPU's cores' caches, all but the largest leaves of a GPU.
 _TILE = {"cpu": 2**18}
 _DEVICE_TILE = 2**26
@@ -60,8 +61,8 @@ class MLBFGS(Optimizer):
     -----
     A step whose gradients hold a NaN or an infinity changes nothing; `diagnostics` counts it. A
     parameter without a gradient keeps still. Memory: ``(2 * history_size + 6) * 4`` bytes per float32
-    parameter with default settings (`mlbfgs_core.plan_memory` gives the exact figure, to which the
-    momentum adds one array). No step waits for a GPU.
+    parameter with default settings and momentum (`mlbfgs_core.plan_memory` gives the exact
+    figure without the momentum's array). No step waits for a GPU.
 
     References
     ----------
