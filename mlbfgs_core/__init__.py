@@ -13,7 +13,7 @@ from .averages import Observation, observe, project
 from .blocks import partition
 from .config import Config, Settings, preset_momentum
 from .diagnostics import Diagnostics, Spectrum, diagnostics, spectrum
-from .direction import direction, step, upcoming
+from .direction import direction, step, unscaled_step, upcoming
 from .history import refresh
 from .kernels import Kernels
 from .state import LEAF_ARRAYS, MemoryPlan, State, init, plan_memory
@@ -39,5 +39,6 @@ __all__ = [
     "refresh",
     "spectrum",
     "step",
+    "unscaled_step",
     "upcoming",
 ]

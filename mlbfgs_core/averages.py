@@ -20,7 +20,7 @@ NOISE_WEIGHT = 0.1
 
 
 class Observation(NamedTuple):
-    """The reduced inner products of one step, and whether all of them are finite."""
+    """The reduced inner products of one step, whether all of them are finite, and the metric."""
 
     rows: Array
     """(B, 2m): `b`, the stored rows times the gradient, in the metric."""
@@ -34,6 +34,8 @@ class Observation(NamedTuple):
     """(B,): squared norm of the parameters, where the length control needs it."""
     finite: Array
     """0-d bool, over all blocks."""
+    inverse_roots: tuple[Array | None, ...]
+    """The metric's ``q ** -0.5`` of each leaf, so that a step forms it once; the step consumes it."""
 
 
 def project(
@@ -92,11 +94,13 @@ def project_call(
     """`project` after its arguments have been checked; `observed`: the gradient is in the averages."""
     config, kernels, xp = call.config, call.kernels, call.xp
     _, mean_weights, moment_weights = _advance(call, state, grads)
-    metrics = call.metrics(state, None if observed else moment_weights)
+    metrics = call.metrics(state, weights=None if observed else moment_weights)
     parts: list[Array | None] = []
+    inverse_roots: list[Array | None] = []
     for leaf, grad in enumerate(grads):
         if grad is None:
             parts.append(None)
+            inverse_roots.append(None)
             continue
         mean = state.mean_grads[leaf]
         part = kernels.project(
@@ -107,6 +111,7 @@ def project_call(
             metrics[leaf],
             mean.dtype,
         )
+        inverse_roots.append(part.inverse_root)
         numbers = [part.grad_square, part.metric_square, part.scatter]
         if config.step_length == "clip":
             numbers.append(kernels.square(_needed(params)[leaf], mean.dtype))
@@ -122,6 +127,7 @@ def project_call(
         scatter=next(rest) if config.adaptive else xp.zeros_like(grad_square),
         param_square=next(rest) if config.step_length == "clip" else None,
         finite=xp.all(xp.isfinite(sums)),
+        inverse_roots=tuple(inverse_roots),
     )
 
 
@@ -195,7 +201,7 @@ def observe_call(
     config, xp, keep = call.config, call.xp, seen.finite
     one = xp.astype(keep, xp.int32)
     increments, mean_weights, moment_weights = _advance(call, state, grads)
-    metrics = call.metrics(state, moment_weights)
+    metrics = call.metrics(state, weights=moment_weights)
     mean_params, mean_grads, moments = list(state.mean_params), list(state.mean_grads), list(state.moment)
     for leaf, grad in enumerate(grads):
         if grad is None:
@@ -224,7 +230,8 @@ def observe_call(
     if not config.adaptive:
         return state
     asked = keep & is_check(config, window, state)
-    result: State = run_if(when, asked, lambda state: check(call, state, asked), state)
+    metrics = call.metrics(state, kept=seen.inverse_roots)
+    result: State = run_if(when, asked, lambda state: check(call, state, metrics, asked), state)
     return result
 
 

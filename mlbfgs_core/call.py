@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
-from array_api_compat import device as array_device
 
 from .blocks import Blocks, one_block, validate_blocks
 from .config import Config
 from .kernels import Kernels, Means, Metric
-from .state import LEAF_DTYPES, State, dtype_name
+from .state import LEAF_DTYPES, State, accumulation_dtype, dtype_name
 
 __all__ = ["Call", "Reduce", "When", "prepare", "run_if"]
 
@@ -43,7 +42,7 @@ class Call(NamedTuple):
 
     def device(self, state: State) -> Any:
         """The state's device, traced or not."""
-        return array_device(state.gamma)
+        return self.kernels.device(state.gamma)
 
     def means(self, state: State, leaf: int) -> Means:
         """The averages of one leaf."""
@@ -51,8 +50,15 @@ class Call(NamedTuple):
             state.mean_params[leaf], state.mean_grads[leaf], state.prev_params[leaf], state.prev_grads[leaf]
         )
 
-    def metrics(self, state: State, weights: Array | None = None) -> list[Metric | None]:
-        """The metric of each leaf; `weights` (L,) are those with which a gradient is to enter."""
+    def metrics(
+        self,
+        state: State,
+        *,
+        weights: Array | None = None,
+        kept: Sequence[Array | None] | None = None,
+    ) -> list[Metric | None]:
+        """The metric of each leaf; `weights` (L,) are those with which a gradient is to enter, `kept` the
+        inverse roots of a projection."""
         if not self.config.uses_metric:
             return [None] * len(state.history)
         tiny = self.xp.finfo(self.dtype).smallest_normal
@@ -67,6 +73,7 @@ class Call(NamedTuple):
                     weight,
                     self.scalar(floors[number], moment),
                     self.config.metric_power,
+                    None if kept is None else kept[leaf],
                 )
         return result
 
@@ -103,7 +110,7 @@ def prepare(
     ValueError
         A number of leaves, a shape or a partition that does not match the state, or no gradient at all.
     TypeError
-        A gradient whose dtype is not its parameter's or not a real floating-point one.
+        A gradient whose dtype is neither its parameter's nor that of its averages.
     """
     count = len(state.history)
     if blocks is None:
@@ -121,9 +128,11 @@ def prepare(
         msg = "`grads` must hold at least one array, got only None"
         raise ValueError(msg)
     for index, (param, grad) in enumerate(zip(params or (), grads or (), strict=False)):
-        if param is not None and grad is not None and dtype_name(param) != dtype_name(grad):
-            msg = f"`grads`[{index}] must have the parameter's dtype {param.dtype}, got {grad.dtype}"
-            raise TypeError(msg)
+        if grad is None or dtype_name(grad) in (dtype_name(param), accumulation_dtype(param)):
+            continue
+        rule = f"must have the parameter's dtype {dtype_name(param)} or {accumulation_dtype(param)}"
+        msg = f"`grads`[{index}] {rule}, got {grad.dtype}"
+        raise TypeError(msg)
     xp = kernels.xp if kernels is not None else array_namespace(state.gamma)
     return Call(config, blocks, kernels or Kernels(xp), reduce or _identity, xp, state.gamma.dtype)
 

@@ -16,7 +16,7 @@ from .history import refresh_call
 from .kernels import Kernels
 from .state import State
 
-__all__ = ["direction", "step", "upcoming"]
+__all__ = ["direction", "step", "unscaled_step", "upcoming"]
 
 Array = Any
 WARM_UP, WARM_UP_GROWTH, WARM_UP_MOST = 0.01, 1.5, 0.3
@@ -107,16 +107,78 @@ def step(
     3
     """
     call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
-    if observation is None:
-        observation = project_call(call, state, params, grads)
-    state = observe_call(call, state, params, grads, observation, when_check)
-    due = state.due
+    update, factor, state = _unscaled_step(call, state, params, grads, when_check, when_due, observation)
+    return _scaled(call, grads, update, factor), state
 
-    def part(operand: tuple[State, Observation]) -> tuple[State, Observation | None]:
-        return refresh_call(call, operand[0], grads, operand[1], due)
 
-    state, observation = run_if(when_due, due, part, (state, observation))
-    return _direction(call, state, grads, observation)
+def unscaled_step(
+    config: Config,
+    state: State,
+    params: Sequence[Array],
+    grads: Sequence[Array | None],
+    *,
+    blocks: Blocks | None = None,
+    kernels: Kernels | None = None,
+    reduce: Reduce | None = None,
+    when_check: When = None,
+    when_due: When = None,
+    observation: Observation | None = None,
+) -> tuple[list[Array | None], Array, State]:
+    """`step` for a caller that multiplies the update by a factor of its own anyway.
+
+    Parameters
+    ----------
+    config, state, params, grads, blocks, kernels, reduce, when_check, when_due, observation
+        As in `step`.
+
+    Returns
+    -------
+    update : list of arrays
+        In the accumulation dtype; None where the gradient is None.
+    factor : array
+        0-d: ``update * factor`` is what `step` returns; zero on a skipped step.
+    state : State
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `step`.
+
+    Notes
+    -----
+    Moves 2 values per parameter less than `step`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mlbfgs_core import init
+    >>> config, x = Config(), np.asarray([3.0, 4.0])
+    >>> update, factor, _ = unscaled_step(config, init(config, [x]), [x], [x])
+    >>> round(float(np.linalg.norm(update[0] * factor)), 6)
+    1.0
+    """
+    call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
+    return _unscaled_step(call, state, params, grads, when_check, when_due, observation)
+
+
+def _unscaled_step(
+    call: Call,
+    state: State,
+    params: Sequence[Array],
+    grads: Sequence[Array | None],
+    when_check: When,
+    when_due: When,
+    seen: Observation | None,
+) -> tuple[list[Array | None], Array, State]:
+    if seen is None:
+        seen = project_call(call, state, params, grads)
+    state = observe_call(call, state, params, grads, seen, when_check)
+
+    def part(operand: tuple[State, Array]) -> tuple[State, Array | None]:
+        return refresh_call(call, operand[0], grads, seen, state.due)
+
+    updated, rows = run_if(when_due, state.due, part, (state, seen.rows))
+    return _direction(call, updated, grads, seen._replace(rows=rows))
 
 
 def upcoming(config: Config, state: State) -> Array:
@@ -179,12 +241,23 @@ def direction(
     """
     call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
     seen = project_call(call, state, params, grads, observed=True)
-    return _direction(call, state, grads, seen)
+    update, factor, state = _direction(call, state, grads, seen)
+    return _scaled(call, grads, update, factor), state
+
+
+def _scaled(
+    call: Call, grads: Sequence[Array | None], update: Sequence[Array | None], factor: Array
+) -> list[Array | None]:
+    return [
+        None if d is None or grad is None else call.kernels.scale(d, call.scalar(factor, d), grad.dtype)
+        for d, grad in zip(update, grads, strict=True)
+    ]
 
 
 def _direction(
     call: Call, state: State, grads: Sequence[Array | None], seen: Observation
-) -> tuple[list[Array | None], State]:
+) -> tuple[list[Array | None], Array, State]:
+    """The update up to a factor, the factor, and the state."""
     config, xp, keep = call.config, call.xp, seen.finite
     gamma = _scale_of_start(call, state)
     b, square = seen.rows, seen.metric_square
@@ -197,20 +270,17 @@ def _direction(
     norm = xp.sqrt(xp.sum(norm_square))
 
     exact = not config.uses_metric  # is the norm in the metric the norm of the update?
+    unit = xp.ones_like(norm)
+    if config.step_length != "none":  # of unit length in the metric first, so that nothing overflows
+        unit = 1.0 / xp.where(norm > 0, norm, 1.0)
+    update, squares = _combine(call, state, grads, seen, c * unit, gamma * unit)
+    if not exact:
+        norm_square = call.reduce(call.block_sums(squares)) / unit**2
+        norm = xp.sqrt(xp.sum(norm_square))
     factor, length = xp.ones_like(norm), state.length
     if config.step_length != "none":
-        if exact:
-            factor, length = _length(call, state, seen, norm)
-        else:
-            factor = 1.0 / xp.where(norm > 0, norm, 1.0)
-    update, squares = _combine(call, state, grads, c * factor, gamma * factor, keep)
-    if not exact:
-        own_square = call.reduce(call.block_sums(squares)) / factor**2
-        if config.step_length != "none":
-            wanted, length = _length(call, state, seen, xp.sqrt(xp.sum(own_square)))
-            ratio = wanted / factor
-            update = [None if d is None else call.kernels.scale(d, ratio) for d in update]
-        norm_square = own_square
+        factor, length = _length(call, state, seen, norm)
+    factor = xp.where(keep, factor / unit, 0.0)
 
     both = xp.sqrt(norm_square) * xp.sqrt(seen.grad_square)
     cosine = along / xp.where(both > 0, both, 1.0)
@@ -223,13 +293,18 @@ def _direction(
         mean_square=xp.where(keep, mean_square, state.mean_square),
         length=xp.where(keep, length, state.length),
     )
-    return update, state
+    return update, factor, state
 
 
 def _combine(
-    call: Call, state: State, grads: Sequence[Array | None], c: Array, gamma: Array, keep: Array
+    call: Call,
+    state: State,
+    grads: Sequence[Array | None],
+    seen: Observation,
+    c: Array,
+    gamma: Array,
 ) -> tuple[list[Array | None], list[Array | None]]:
-    metrics = call.metrics(state)
+    metrics = call.metrics(state, kept=seen.inverse_roots)
     update: list[Array | None] = [None] * len(grads)
     squares: list[Array | None] = [None] * len(grads)
     for number, block in enumerate(call.blocks):
@@ -242,7 +317,7 @@ def _combine(
                     call.scalar(c[number, :], mean),
                     call.scalar(gamma[number], mean),
                     metrics[leaf],
-                    keep,
+                    seen.finite,
                     mean.dtype,
                 )
     return update, squares

@@ -48,8 +48,7 @@ def refresh(
     Notes
     -----
     Reads ``2 m`` values per parameter, and moves about 22 more: inner products, the new row, the
-    exchange of averages. Reduces three times, ``B * (4 m + 5)`` numbers in all (in a
-    step ``B * (6 m + 5)``).
+    exchange of averages. Reduces three times, ``B * (4 m + 7)`` numbers in all.
 
     References
     ----------
@@ -79,17 +78,19 @@ def refresh_call(
     grads: Sequence[Array | None] | None,
     seen: Observation | None,
     due: Array,
-) -> tuple[State, Observation | None]:
-    """`refresh` after its arguments have been checked; projects the gradient on the new rows too."""
+) -> tuple[State, Array | None]:
+    """`refresh` after its arguments have been checked; with an observation also its `rows`, with the
+    gradient projected on the new pair too."""
     xp, m = call.xp, call.config.history_size
-    pair = products(call, state)
+    metrics = call.metrics(state, kept=None if seen is None else seen.inverse_roots)
+    pair = products(call, state, metrics)
     damping = damp(call, state, pair)
     complete = due & (state.prev_window > 0)
     keep = complete & damping.usable
     index = xp.arange(m, device=call.device(state))
     slots = xp.astype(state.pairs, index.dtype) % m
 
-    metrics, history = call.metrics(state), list(state.history)
+    history = list(state.history)
     grams: list[Array] = [None] * len(history)
     for number, block in enumerate(call.blocks):
         slot = slots[number : number + 1]
@@ -107,19 +108,21 @@ def refresh_call(
                 keep[number],
             )
             grad = None if grads is None else grads[leaf]
-            if grads is not None and grad is None:
-                grad = xp.zeros_like(mean)
             grams[leaf] = call.kernels.gram(history[leaf], slot, grad, metrics[leaf], mean.dtype)
-    columns = call.reduce(call.block_sums(grams))
+    sums = call.reduce(call.block_sums(grams))
 
     chosen = index[None, :] == slots[:, None]
-    gram = _replace_row(state.gram, columns[:, :, 0], xp.concat([chosen, chosen & False], axis=1), xp)
-    gram = _replace_row(gram, columns[:, :, 1], xp.concat([chosen & False, chosen], axis=1), xp)
+    is_s = xp.concat([chosen, chosen & False], axis=1)
+    is_y = xp.concat([chosen & False, chosen], axis=1)
+    gram = _replace_row(state.gram, sums[:, : 2 * m], is_s, xp)
+    gram = _replace_row(gram, sums[:, 2 * m : 4 * m], is_y, xp)
     gram = xp.where(keep[:, None, None], gram, state.gram)
     pairs = state.pairs + xp.astype(keep, xp.int32)
-    operator, gamma = two_loop(gram, pairs, xp)
+    operator, gamma = two_loop(gram, pairs, xp, call.device(state))
+    rows = None
     if seen is not None:
-        seen = seen._replace(rows=xp.where(keep[:, None], columns[:, :, 2], seen.rows))
+        along = xp.where(is_s, sums[:, 4 * m, None], xp.where(is_y, sums[:, 4 * m + 1, None], seen.rows))
+        rows = xp.where(keep[:, None], along, seen.rows)
 
     fresh = keep[:, None] & chosen
     state = state._replace(
@@ -135,7 +138,7 @@ def refresh_call(
         tau=xp.where(keep, damping.tau, state.tau),
         delta=xp.where(keep, damping.delta, state.delta),
     )
-    return _turn_window(call, state, due), seen
+    return _turn_window(call, state, due), rows
 
 
 def _turn_window(call: Call, state: State, due: Array) -> State:

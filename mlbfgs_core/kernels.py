@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import array_api_extra as xpx
+from array_api_compat import device as array_device
 from array_api_compat import is_array_api_strict_namespace, is_jax_namespace
 
 __all__ = ["Array", "Kernels", "Means", "Metric", "PairTile", "Projection"]
@@ -30,18 +31,17 @@ class Metric(NamedTuple):
     """0-d: keeps `q` positive where the gradient has always been zero."""
     power: Any
 
-    def moment_with(self, grad: Array, tile: Index) -> Array:
-        """The running mean after a gradient's tile has entered."""
-        old = self.moment[tile]
-        return old if self.weight is None else old + self.change(grad, tile)
+    kept: Array | None = None
+    """``q ** -0.5`` as `Kernels.project` has kept it, of the leaf's shape."""
 
-    def change(self, grad: Array, tile: Index) -> Array:
-        """What a gradient's tile adds to the running mean."""
-        return self.weight * (grad * grad - self.moment[tile])
-
-    def root(self, kernels: Kernels, moment: Array) -> Array:
-        """``sqrt(q)`` from a tile of the running mean."""
-        return kernels.power(moment + self.floor, self.power / 4)
+    def inverse_root(self, kernels: Kernels, tile: Index, grad: Array | None = None) -> Array:
+        """A tile of ``q ** -0.5``; where the metric has a weight, `grad` enters first."""
+        if self.kept is not None:
+            return self.kept[tile]
+        moment = self.moment[tile]
+        if self.weight is not None:
+            moment = kernels.lerp(moment, grad * grad, self.weight)
+        return kernels.inverse_power(moment + self.floor, self.power / 4)
 
 
 class Means(NamedTuple):
@@ -64,14 +64,16 @@ class PairTile(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """What one leaf adds to the inner products of a step; every field in the scaled coordinates
-    of the metric but `grad_square`."""
+    """What one leaf adds to the inner products of a step; every sum in the scaled coordinates of the
+    metric but `grad_square`."""
 
     rows: Array
     """(2m,): inner products of the stored rows with the gradient."""
     grad_square: Array
     metric_square: Array | None
     scatter: Array | None
+    inverse_root: Array | None
+    """The metric's ``q ** -0.5``, of the leaf's shape, for the other kernels of this step."""
 
 
 class Kernels:
@@ -99,6 +101,10 @@ class Kernels:
 
     # Elementary operations.
 
+    def device(self, x: Array) -> Any:
+        """The device of an array, traced or not."""
+        return array_device(x)
+
     def tiles(self, leaf: Array) -> Iterator[Index]:
         """Indices that cut a leaf along its first axis."""
         size = math.prod(leaf.shape)
@@ -109,6 +115,11 @@ class Kernels:
         step = max(1, self.tile * rows // size)
         for start in range(0, rows, step):
             yield (slice(start, start + step), ...)
+
+    def scratch(self, history: Array, leaf: Array, dtype: Any) -> Array:
+        """An array of a leaf's shape, of any values, for one step's root and update; `history` tells
+        which leaf it is."""
+        return self.xp.empty_like(leaf, dtype=dtype)
 
     def cast(self, x: Array, dtype: Any) -> Array:
         """`x` in a dtype; itself where it has that already, which saves a call."""
@@ -121,14 +132,15 @@ class Kernels:
         array[tile] = value
         return array
 
-    def add(self, array: Array, tile: Index, change: Array, keep: Array) -> Array:
-        """`array` with `change` added at the tile where `keep` (0-d); consumes `array`."""
-        change = self.xp.where(keep, change, 0.0)
-        if not self.in_place:
-            return array + change
-        part = array[tile]
-        part += change
-        return array
+    def lerp(self, start: Array, end: Array, weight: Array) -> Array:
+        """``start + weight * (end - start)`` with a 0-d weight; consumes neither."""
+        return start + weight * (end - start)
+
+    def blend(self, array: Array, tile: Index, value: Array, weight: Array, keep: Array) -> Array:
+        """`array` moved by `weight` (0-d) towards a value at the tile where `keep` (0-d), whatever the
+        value holds where not; consumes `array`."""
+        old = array[tile]
+        return self.store(array, tile, self.xp.where(keep, self.lerp(old, value, weight), old))
 
     def pick(self, array: Array, index: Array, axis: int) -> Array:
         """`array` at the positions of a 1-d index array along an axis."""
@@ -140,18 +152,23 @@ class Kernels:
         """Inner product over all axes, in the arrays' (full) precision."""
         return self.xp.matmul(self.xp.reshape(a, (-1,)), self.xp.reshape(b, (-1,)))
 
-    def matmul(self, a: Array, b: Array) -> Array:
-        """Matrix product in the arrays' full precision."""
-        return self.xp.matmul(a, b)
+    def times(self, rows: Array, x: Array) -> Array:
+        """Inner products (2m,) of a tile's rows with a vector, in the arrays' full precision."""
+        return self.xp.matmul(rows, x)
 
-    def power(self, x: Array, exponent: Any) -> Array:
-        """``x ** exponent`` of a positive array; by square roots where they suffice (far cheaper)."""
+    def weighted(self, coefficients: Array, rows: Array) -> Array:
+        """The sum of a tile's rows with these weights, in the arrays' full precision."""
+        return self.xp.matmul(coefficients, rows)
+
+    def inverse_power(self, x: Array, exponent: Any) -> Array:
+        """``x ** -exponent`` of a positive array; by square roots where they suffice (far cheaper).
+        May consume `x`."""
         halvings = -math.log2(exponent) if isinstance(exponent, float) and exponent > 0 else 0.5
         if not halvings.is_integer() or halvings < 0:
-            return x**exponent
+            return x**-exponent
         for _ in range(int(halvings)):
             x = self.xp.sqrt(x)
-        return x
+        return 1.0 / x
 
     def rows(self, history: Array, tile: Index, dtype: Any) -> Array:
         """The tile of a history as a matrix of 2m rows in `dtype`; a view where it can be."""
@@ -169,27 +186,28 @@ class Kernels:
         metric: Metric | None,
         dtype: Any,
     ) -> Projection:
-        """Project a gradient on the stored rows; reads 2m + 1 values (+ 1 metric, + 1 scatter).
+        """Project a gradient on the stored rows; reads 2m + 1 values (+ 1 scatter, + 1 metric, of which
+        it writes the root).
 
         Where `metric` has a weight, the gradient enters it first. `mean_grad` is None where no scatter
         is needed.
         """
         xp = self.xp
         total: list[Array] = []
+        inverse_root = None if metric is None else self.scratch(history, grad, dtype)
         for tile in self.tiles(grad):
-            g = self.cast(grad[tile], dtype)
-            square = self.dot(g, g)
-            parts = [square]
-            scaled, root = g, None
+            scaled = g = self.cast(grad[tile], dtype)
+            parts = [self.dot(g, g)]
             if metric is not None:
-                root = metric.root(self, metric.moment_with(g, tile))
-                scaled = g / root
+                root = metric.inverse_root(self, tile, g)
+                inverse_root = self.store(inverse_root, tile, root)
+                scaled = g * root
                 parts.append(self.dot(scaled, scaled))
             if mean_grad is not None:
                 off = g - mean_grad[tile]
-                off = off if root is None else off / root
+                off = off if metric is None else off * root
                 parts.append(self.dot(off, off) * scatter_weight)
-            parts.insert(0, self.matmul(self.rows(history, tile, dtype), xp.reshape(scaled, (-1,))))
+            parts.insert(0, self.times(self.rows(history, tile, dtype), xp.reshape(scaled, (-1,))))
             total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
         rest = iter(total[2:])
         return Projection(
@@ -197,6 +215,7 @@ class Kernels:
             total[1],
             None if metric is None else next(rest),
             None if mean_grad is None else next(rest),
+            inverse_root,
         )
 
     def square(self, leaf: Array, dtype: Any) -> Array:
@@ -222,20 +241,29 @@ class Kernels:
         dtype = mean_params.dtype
         moment = None if metric is None else metric.moment
         for tile in self.tiles(param):
-            x = self.cast(param[tile], dtype)
-            mean_params = self.add(mean_params, tile, weight * (x - mean_params[tile]), keep)
+            mean_params = self.blend(mean_params, tile, self.cast(param[tile], dtype), weight, keep)
             g = self.cast(grad[tile], dtype)
-            mean_grads = self.add(mean_grads, tile, weight * (g - mean_grads[tile]), keep)
+            mean_grads = self.blend(mean_grads, tile, g, weight, keep)
             if metric is not None:
-                moment = self.add(moment, tile, metric.change(g, tile), keep)
+                moment = self.blend(moment, tile, g * g, metric.weight, keep)
         return mean_params, mean_grads, moment
+
+    def pair(self, means: Means, metric: Metric | None, tile: Index, valid: Array) -> tuple[Array, Array]:
+        """A tile of the differences ``s`` and ``y``, in the metric; zero where `valid` (0-d) is false."""
+        xp = self.xp
+        s = xp.where(valid, means.params[tile] - means.prev_params[tile], 0.0)
+        y = xp.where(valid, means.grads[tile] - means.prev_grads[tile], 0.0)
+        if metric is None:
+            return s, y
+        root = metric.inverse_root(self, tile)
+        return s / root, y * root
 
     def pair_products(self, means: Means, metric: Metric | None, valid: Array) -> list[PairTile]:
         """Inner products of ``s`` and ``y``, tile by tile; reads 4 values (+ 1 metric)."""
         xp = self.xp
         products = []
         for tile in self.tiles(means.params):
-            s, y = self._pair(means, metric, tile, valid)
+            s, y = self.pair(means, metric, tile, valid)
             if math.prod(s.shape) == 0:
                 zero = xp.sum(s)
                 products.append(PairTile(zero, zero, zero, zero, zero))
@@ -263,7 +291,7 @@ class Kernels:
         """
         xp = self.xp
         for tile in self.tiles(means.params):
-            s, y = self._pair(means, metric, tile, valid)
+            s, y = self.pair(means, metric, tile, valid)
             s, y = s * inverse_norm, y * inverse_norm
             new = xp.stack([s, damping[0] * y + damping[1] * s])
             new = xp.expand_dims(self.cast(new, history.dtype), axis=1)
@@ -281,19 +309,23 @@ class Kernels:
     def gram(
         self, history: Array, slot: Array, grad: Array | None, metric: Metric | None, dtype: Any
     ) -> Array:
-        """Inner products (2m, 2 or 3) of all rows with the rows at a slot, as stored, and with a
-        gradient; reads 2m values."""
+        """Inner products of the two rows at a slot, as stored: with all 2m rows, and with a gradient
+        (0 where it is None). Shape (4m + 2,): those of `s`, of `y`, and the two; reads 2m values, and
+        as many again where a tile does not fit the caches."""
         xp, total = self.xp, None
         m = history.shape[1]
         picked = xp.concat([slot, slot + m])
         for tile in self.tiles(history[0, 0, ...]):
             rows = self.rows(history, tile, dtype)
-            right = self.pick(rows, picked, 0)
-            if grad is not None:
+            new = self.cast(self.pick(rows, picked, 0), dtype)
+            parts = [self.times(rows, new[0, ...]), self.times(rows, new[1, ...])]
+            if grad is None:
+                parts.append(xp.zeros_like(parts[0][:2]))
+            else:
                 g = self.cast(grad[tile], dtype)
-                g = g if metric is None else g / metric.root(self, metric.moment[tile])
-                right = xp.concat([right, xp.reshape(g, (1, -1))])
-            part = self.matmul(rows, xp.matrix_transpose(right))
+                g = g if metric is None else g * metric.inverse_root(self, tile)
+                parts.append(self.times(new, xp.reshape(g, (-1,))))
+            part = xp.concat(parts)
             total = part if total is None else total + part
         return total
 
@@ -321,36 +353,29 @@ class Kernels:
         keep: Array,
         dtype: Any,
     ) -> tuple[Array, Array | None]:
-        """``gamma g + B^T c``, and its sum of squares in a metric; zero where `keep` is false.
+        """``gamma g + B^T c`` in `dtype`, and its sum of squares in a metric; zero where `keep` is
+        false. Consumes the root that the metric has kept.
 
         Reads 2m + 1 values (+ 1 metric), writes 1.
         """
-        xp = self.xp
-        update, square = xp.empty_like(grad), None
+        xp, square = self.xp, None
+        update = None if metric is None else metric.kept
+        update = self.scratch(history, grad, dtype) if update is None else update
         for tile in self.tiles(grad):
             g = self.cast(grad[tile], dtype)
-            root = None if metric is None else metric.root(self, metric.moment[tile])
-            g = g if root is None else g / root
-            d = self.matmul(coefficients, self.rows(history, tile, dtype))
+            root = None if metric is None else metric.inverse_root(self, tile)
+            g = g if root is None else g * root
+            d = self.weighted(coefficients, self.rows(history, tile, dtype))
             d = gamma * g + xp.reshape(d, g.shape)
-            d = xp.where(keep, d if root is None else d / root, 0.0)
+            d = xp.where(keep, d if root is None else d * root, 0.0)
             if root is not None:
                 square = self.dot(d, d) if square is None else square + self.dot(d, d)
-            update = self.store(update, tile, self.cast(d, grad.dtype))
+            update = self.store(update, tile, d)
         return update, square
 
-    def scale(self, update: Array, factor: Array) -> Array:
-        """``update * factor``; consumes the update; moves 2 values."""
+    def scale(self, update: Array, factor: Array, dtype: Any) -> Array:
+        """``update * factor`` in `dtype`; consumes the update; moves 2 values."""
+        scaled = update if update.dtype == dtype else self.xp.empty_like(update, dtype=dtype)
         for tile in self.tiles(update):
-            scaled = self.cast(update[tile], factor.dtype) * factor
-            update = self.store(update, tile, self.cast(scaled, update.dtype))
-        return update
-
-    def _pair(self, means: Means, metric: Metric | None, tile: Index, valid: Array) -> tuple[Array, Array]:
-        xp = self.xp
-        s = xp.where(valid, means.params[tile] - means.prev_params[tile], 0.0)
-        y = xp.where(valid, means.grads[tile] - means.prev_grads[tile], 0.0)
-        if metric is None:
-            return s, y
-        root = metric.root(self, metric.moment[tile])
-        return s * root, y / root
+            scaled = self.store(scaled, tile, self.cast(update[tile] * factor, dtype))
+        return scaled

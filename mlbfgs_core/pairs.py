@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .call import Call
 from .config import Config
-from .kernels import PairTile
+from .kernels import Metric, PairTile
 from .state import State
 
 __all__ = ["Damping", "PairProducts", "check", "damp", "paper_tau", "products"]
@@ -49,10 +50,9 @@ class Damping(NamedTuple):
     """``1 / |s|``, by which both members are multiplied."""
 
 
-def products(call: Call, state: State) -> PairProducts:
+def products(call: Call, state: State, metrics: Sequence[Metric | None]) -> PairProducts:
     """Inner products of each block's next pair; reads 4 to 5 values per parameter, reduces twice."""
     xp = call.xp
-    metrics = call.metrics(state)
     gathered = []
     for block in call.blocks:
         tiles: list[PairTile] = []
@@ -71,14 +71,14 @@ def products(call: Call, state: State) -> PairProducts:
     return PairProducts(scales[:, 0], scales[:, 1], sums[:, 0], sums[:, 1], sums[:, 2])
 
 
-def check(call: Call, state: State, asked: Array) -> State:
+def check(call: Call, state: State, metrics: Sequence[Metric | None], asked: Array) -> State:
     """Ask whether the pair stands out of the gradient noise; if so, the next step takes it.
 
     ``|y|^2`` must exceed `signal_to_noise` times the noise expected in it, and the curvature
     `noise_floor` times its standard deviation, once that is known.
     """
     config, xp = call.config, call.xp
-    pair = products(call, state)
+    pair = products(call, state, metrics)
     s_top, y_top = xp.max(pair.s_scale), xp.max(pair.y_scale)
     s_part = pair.s_scale / xp.where(s_top > 0, s_top, 1.0)
     y_part = pair.y_scale / xp.where(y_top > 0, y_top, 1.0)

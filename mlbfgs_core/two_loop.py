@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from array_api_compat import device as array_device
-
 __all__ = ["ring_order", "two_loop"]
 
 Array = Any
@@ -30,7 +28,7 @@ def ring_order(pairs: Array, m: int, xp: Any, device: Any = None) -> Array:
     return (newest[:, None] - slots[None, :]) % m
 
 
-def two_loop(gram: Array, pairs: Array, xp: Any) -> tuple[Array, Array]:
+def two_loop(gram: Array, pairs: Array, xp: Any, device: Any = None) -> tuple[Array, Array]:
     """The inverse Hessian ``H = gamma I + B^T C B`` of each block from its Gram matrix.
 
     Parameters
@@ -66,7 +64,7 @@ def two_loop(gram: Array, pairs: Array, xp: Any) -> tuple[Array, Array]:
     array([[0.5, 0. ],
            [0. , 0.5]])
     """
-    m, device = gram.shape[-1] // 2, array_device(gram)
+    m = gram.shape[-1] // 2
     order = ring_order(pairs, m, xp, device)
     order = xp.concat([order, order + m], axis=1)
     ordered = _permute(gram, order, xp)

@@ -1,72 +1,252 @@
-"""The core's state on one side, PyTorch's dictionary per parameter on the other."""
+"""The core's state on one side, PyTorch's dictionary per parameter on the other.
+
+The core works on flat leaves: each holds the values of one large parameter, or of several small ones
+side by side, in the order in which they lie in memory. The dictionaries hold views of the same memory
+in the parameters' shapes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import array_api_compat.torch as xp
 import torch
+from torch import Tensor
 
 import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
 
-__all__ = ["Flags", "bind", "store"]
+__all__ = ["Bound", "Flags", "Leaf", "Member", "Memory", "bind", "forget_misfits", "plan_leaves", "store"]
+
+Memory = dict[Tensor, dict[str, Any]]
 
 _LEAF_COUNTS = ("leaf_steps", "leaf_window", "leaf_prev_window")
 _COEFFICIENTS = tuple(name for name in core.State._fields if name not in core.LEAF_ARRAYS)
+_UNIT_REALS = ("scatter", "prev_scatter", "signal_to_noise", "length")
 _PER_UNIT = (
-    "step", "skipped", "accepted", "window", "prev_window", "scatter", "prev_scatter", "signal_to_noise",
-    "pending", "due", "length",
+    "step", "skipped", "accepted", "window", "prev_window", "pending", "due", *_UNIT_REALS,
 )  # fmt: skip
 _PER_BLOCK = tuple(name for name in _COEFFICIENTS if name not in (*_LEAF_COUNTS, *_PER_UNIT, "size"))
 
+# Parameters of fewer values are laid side by side, in leaves of at most so many values.
+_SMALL = {"cpu": 2**16}
+_DEVICE_SMALL = 2**23
+_LARGEST_PACK = 2**26
+
+
+class Member(NamedTuple):
+    """A parameter, its group, and how it lies in memory."""
+
+    name: str
+    param: Tensor
+    group: dict[str, Any]
+    shape: tuple[int, ...]
+    """Of the real values: a complex parameter has a last axis of 2."""
+    order: tuple[int, ...]
+    """Axes from the largest stride to the smallest."""
+    dense: bool
+    """Whether `flat` is a view."""
+
+    @classmethod
+    def of(cls, name: str, param: Tensor, group: dict[str, Any]) -> Member:
+        """With the layout of the parameter."""
+        real = _real(param)
+        order = tuple(sorted(range(real.ndim), key=lambda axis: -real.stride(axis)))
+        return cls(name, param, group, tuple(real.shape), order, real.permute(order).is_contiguous())
+
+    @property
+    def size(self) -> int:
+        """Number of real values."""
+        return self.param.numel() * (2 if self.param.is_complex() else 1)
+
+    def real(self) -> Tensor:
+        """The parameter's values, as reals; writing to them writes to the parameter."""
+        return _real(self.param.detach())
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """A tensor like the parameter (or several: more axes in front), as one axis in memory order."""
+        tensor = _real(tensor)
+        lead = tensor.ndim - len(self.order)
+        order = (*range(lead), *(lead + axis for axis in self.order))
+        return tensor.permute(order).reshape((*tensor.shape[:lead], self.size))
+
+    def shaped(self, flat: Tensor) -> Tensor:
+        """The inverse of `flat`, a view."""
+        lead = flat.ndim - 1
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        spread = flat.view((*flat.shape[:-1], *(self.shape[axis] for axis in self.order)))
+        return spread.permute((*range(lead), *(lead + axis for axis in inverse)))
+
+
+class Leaf(NamedTuple):
+    """One leaf of the core: parameters of one group, block and dtype, side by side."""
+
+    members: tuple[Member, ...]
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The group to which all members belong."""
+        return self.members[0].group
+
+    def like(self) -> Tensor:
+        """Shape, dtype and device of the leaf, without memory."""
+        size = sum(member.size for member in self.members)
+        return self.members[0].real().new_zeros(()).expand(size)
+
+    def gather(self, tensors: Iterable[Tensor]) -> Tensor:
+        """One tensor per member as a flat one."""
+        flats = [member.flat(tensor) for member, tensor in zip(self.members, tensors, strict=True)]
+        return flats[0] if len(flats) == 1 else torch.cat(flats)
+
+    def spread(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat tensor (or several: more axes in front) in the members' shapes."""
+        parts = flat.split([member.size for member in self.members], dim=-1)
+        return [member.shaped(part) for member, part in zip(self.members, parts, strict=True)]
+
+
+class Bound:
+    """A core state whose arrays are those of the parameters' dictionaries.
+
+    Attributes
+    ----------
+    momentum : list of tensors
+        One flat buffer per leaf, or None.
+    """
+
+    def __init__(self, state: core.State, unit_reals: Tensor, momentum: list[Tensor | None]) -> None:
+        self._state = state
+        # As 0-d float64 tensors they would enter a compiled step as numbers, and never be written.
+        self._unit_reals = unit_reals
+        self.momentum = momentum
+
+    @property
+    def state(self) -> core.State:
+        """The state; its coefficients are views."""
+        return self._state._replace(**dict(zip(_UNIT_REALS, self._unit_reals.unbind(), strict=True)))
+
+
+def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tuple[tuple[Leaf, ...], Blocks]:
+    """Leaves for blocks of members, and the blocks of leaves.
+
+    Members share a leaf if they are small and have been observed equally often; whoever has a gradient
+    on this step does not share with who has none.
+    """
+    known = [m.param for m in members if "history" in memory.get(m.param, ())]
+    rows = torch.stack([torch.stack([memory[p][n] for n in _LEAF_COUNTS]) for p in known]) if known else None
+    counts = {} if rows is None else dict(zip(known, map(tuple, rows.tolist()), strict=True))
+    leaves: list[Leaf] = []
+    leaf_blocks = []
+    for block in blocks:
+        packs: dict[Any, list[list[Member]]] = {}
+        for index in block:
+            member = members[index]
+            kind: tuple[Any, ...] = (id(member.group), member.param.dtype, counts.get(member.param))
+            kind += (member.param.grad is None,)
+            if member.size > _SMALL.get(member.param.device.type, _DEVICE_SMALL):
+                kind = (index,)
+            pack = packs.setdefault(kind, [[]])
+            if sum(m.size for m in pack[-1]) + member.size > _LARGEST_PACK and pack[-1]:
+                pack.append([])
+            pack[-1].append(member)
+        made = [Leaf(tuple(part)) for pack in packs.values() for part in pack]
+        leaf_blocks.append(tuple(range(len(leaves), len(leaves) + len(made))))
+        leaves += made
+    return tuple(leaves), tuple(leaf_blocks)
+
+
+def forget_misfits(parts: Sequence[tuple[core.Config, Sequence[Sequence[Member]]]], memory: Memory) -> None:
+    """Empty the memory of blocks that do not continue exactly one block with the same settings.
+
+    A block's coefficients hold for its own parameters only. `parts` gives settings and blocks of all
+    parameters.
+    """
+    blocks = [
+        (config, [member for member in block if "block" in memory.get(member.param, ())])
+        for config, own in parts
+        for block in own
+    ]
+    came_from = [{memory[member.param]["block"] for member in block} for _, block in blocks]
+    origins = [label for labels in came_from for label in labels]
+    forgotten: list[Member] = []
+    reason = ""
+    for (config, block), labels in zip(blocks, came_from, strict=True):
+        changed = [member.name for member in block if not _fits(config, member, memory[member.param])]
+        if len(labels) > 1 or any(origins.count(label) > 1 for label in labels):
+            reason = "its blocks have changed"
+        elif changed:
+            reason = f"the settings of {changed[0]!r} have changed"
+        else:
+            continue
+        forgotten += block
+    for member in forgotten:
+        buffer = memory[member.param].get("momentum_buffer")
+        memory[member.param].clear()
+        if buffer is not None:
+            memory[member.param]["momentum_buffer"] = buffer
+    if forgotten:
+        msg = f"MLBFGS forgets the curvature of {len(forgotten)} parameters, since {reason}"
+        warnings.warn(msg, stacklevel=2)
+
 
 def bind(
-    config: core.Config,
-    params: Sequence[torch.Tensor],
-    blocks: Blocks,
-    memory: dict[torch.Tensor, dict[str, Any]],
-) -> core.State:
+    config: core.Config, leaves: Sequence[Leaf], blocks: Blocks, memory: Memory, first_label: int = 0
+) -> Bound:
     """Gather the core's state from the parameters' dictionaries, and make these views of it.
 
     A parameter without memory gets an empty one and joins its block. Coefficients, which all
-    parameters of a block or of the whole carry, are taken from the first that has them.
+    parameters of a block or of the whole carry, are taken from the first that has them. Blocks are
+    labelled from `first_label` on, so that `forget_misfits` knows them again.
     """
-    new = [param for param in params if "history" not in memory[param]]
-    leaves = [param.detach() for param in params]
-    fresh = core.init(config, [param.detach() for param in new or params[:1]], xp=xp)
-    for index, param in enumerate(new):
-        memory[param].update(
-            {name: getattr(fresh, name)[index] for name in core.LEAF_ARRAYS if getattr(fresh, name)}
-        )
-        memory[param].update({name: getattr(fresh, name)[index] for name in _LEAF_COUNTS})
-    known = [param for param in params if "gram" in memory[param]]
+    params = [[member.param for member in leaf.members] for leaf in leaves]
+    like = [leaf.like() for leaf in leaves]
+    # A parameter alone keeps the memory that it has.
+    alone = [len(leaf.members) == 1 and "history" in memory[leaf.members[0].param] for leaf in leaves]
+    new = [x for x, own in zip(like, alone, strict=True) if not own]
+    fresh = core.init(config, new or [like[0][:0]], xp=xp)
+    names = [name for name in core.LEAF_ARRAYS if getattr(fresh, name)]
+    values: dict[str, Any] = {name: [] for name in core.LEAF_ARRAYS}
+    arrays = {name: iter(getattr(fresh, name)) for name in names}
+    momentum: list[Tensor | None] = []
+    for leaf, own in zip(leaves, alone, strict=True):
+        entries = [memory[member.param] for member in leaf.members]
+        for name in names:
+            if own:
+                values[name].append(leaf.gather([entries[0][name]]).contiguous().to(like[0].device))
+            else:
+                values[name].append(next(arrays[name]))
+                _copy_known(name, leaf, entries, values[name][-1])
+        momentum.append(None)
+        if leaf.group["momentum"] != 0 or any("momentum_buffer" in entry for entry in entries):
+            momentum[-1] = torch.zeros_like(values["mean_params"][-1])
+            _copy_known("momentum_buffer", leaf, entries, momentum[-1])
+    everyone = [param for own in params for param in own]
 
-    def of_block(name: str, block: tuple[int, ...]) -> torch.Tensor:
-        carriers = [params[i] for i in block if name in memory[params[i]]]
-        return memory[carriers[0]][name] if carriers else getattr(fresh, name)[0]
+    def carried(name: str, carriers: Sequence[Tensor], default: Tensor) -> Tensor:
+        first = next((memory[param][name] for param in carriers if name in memory[param]), default)
+        return first.to(default.device)
 
-    values: dict[str, Any] = {
-        name: tuple(memory[param][name] for param in params) if getattr(fresh, name) else ()
-        for name in core.LEAF_ARRAYS
-    }
+    for name in core.LEAF_ARRAYS:
+        values[name] = tuple(values[name])
     for name in _LEAF_COUNTS:
-        values[name] = torch.stack([memory[param][name] for param in params])
+        values[name] = torch.stack([carried(name, own, getattr(fresh, name)[0]) for own in params])
     for name in _PER_BLOCK:
-        values[name] = torch.stack([of_block(name, block) for block in blocks])
+        default = getattr(fresh, name)[0]
+        values[name] = torch.stack(
+            [carried(name, [p for i in block for p in params[i]], default) for block in blocks]
+        )
     for name in _PER_UNIT:
-        values[name] = (memory[known[0]][name] if known else getattr(fresh, name)).clone()
-    sizes = [float(sum(leaves[i].numel() for i in block)) for block in blocks]
+        values[name] = carried(name, everyone, getattr(fresh, name)).clone()
+    sizes = [float(sum(like[i].numel() for i in block)) for block in blocks]
     values["size"] = torch.tensor(sizes, dtype=values["gamma"].dtype, device=values["gamma"].device)
-    state = core.State(**values)
+    bound = Bound(core.State(**values), torch.stack([values[name] for name in _UNIT_REALS]), momentum)
+    state = bound.state
+    _make_views(state, momentum, leaves, blocks, names, memory)
     for number, block in enumerate(blocks):
-        for i in block:
-            entry = memory[params[i]]
-            entry.update({name: getattr(state, name)[i] for name in _LEAF_COUNTS})
-            entry.update({name: getattr(state, name)[number] for name in _PER_BLOCK})
-            entry.update({name: getattr(state, name) for name in _PER_UNIT})
-    return state
+        for member in (m for i in block for m in leaves[i].members):
+            memory[member.param]["block"] = first_label + number
+    return bound
 
 
 def store(bound: core.State, new: core.State) -> None:
@@ -74,9 +254,13 @@ def store(bound: core.State, new: core.State) -> None:
 
     Parameter-sized arrays have been updated in place.
     """
-    torch._foreach_copy_(
-        [getattr(bound, name) for name in _COEFFICIENTS], [getattr(new, name) for name in _COEFFICIENTS]
-    )
+    olds = [getattr(bound, name) for name in _COEFFICIENTS]
+    values = [getattr(new, name) for name in _COEFFICIENTS]
+    if torch.compiler.is_compiling():  # Inductor of 2.13 mixes up a list of several dtypes
+        for old, value in zip(olds, values, strict=True):
+            old.copy_(value)
+    else:
+        torch._foreach_copy_(olds, values)
 
 
 class Flags:
@@ -101,3 +285,44 @@ class Flags:
             self._event.synchronize()
         check, due = self._host.numpy()
         return bool(check), bool(due)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: Tensor) -> None:
+    for view, entry in zip(leaf.spread(flat), entries, strict=True):
+        if name in entry:
+            view.copy_(entry[name])
+
+
+def _make_views(
+    state: core.State,
+    momentum: Sequence[Tensor | None],
+    leaves: Sequence[Leaf],
+    blocks: Blocks,
+    names: Sequence[str],
+    memory: Memory,
+) -> None:
+    for number, block in enumerate(blocks):
+        for i in block:
+            views = {name: leaves[i].spread(getattr(state, name)[i]) for name in names}
+            buffer = momentum[i]
+            if buffer is not None:
+                views["momentum_buffer"] = leaves[i].spread(buffer)
+            for place, member in enumerate(leaves[i].members):
+                entry = memory[member.param]
+                entry.update({name: view[place] for name, view in views.items()})
+                entry.update({name: getattr(state, name)[i] for name in _LEAF_COUNTS})
+                entry.update({name: getattr(state, name)[number] for name in _PER_BLOCK})
+                entry.update({name: getattr(state, name) for name in _PER_UNIT})
+
+
+def _fits(config: core.Config, member: Member, entry: dict[str, Any]) -> bool:
+    dtype = config.history_dtype or str(entry["mean_params"].dtype).rpartition(".")[2]
+    return (
+        entry["history"].shape == (2, config.history_size, *member.shape)
+        and entry["history"].dtype == getattr(torch, dtype)
+        and ("moment" in entry) == config.uses_metric
+    )

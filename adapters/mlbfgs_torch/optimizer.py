@@ -8,7 +8,6 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any, NamedTuple, Unpack
 
-import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
@@ -17,15 +16,19 @@ import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks, BlockSpec
 from mlbfgs_core.state import LEAF_DTYPES
 
-from .binding import Flags, bind, store
+from .binding import Flags, Leaf, Member, Memory, bind, forget_misfits, plan_leaves, store
+from .kernels import TorchKernels
 
 __all__ = ["MLBFGS"]
 
 _SETTINGS = tuple(field.name for field in fields(core.Config))
-_LEAF_DTYPES = tuple(getattr(torch, name) for name in LEAF_DTYPES)
-# Values handled at a time: several times a CPU's cores' caches, all but the largest leaves of a GPU.
-_TILE = {"cpu": 2**18}
-_DEVICE_TILE = 2**26
+_DTYPES = (
+    *(getattr(torch, name) for name in LEAF_DTYPES),
+    torch.complex32,
+    torch.complex64,
+    torch.complex128,
+)
+_SWITCHES = ("maximize", "decoupled_weight_decay", "capturable")
 
 
 class MLBFGS(Optimizer):
@@ -43,26 +46,35 @@ class MLBFGS(Optimizer):
         Heavy-ball momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and
         "fit") 0.
     weight_decay : float
-        Decoupled, as in AdamW: parameters shrink by ``lr * weight_decay`` per step.
+        Parameters shrink by ``lr * weight_decay`` per step, as in AdamW; see `decoupled_weight_decay`.
     blocks : {"all", "layer", "parameter"} or callable
         Which parameters share curvature; a callable maps a parameter's name to a label. Names come
         from ``model.named_parameters()``.
     maximize : bool
         Climb instead of descending.
+    decoupled_weight_decay : bool
+        False adds ``weight_decay`` times the parameter to the gradient instead, as in SGD: curvature
+        then includes it.
+    capturable : bool
+        For steps captured in a CUDA graph: the host decides nothing, so every step does the work of a
+        check and of a new pair, and masks what was not asked for. Under `torch.compile` it is always so.
     **settings
         Settings of `mlbfgs_core.Config` by name: `history_size`, `update_every`, `preset`, ...
 
     Raises
     ------
     ValueError, TypeError
-        Settings out of range, no parameters, parameters that are not real floating-point.
+        Settings out of range, no parameters, parameters that are not floating-point or complex.
 
     Notes
     -----
-    A step whose gradients hold a NaN or an infinity changes nothing; `diagnostics` counts it. A
-    parameter without a gradient keeps still. Memory: ``(2 * history_size + 6) * 4`` bytes per float32
-    parameter with default settings and momentum (`mlbfgs_core.plan_memory` gives the exact
-    figure without the momentum's array). No step waits for a GPU.
+    A step whose gradients hold a NaN or an infinity changes nothing; `diagnostics` counts it, as it does
+    where `torch.amp.GradScaler` found one. A parameter without a gradient keeps still. Complex
+    parameters count as pairs of reals. Memory: ``(2 * history_size + 6) * 4`` bytes per float32
+    parameter with default settings and momentum (`mlbfgs_core.plan_memory` gives the exact figure
+    without the momentum's array), and 4 more during a step. No step waits for a GPU, but for the first
+    after loading a state or after parameters without gradients got some. Changing `history_size`,
+    `history_dtype` or the blocks in mid-run makes it forget its curvature, with a warning.
 
     References
     ----------
@@ -86,6 +98,8 @@ class MLBFGS(Optimizer):
         *,
         blocks: BlockSpec = "all",
         maximize: bool = False,
+        decoupled_weight_decay: bool = True,
+        capturable: bool = False,
         **settings: Unpack[core.Settings],
     ) -> None:
         config = core.Config(**settings)
@@ -94,13 +108,16 @@ class MLBFGS(Optimizer):
             "momentum": core.preset_momentum(config.preset) if momentum is None else momentum,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "capturable": capturable,
             **{name: getattr(config, name) for name in _SETTINGS},
         }
         _check_hyperparameters(defaults)
         self._blocks = blocks
-        self._units: list[_Unit] = []
+        self._forget_units()
         super().__init__(params, defaults)
         self._partitions()
+        self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, at any time; its settings are checked first.
@@ -123,7 +140,7 @@ class MLBFGS(Optimizer):
             group["params"] = params = list(params)
         _check_params([params] if isinstance(params, Tensor) else params)
         super().add_param_group(group)
-        self._units = []
+        self._forget_units()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -141,24 +158,24 @@ class MLBFGS(Optimizer):
         Raises
         ------
         RuntimeError
-            A sparse gradient.
+            A sparse gradient; a CUDA graph's capture without ``capturable=True``.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        units = self._bound_units()
-        work = [(unit, unit.params(), unit.grads()) for unit in units]
-        work = [(unit, params, grads) for unit, params, grads in work if any(g is not None for g in grads)]
+        self._init_group()
+        scale = getattr(self, "grad_scale", None)
+        work = [(unit, unit.params(), unit.grads(scale)) for unit in self._units]
+        work = [entry for entry in work if any(grad is not None for grad in entry[2])]
         seen = [
             core.project(unit.config, unit.state, params, grads, blocks=unit.blocks, kernels=unit.kernels)
             for unit, params, grads in work
         ]
         for (unit, params, grads), observation in zip(work, seen, strict=True):
-            others = [other.finite.to(observation.finite.device) for other in seen]
-            finite = torch.stack(others).all() if len(others) > 1 else observation.finite
-            check, due = unit.flags.read()
-            update, state = core.step(
+            finite, idle = self._verdict(seen, observation.finite.device)
+            check, due = unit.asked()
+            update, factor, state = core.unscaled_step(
                 unit.config,
                 unit.state,
                 params,
@@ -169,9 +186,13 @@ class MLBFGS(Optimizer):
                 when_due=due,
                 observation=observation._replace(finite=finite),
             )
-            store(unit.state, state)
-            unit.flags.send(state)
-            self._apply(unit, update, finite)
+            if idle is not None:
+                state = state._replace(
+                    skipped=torch.where(idle, unit.state.skipped, state.skipped),
+                    accepted=torch.where(idle, unit.state.accepted, state.accepted),
+                )
+            unit.remember(state)
+            unit.apply(update, factor, finite)
         return loss
 
     def diagnostics(self) -> list[core.Diagnostics]:
@@ -179,14 +200,25 @@ class MLBFGS(Optimizer):
 
         The tensors in them are the optimizer's own; reading a value waits for the device.
         """
-        return [core.diagnostics(unit.state) for unit in self._bound_units()]
+        self._init_group()
+        return [core.diagnostics(unit.state) for unit in self._units]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; its tensors keep their dtypes, whatever the parameters' dtypes are."""
+        """Load a state; its tensors keep their dtypes, whatever the parameters' dtypes are.
+
+        Raises
+        ------
+        ValueError
+            A state of other parameters: another number or another shape. Nothing has changed then.
+        """
         loaded: dict[str, Any] = {}
+        params = [param for group in self.param_groups for param in group["params"]]
 
         def capture(_: Optimizer, final: dict[str, Any]) -> None:
             loaded.update(final)
+            keys = [key for group in final["param_groups"] for key in group["params"]]
+            for key, param in zip(keys, params, strict=False):  # the base class compares the numbers
+                _check_entry(final["state"].get(key, {}), param)
 
         # The base class casts state to the parameter's dtype. Take what it was given, after every
         # hook, and put the uncast tensors in place.
@@ -195,90 +227,115 @@ class MLBFGS(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        params = [param for group in self.param_groups for param in group["params"]]
         keys = [key for group in loaded["param_groups"] for key in group["params"]]
         for key, param in zip(keys, params, strict=True):
             for name, value in loaded["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
-                    self.state[param][name] = value.detach().clone().to(param.device)
-        self._units = []
+                    self.state[param][name] = value.detach().to(param.device, copy=True)
+        self._forget_units()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_blocks": self._blocks}
+        return {**super().__getstate__(), "_blocks": self._blocks, "_step_supports_amp_scaling": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._units = []
+        for group in self.param_groups:  # of an older version
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._forget_units()
+
+    def _forget_units(self) -> None:
+        self._units: list[_Unit] = []
+        self._signature: Any = None
 
     def _partitions(self) -> list[_Partition]:
         """Groups of equal settings and device, with their parameters in blocks."""
         if not any(group["params"] for group in self.param_groups):
             msg = "`params` must hold at least one parameter, got none"
             raise ValueError(msg)
-        members: dict[Any, list[_Member]] = {}
+        found: dict[Any, list[Member]] = {}
         number = 0
         for group in self.param_groups:
             names = group.get("param_names") or [f"param{number + i}" for i in range(len(group["params"]))]
-            config = _config(tuple((name, _hashable(group[name])) for name in _SETTINGS))
+            config = _config(_settings(group))
             for name, param in zip(names, group["params"], strict=True):
-                members.setdefault((config, param.device), []).append(_Member(name, param, group))
+                found.setdefault((config, param.device), []).append(Member.of(name, param, group))
                 number += 1
         return [
-            _Partition(config, part, core.partition([member.name for member in part], self._blocks))
-            for (config, _), part in members.items()
+            _Partition(config, members, core.partition([member.name for member in members], self._blocks))
+            for (config, _), members in found.items()
         ]
 
-    def _bound_units(self) -> list[_Unit]:
-        """The core states of all parameters that have had a gradient, bound to `self.state`."""
+    def _init_group(self) -> None:
+        """Bind the core states of all parameters that have or had a gradient to `self.state`.
+
+        torch.compile knows this method's name, and runs it while it traces.
+        """
+        signature = [
+            (
+                _settings(group),
+                group["momentum"] != 0,
+                [(id(param), param.device, param.stride(), param.grad is None) for param in group["params"]],
+            )
+            for group in self.param_groups
+        ]
+        bound = all(unit.is_bound(self.state) for unit in self._units)
+        if signature == self._signature and bound:
+            return
         parts = [part.active(self.state) for part in self._partitions()]
         parts = [part for part in parts if part.members]
-        if [unit.key for unit in self._units] != [part.key for part in parts]:
-            self._units = [_Unit(part, self.state) for part in parts]
-        for unit, part in zip(self._units, parts, strict=True):
-            unit.members = part.members
-        return self._units
+        known = [unit.key for unit in self._units] == [part.key for part in parts]
+        if not (known and bound) or any(unit.splits() for unit in self._units):
+            forget_misfits(
+                [
+                    (part.config, [[part.members[i] for i in block] for block in part.blocks])
+                    for part in parts
+                ],
+                self.state,
+            )
+            self._units = []
+            for part in parts:
+                first_label = sum(len(unit.blocks) for unit in self._units)
+                self._units.append(_Unit(part, self.state, first_label))
+        self._signature = signature
 
-    def _apply(self, unit: _Unit, update: Sequence[Tensor | None], finite: Tensor) -> None:
-        """Momentum, weight decay and learning rate, all of them only where the step is accepted."""
-        accepted = finite.to(unit.state.gamma.dtype)
-        for member, direction in zip(unit.members, update, strict=True):
-            if direction is None:
-                continue
-            param, group = member.param, member.group
-            rate = accepted * group["lr"]
-            if group["momentum"] != 0:
-                entry = self.state[param]
-                if "momentum_buffer" not in entry:
-                    entry["momentum_buffer"] = torch.zeros_like(entry["mean_params"])
-                buffer = entry["momentum_buffer"]
-                buffer.mul_(1 + accepted * (group["momentum"] - 1)).add_(direction)
-                direction = buffer
-            if group["weight_decay"] != 0:
-                param.mul_((1 - rate * group["weight_decay"]).to(param.dtype))
-            if direction.dtype == param.dtype:
-                param.addcmul_(direction, rate.to(param.dtype), value=-1)
-            else:
-                param.sub_(direction * rate)
+    def _verdict(
+        self, seen: Sequence[core.Observation], device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Whether the step is accepted; and, with a learning rate of 0, whether it is none at all.
 
-
-class _Member(NamedTuple):
-    name: str
-    param: Tensor
-    group: dict[str, Any]
+        A step with a rate of 0 and gradients of zero is how `torch.distributed.checkpoint` makes an
+        optimizer create its state: it must not count.
+        """
+        verdicts = [observation.finite for observation in seen]
+        if getattr(self, "found_inf", None) is not None:
+            verdicts.append(self.found_inf.reshape(()) == 0)
+        finite = _all(verdicts, device)
+        rates = [group["lr"] for group in self.param_groups]
+        if any(not isinstance(rate, Tensor) and rate != 0 for rate in rates):
+            return finite, None
+        zeros = [observation.grad_square.sum() == 0 for observation in seen]
+        zeros += [rate.reshape(()) == 0 for rate in rates if isinstance(rate, Tensor)]
+        idle = _all(zeros, device)
+        return finite & ~idle, idle
 
 
 class _Partition(NamedTuple):
     """Parameters with common settings and device, in blocks."""
 
     config: core.Config
-    members: list[_Member]
+    members: list[Member]
     blocks: Blocks
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.config, tuple(id(member.param) for member in self.members), self.blocks
+        identities = tuple(
+            (id(m.param), m.param.device, m.order, id(m.group), m.group["momentum"] != 0)
+            for m in self.members
+        )
+        return self.config, identities, self.blocks
 
-    def active(self, memory: dict[Tensor, Any]) -> _Partition:
+    def active(self, memory: Memory) -> _Partition:
         """Only the parameters that have a gradient now or have had one."""
         kept = [
             i
@@ -295,28 +352,122 @@ class _Partition(NamedTuple):
 class _Unit:
     """One core state: a partition bound to the parameters' memory."""
 
-    def __init__(self, part: _Partition, memory: dict[Tensor, dict[str, Any]]) -> None:
+    def __init__(self, part: _Partition, memory: Memory, first_label: int) -> None:
         self.key = part.key
-        self.config, self.members, self.blocks = part
-        self.state = bind(part.config, [member.param for member in part.members], part.blocks, memory)
-        self.kernels = core.Kernels(xp, _TILE.get(self.state.gamma.device.type, _DEVICE_TILE))
-        self.flags = Flags(part.config, self.state)
+        self.config = part.config
+        self.leaves, self.blocks = plan_leaves(part.members, part.blocks, memory)
+        self._bound = bind(self.config, self.leaves, self.blocks, memory, first_label)
+        self.kernels = TorchKernels(self.state.gamma.device)
+        self._views = [(member.param, memory[member.param]["history"]) for member in part.members]
+        self.flags: Flags | None = None
+
+    @property
+    def state(self) -> core.State:
+        """The core's state."""
+        return self._bound.state
+
+    def is_bound(self, memory: Memory) -> bool:
+        """Whether the dictionaries still hold this unit's arrays, not others put in their place."""
+        return all(memory.get(param, {}).get("history") is view for param, view in self._views)
+
+    def splits(self) -> bool:
+        """Whether some, but not all, parameters of a leaf have a gradient."""
+        return any(len({m.param.grad is None for m in leaf.members}) > 1 for leaf in self.leaves)
 
     def params(self) -> list[Tensor]:
-        return [member.param.detach() for member in self.members]
+        """The parameters' values."""
+        return [leaf.gather([member.param.detach() for member in leaf.members]) for leaf in self.leaves]
 
-    def grads(self) -> list[Tensor | None]:
-        return [_gradient(member) for member in self.members]
+    def grads(self, scale: Tensor | None) -> list[Tensor | None]:
+        """The gradients, or None, divided by a scale: never written to, where they are the user's own."""
+        return [_gradient(leaf, scale) for leaf in self.leaves]
+
+    def asked(self) -> tuple[bool | None, bool | None]:
+        """Whether this step makes a check and takes a pair; None: mask it."""
+        if torch.compiler.is_compiling() or any(leaf.group["capturable"] for leaf in self.leaves):
+            self.flags = None
+            return None, None
+        if self.state.gamma.is_cuda and torch.cuda.is_current_stream_capturing():
+            msg = "MLBFGS needs `capturable`=True for a step captured in a CUDA graph, got False"
+            raise RuntimeError(msg)
+        if self.flags is None:
+            self.flags = Flags(self.config, self.state)
+        return self.flags.read()
+
+    def remember(self, state: core.State) -> None:
+        """Take over the new coefficients."""
+        store(self.state, state)
+        if self.flags is not None:
+            self.flags.send(state)
+
+    def apply(self, update: Sequence[Tensor | None], factor: Tensor, finite: Tensor) -> None:
+        """Momentum, weight decay and learning rate, all of them only where the step is accepted."""
+        for leaf, direction, buffer in zip(self.leaves, update, self._bound.momentum, strict=True):
+            if direction is None:
+                continue
+            group, dtype = leaf.group, direction.dtype
+            accepted = finite.to(dtype)
+            rate = accepted * _number(group["lr"])
+            own = factor.to(dtype)
+            decay = None
+            if group["weight_decay"] != 0 and group["decoupled_weight_decay"]:
+                decay = 1 - rate * group["weight_decay"]
+            carry = 1 + accepted * (group["momentum"] - 1)
+            alone = leaf.members[0] if len(leaf.members) == 1 and leaf.members[0].dense else None
+            flat = None if alone is None else alone.flat(alone.param.detach())
+            for tile in self.kernels.tiles(direction):
+                change, weight = direction[tile], rate * own
+                if buffer is not None:
+                    change, weight = buffer[tile].mul_(carry).addcmul_(change, own), rate
+                if flat is None:
+                    torch.mul(change, weight, out=direction[tile])
+                    continue
+                part = flat[tile]
+                if decay is not None:
+                    part.mul_(decay.to(part.dtype))
+                if part.dtype == dtype:
+                    part.addcmul_(change, weight, value=-1)
+                else:
+                    part.sub_(change * weight)
+            if flat is None:
+                values = [member.real() for member in leaf.members]
+                if decay is not None:
+                    torch._foreach_mul_(values, decay.to(values[0].dtype))
+                torch._foreach_sub_(values, leaf.spread(direction))
 
 
-def _gradient(member: _Member) -> Tensor | None:
-    grad = member.param.grad
-    if grad is None:
+def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:
+    grads = [member.param.grad for member in leaf.members]
+    if grads[0] is None:
         return None
-    if grad.layout != torch.strided:
-        msg = f"MLBFGS does not support sparse gradients, got {grad.layout} for {member.name!r}"
-        raise RuntimeError(msg)
-    return grad.neg() if member.group["maximize"] else grad.detach()
+    for member, grad in zip(leaf.members, grads, strict=True):
+        if grad.layout != torch.strided:
+            msg = f"MLBFGS does not support sparse gradients, got {grad.layout} for {member.name!r}"
+            raise RuntimeError(msg)
+    group = leaf.group
+    flat = leaf.gather([grad.detach() for grad in grads])
+    if scale is not None:
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32)) / scale.to(flat.device)
+    if group["maximize"]:
+        flat = flat.neg()
+    if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
+        params = leaf.gather([member.param.detach() for member in leaf.members])
+        flat = flat.add(params, alpha=group["weight_decay"])
+    return flat
+
+
+def _all(verdicts: Sequence[Tensor], device: torch.device) -> Tensor:
+    if len(verdicts) == 1:
+        return verdicts[0]
+    return torch.stack([verdict.to(device, non_blocking=True) for verdict in verdicts]).all()
+
+
+def _number(value: float | Tensor) -> float | Tensor:
+    return value.reshape(()) if isinstance(value, Tensor) else value
+
+
+def _settings(group: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, _hashable(group[name])) for name in _SETTINGS)
 
 
 @lru_cache(maxsize=128)
@@ -346,14 +497,26 @@ def _check_hyperparameters(values: dict[str, Any]) -> None:
         if not 0 <= value < upper:
             msg = f"`{name}` {rule}, got {value!r}"
             raise ValueError(msg)
-    if not isinstance(values["maximize"], bool):
-        msg = f"`maximize` must be a bool, got {values['maximize']!r}"
-        raise TypeError(msg)
+    for name in _SWITCHES:
+        if not isinstance(values[name], bool):
+            msg = f"`{name}` must be a bool, got {values[name]!r}"
+            raise TypeError(msg)
+
+
+def _check_entry(entry: dict[str, Any], param: Tensor) -> None:
+    shape = (*param.shape, 2) if param.is_complex() else tuple(param.shape)
+    for name in core.LEAF_ARRAYS:
+        if name not in entry:
+            continue
+        got = tuple(entry[name].shape[2:] if name == "history" else entry[name].shape)
+        if got != shape:
+            msg = f"`state_dict` must hold a {name!r} of the parameter's shape {shape}, got {got}"
+            raise ValueError(msg)
 
 
 def _check_params(params: Iterable[Any]) -> None:
     for index, param in enumerate(params):
         tensor = param[1] if isinstance(param, tuple) else param
-        if isinstance(tensor, Tensor) and tensor.dtype not in _LEAF_DTYPES:
-            msg = f"`params`[{index}] must be of one of the dtypes {_LEAF_DTYPES}, got {tensor.dtype}"
+        if isinstance(tensor, Tensor) and tensor.dtype not in _DTYPES:
+            msg = f"`params`[{index}] must be of one of the dtypes {_DTYPES}, got {tensor.dtype}"
             raise TypeError(msg)

@@ -1,0 +1,316 @@
+"""The core's kernels on flat PyTorch tensors: the same meaning, fewer and faster operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+import mlbfgs_core as core
+from mlbfgs_core.kernels import Means, Metric, PairTile, Projection
+
+__all__ = ["TorchKernels"]
+
+# Values handled at a time: a few such tensors fit the caches of a CPU; a GPU wants whole leaves.
+_TILE = {"cpu": 2**20}
+_DEVICE_TILE = 2**26
+# A product with a tile's rows is a batch of so many products, each for a part of the tile: twice as
+# fast on a CPU as one matrix-vector product, whose rows lie far apart.
+_PARTS = 16
+_LEAST_PART = 2**10
+
+
+class TorchKernels(core.Kernels):
+    """Kernels for leaves that are flat, contiguous tensors.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(xp, _TILE.get(device.type, _DEVICE_TILE))
+        # The C library returns a large tensor to the system, and fetching it again each step would cost
+        # as much as reading it five times. Other devices have an allocator that keeps memory.
+        self._keeps = device.type == "cpu"
+        self._scratch: dict[int, Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def scratch(self, history: Tensor, leaf: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for a leaf's root and update, on a CPU the same at every step."""
+        if not self._keeps or torch.compiler.is_compiling():
+            return torch.empty_like(leaf, dtype=dtype)
+        kept = self._scratch.get(id(history))
+        if kept is None:
+            kept = self._scratch[id(history)] = torch.empty_like(leaf, dtype=dtype)
+        return kept
+
+    def device(self, x: Tensor) -> torch.device:
+        """The device of a tensor."""
+        return x.device
+
+    def tiles(self, leaf: Tensor) -> Iterator[Any]:
+        """Indices of consecutive ranges."""
+        size = leaf.shape[0]
+        if size <= self.tile or torch.compiler.is_compiling():
+            yield (...,)
+            return
+        for start in range(0, size, self.tile):
+            yield (slice(start, start + self.tile),)
+
+    def buffer(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Memory for an intermediate result of a tile, the same each time, so that it stays in the cache;
+        None: let the operation allocate it."""
+        if not self._keeps or torch.compiler.is_compiling():
+            return None
+        size = like.numel()
+        kept = self._buffers.get((name, dtype))
+        if kept is None or kept.shape[0] < size:
+            kept = self._buffers[name, dtype] = like.new_empty(size, dtype=dtype)
+        return kept[:size].view(like.shape)
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x` in a dtype."""
+        return x.to(dtype)
+
+    def rows(self, history: Tensor, tile: Any, dtype: torch.dtype) -> Tensor:
+        """The tile of a history as a matrix of 2m rows, in the history's own dtype."""
+        return history[(slice(None), slice(None), *tile)].flatten(0, 1)
+
+    def lerp(self, start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+        """``start + weight * (end - start)``."""
+        return torch.lerp(start, end, weight)
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """Inner product."""
+        return torch.dot(a, b)
+
+    def pick(self, array: Tensor, index: Tensor, axis: int = 0) -> Tensor:
+        """`array` at the positions of an index along the first axis."""
+        out = self.buffer("picked", array[: index.shape[0]], array.dtype)
+        return torch.index_select(array, 0, index, out=out)
+
+    def times(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Inner products of rows of any dtype with a vector, accumulated in the vector's."""
+        if rows.dtype != x.dtype:
+            products = [self.times(part, x[own]) for own, part in self._converted(rows, x.dtype)]
+            return torch.stack(products).sum(0)
+        part = x.shape[0] // _PARTS
+        if part < _LEAST_PART:
+            return torch.mv(rows, x)
+        whole = part * _PARTS
+        split = rows[:, :whole].unflatten(1, (_PARTS, part))
+        products = torch.bmm(x[:whole].view(_PARTS, 1, part), split.permute(1, 2, 0)).sum((0, 1))
+        return products if whole == x.shape[0] else products + torch.mv(rows[:, whole:], x[whole:])
+
+    def weighted(self, coefficients: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Weighted sum of rows of any dtype, in that of the coefficients."""
+        if out is None:
+            out = torch.empty_like(rows[0], dtype=coefficients.dtype)
+        if rows.dtype != out.dtype:
+            for own, part in self._converted(rows, out.dtype):
+                self.weighted(coefficients, part, out[own])
+            return out
+        size = out.shape[0]
+        part = size // _PARTS
+        whole = part * _PARTS if part >= _LEAST_PART else 0
+        if whole:
+            split = rows[:, :whole].unflatten(1, (_PARTS, part)).transpose(0, 1)
+            torch.bmm(coefficients.expand(_PARTS, 1, -1), split, out=out[:whole].view(_PARTS, 1, part))
+        if whole < size:
+            torch.mv(rows[:, whole:].t(), coefficients, out=out[whole:])
+        return out
+
+    def _converted(self, rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of rows in another dtype, each small enough for the caches, and where they lie."""
+        length = max(1, 2 * self.tile // rows.shape[0])
+        for start in range(0, max(1, rows.shape[1]), length):
+            own = slice(start, start + length)
+            part = rows[:, own]
+            buffer = self.buffer("rows", part, dtype)
+            yield own, part.to(dtype) if buffer is None else buffer.copy_(part)
+
+    def inverse_power(self, x: Tensor, exponent: Any) -> Tensor:
+        """``x ** -exponent``; consumes `x`."""
+        halvings = -math.log2(exponent)
+        if not halvings.is_integer() or halvings < 1:
+            return x.pow_(-exponent)
+        for _ in range(int(halvings) - 1):
+            x.sqrt_()
+        return x.rsqrt_()
+
+    def project(
+        self,
+        history: Tensor,
+        grad: Tensor,
+        mean_grad: Tensor | None,
+        scatter_weight: Tensor,
+        metric: Metric | None,
+        dtype: torch.dtype,
+    ) -> Projection:
+        """Project a gradient on the stored rows."""
+        roots = None if metric is None else self.scratch(history, grad, dtype)
+        total: list[Tensor] = []
+        for tile in self.tiles(grad):
+            scaled = g = grad[tile].to(dtype)
+            rest = [torch.dot(g, g)]
+            if metric is not None:
+                root, scaled = roots[tile], torch.mul(g, g, out=self.buffer("scaled", g, dtype))
+                if metric.weight is None:
+                    root.copy_(metric.moment[tile])
+                else:
+                    torch.lerp(metric.moment[tile], scaled, metric.weight, out=root)
+                self.inverse_power(root.add_(metric.floor), metric.power / 4)
+                scaled = torch.mul(g, root, out=scaled)
+                rest.append(torch.dot(scaled, scaled))
+            if mean_grad is not None:
+                off = torch.sub(g, mean_grad[tile], out=self.buffer("off", g, dtype))
+                off = off if metric is None else off.mul_(root)
+                rest.append(torch.dot(off, off) * scatter_weight)
+            parts = [self.times(self.rows(history, tile, dtype), scaled), torch.stack(rest)]
+            total = [one + other for one, other in zip(total, parts, strict=True)] if total else parts
+        sums = iter(total[1].unbind())
+        return Projection(
+            total[0],
+            next(sums),
+            None if metric is None else next(sums),
+            None if mean_grad is None else next(sums),
+            roots,
+        )
+
+    def update_means(
+        self,
+        mean_params: Tensor,
+        mean_grads: Tensor,
+        metric: Metric | None,
+        param: Tensor,
+        grad: Tensor,
+        weight: Tensor,
+        keep: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Averages of parameter, gradient and squared gradient."""
+        # Weights of zero instead of a choice by element, which is slow; finite values, since 0 * nan
+        # is nan.
+        dtype = mean_params.dtype
+        kept = keep.to(dtype)
+        weight = weight * kept
+        moment_weight = None if metric is None else metric.weight * kept
+        for tile in self.tiles(param):
+            value = self._clean(param[tile], dtype)
+            mean_params[tile].lerp_(value, weight)
+            value = self._clean(grad[tile], dtype).mul_(kept)
+            mean_grads[tile].lerp_(value, weight)
+            if metric is not None:
+                metric.moment[tile].lerp_(value.square_(), moment_weight)
+        return mean_params, mean_grads, None if metric is None else metric.moment
+
+    def pair(self, means: Means, metric: Metric | None, tile: Any, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """A tile of ``s`` and ``y``."""
+        dtype = means.params.dtype
+        now, before = means.params[tile], means.prev_params[tile]
+        s = torch.sub(now, before, out=self.buffer("scaled", now, dtype)).mul_(valid)
+        now, before = means.grads[tile], means.prev_grads[tile]
+        y = torch.sub(now, before, out=self.buffer("off", now, dtype)).mul_(valid)
+        if metric is not None:
+            root = metric.inverse_root(self, tile)
+            s, y = s.div_(root), y.mul_(root)
+        return s, y
+
+    def pair_products(self, means: Means, metric: Metric | None, valid: Tensor) -> list[PairTile]:
+        """Inner products of ``s`` and ``y``, tile by tile."""
+        products = []
+        for tile in self.tiles(means.params):
+            s, y = self.pair(means, metric, tile, valid)
+            if s.shape[0] == 0:
+                zero = s.sum()
+                products.append(PairTile(zero, zero, zero, zero, zero))
+                continue
+            s_scale, y_scale = _largest(s), _largest(y)
+            s = s.div_(torch.where(s_scale > 0, s_scale, 1.0))
+            y = y.div_(torch.where(y_scale > 0, y_scale, 1.0))
+            products.append(PairTile(s_scale, y_scale, torch.dot(s, s), torch.dot(s, y), torch.dot(y, y)))
+        return products
+
+    def write_pair(
+        self,
+        history: Tensor,
+        slot: Tensor,
+        means: Means,
+        metric: Metric | None,
+        valid: Tensor,
+        inverse_norm: Tensor,
+        damping: tuple[Tensor, Tensor],
+        keep: Tensor,
+    ) -> Tensor:
+        """Store a pair at a slot of the ring."""
+        places = torch.cat([slot, slot + history.shape[1]])
+        kept = keep.to(history.dtype)
+        for tile in self.tiles(means.params):
+            s, y = self.pair(means, metric, tile, valid)
+            s = s.mul_(inverse_norm)
+            y = y.mul_(inverse_norm * damping[0]).addcmul_(s, damping[1])
+            rows = self.rows(history, tile, history.dtype)
+            stored = self.pick(rows, places)
+            for old, new in zip(stored, (s, y), strict=True):
+                old.lerp_(_finite(new, out=new).to(old.dtype), kept)
+            rows.index_copy_(0, places, stored)
+        return history
+
+    def rotate(self, means: Means, turn: Tensor, *, restart: bool) -> Means:
+        """This window's averages become the previous ones."""
+        turned = turn.to(means.params.dtype)
+        for tile in self.tiles(means.params):
+            for now, before in ((means.params, means.prev_params), (means.grads, means.prev_grads)):
+                before[tile].lerp_(now[tile], turned)
+                if restart:
+                    now[tile].mul_(1 - turned)
+        return means
+
+    def combine(
+        self,
+        history: Tensor,
+        grad: Tensor,
+        coefficients: Tensor,
+        gamma: Tensor,
+        metric: Metric | None,
+        keep: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``gamma g + B^T c``."""
+        square: Tensor | None = None
+        update = None if metric is None else metric.kept
+        update = self.scratch(history, grad, dtype) if update is None else update
+        for tile in self.tiles(grad):
+            g, own = grad[tile].to(dtype), update[tile]
+            d = self.weighted(coefficients, self.rows(history, tile, dtype), self.buffer("off", g, dtype))
+            if metric is None:
+                torch.addcmul(d, g, gamma, out=own)
+            else:
+                root = metric.inverse_root(self, tile)
+                d.addcmul_(torch.mul(g, root, out=self.buffer("scaled", g, dtype)), gamma)
+                torch.mul(d, root, out=own)
+            _finite(own, out=own)
+            if metric is not None:
+                part = torch.dot(own, own)
+                square = part if square is None else square + part
+        return update, square
+
+    def _clean(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy in a dtype with zeros for what is not finite."""
+        out = self.buffer("scaled", x, dtype) if x.dtype == dtype else None
+        return _finite(x, out=out).to(dtype)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude; many times faster than the maximum norm."""
+    low, high = torch.aminmax(x)
+    return torch.maximum(high, -low)
+
+
+def _finite(x: Tensor, out: Tensor | None) -> Tensor:
+    """Zeros for what is not finite."""
+    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0, out=out)
