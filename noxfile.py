@@ -13,6 +13,12 @@ nox.options.sessions = ["tests", "lint", "typing", "build"]
 ROOT = Path(__file__).parent
 GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
+# Each worker computes on one core, so that the workers do not wait for one another.
+ONE_CORE = {
+    "OMP_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "JAX_PLATFORMS": "cpu",
+}
 
 
 def install(session: nox.Session, *packages: str, group: str | None = None) -> None:
@@ -25,13 +31,31 @@ def install(session: nox.Session, *packages: str, group: str | None = None) -> N
 def tests(session: nox.Session) -> None:
     """Test on NumPy, array-api-strict, PyTorch and JAX, without a GPU; arguments go to pytest."""
     install(session, "-e", ".[torch]", group="test")
-    # Each worker computes on one core, so that the workers do not wait for one another.
-    threads = {
-        "OMP_NUM_THREADS": "1",
-        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-        "JAX_PLATFORMS": "cpu",
-    }
-    session.run("pytest", "-n", "auto", *session.posargs, env=threads)
+    session.run("pytest", "-n", "auto", *session.posargs, env=ONE_CORE)
+
+
+@nox.session
+def torch_suite(session: nox.Session) -> None:
+    """Hold MLBFGS to what PyTorch's own tests ask of its optimizers, with their generators."""
+    install(session, "-e", ".[torch]", group="torch-suite")
+    session.run(
+        "pytest",
+        "-n",
+        "auto",
+        "--confcutdir=tests/torch_suite",
+        "tests/torch_suite",
+        *session.posargs,
+        env=ONE_CORE,
+    )
+
+
+@nox.session
+@nox.parametrize("trainer", ["loops", "lightning", "accelerate"])
+def trainers(session: nox.Session, trainer: str) -> None:
+    """Train in plain loops with AMP, clipping, averaging and checkpoints; in Lightning; in Accelerate."""
+    install(session, "-e", ".[torch]", group=f"trainers-{trainer}")
+    path = f"tests/trainers/test_{trainer}.py"
+    session.run("pytest", "--confcutdir=tests/trainers", path, *session.posargs, env=ONE_CORE)
 
 
 @nox.session
@@ -58,8 +82,8 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def benchmark(session: nox.Session) -> None:
-    """Time a step of the core against its floor on NumPy and PyTorch; arguments go to the script."""
-    install(session, ".[torch]")
+    """Time steps against their floor and PyTorch's optimizers; arguments go to the script."""
+    install(session, ".[torch]", group="benchmark")
     session.run("python", "benchmarks/step_cost.py", *session.posargs)
 
 

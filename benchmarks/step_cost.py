@@ -1,36 +1,205 @@
-"""Time a step of the core against its floor, two reads of the history, on NumPy and PyTorch.
+"""Time whole optimizer steps against the bytes that they must move and against PyTorch's optimizers.
 
-Each figure is the median of several runs; the floor and the step take turns in the same run, so that
-their ratio holds on a noisy machine.
+The parameters are those of ResNet-18 (11.7 million values in 62 tensors). A step of mL-BFGS must read its
+history twice and move some 15 further values per parameter; at the speed with which this machine copies
+memory, measured in the same run, that is the floor. All contestants take turns, window by window, so that
+ratios hold on a noisy machine. A second table times the core alone on NumPy and PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
+import platform
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import array_api_compat.numpy
 import array_api_compat.torch
 import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, AdamW, Optimizer
 
 import mlbfgs_core as core
+from mlbfgs_torch import MLBFGS
 
+HISTORY = 10
+EVERY = 50
+FLOOR = 4 * HISTORY + 15
+"""Values that a step must move per parameter: the history twice; in the first pass the gradient, the mean
+square and the root; in the second the gradient, the root and the direction; and parameter and averages."""
+OURS = {
+    "mL-BFGS, no refresh": {"adaptive": False, "update_every": 10**6},
+    "mL-BFGS, T = 50": {"adaptive": False, "update_every": EVERY},
+    "mL-BFGS, adaptive": {},
+    "mL-BFGS, bfloat16 history": {"adaptive": False, "update_every": EVERY, "history_dtype": "bfloat16"},
+    "mL-BFGS, paper, T = 50": {"preset": "paper", "update_every": EVERY},
+}
+PLAIN, PEER = "mL-BFGS, no refresh", "torch.optim.LBFGS"
 BACKENDS = {"numpy": array_api_compat.numpy, "torch": array_api_compat.torch}
 TILES = {"numpy": 2**16, "torch": 2**18}
 SETTINGS: dict[str, core.Settings] = {"default": {}, "paper": {"preset": "paper"}}
 
 
+class Row(NamedTuple):
+    """One contestant: mean milliseconds of a step in each window, and bytes of state per parameter."""
+
+    name: str
+    windows: list[float]
+    bytes_per_parameter: float
+    pairs: int
+
+    @property
+    def milliseconds(self) -> float:
+        """Median over the windows."""
+        return statistics.median(self.windows)
+
+
+def resnet18_shapes() -> list[tuple[int, ...]]:
+    """Shapes of the parameters of ResNet-18 for 1000 classes (He et al. 2016)."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    before = 64
+    for width in (64, 128, 256, 512):
+        for _ in range(2):
+            shapes += [(width, before, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
+            if before != width:
+                shapes += [(width, before, 1, 1), (width,), (width,)]
+            before = width
+    return [*shapes, (1000, 512), (1000,)]
+
+
+class Problem:
+    """A quadratic with a gradient that has some noise, and an optimizer on it."""
+
+    def __init__(self, build: Callable[[list[nn.Parameter]], Optimizer], device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.params = [
+            nn.Parameter((0.01 * torch.randn(shape, generator=generator)).to(device))
+            for shape in resnet18_shapes()
+        ]
+        self.noise = [1e-4 * torch.randn_like(param) for param in self.params]
+        for param in self.params:
+            param.grad = torch.zeros_like(param)
+        self.sign = 1.0
+        self.optimizer = build(self.params)
+
+    def evaluate(self) -> float:
+        """Write the gradient where it stays."""
+        self.sign = -self.sign
+        for param, noise in zip(self.params, self.noise, strict=True):
+            torch.add(param.detach(), noise, alpha=self.sign, out=param.grad)
+        return 0.0
+
+    def window(self, steps: int) -> float:
+        """Mean milliseconds of a step without the evaluation."""
+        total = 0.0
+        for _ in range(steps):
+            if isinstance(self.optimizer, LBFGS):
+                total += milliseconds(lambda: self.optimizer.step(self.evaluate))
+                total -= milliseconds(self.evaluate)
+            else:
+                self.evaluate()
+                total += milliseconds(self.optimizer.step)
+        return total / steps
+
+    def bytes_per_parameter(self) -> float:
+        """Of the optimizer's state."""
+        tensors = {}
+        for entry in self.optimizer.state.values():
+            for value in entry.values():
+                for tensor in value if isinstance(value, list) else [value]:
+                    if isinstance(tensor, Tensor) and tensor.numel() > 1:
+                        tensors[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return sum(tensors.values()) / sum(param.numel() for param in self.params)
+
+
 def milliseconds(work: Callable[[], Any]) -> float:
-    """Wall-clock of one call."""
+    """Wall-clock of one call, a GPU's work included."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
     start = time.perf_counter()
     work()
+    synchronize()
     return 1e3 * (time.perf_counter() - start)
 
 
-def measure(backend: str, settings: core.Settings, n: int, repeats: int) -> dict[str, float]:
+def contestants() -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
+    """Each optimizer by name, with so small a rate that nothing changes much."""
+
+    def ours(settings: dict[str, Any]) -> Callable[[list[nn.Parameter]], Optimizer]:
+        return lambda params: MLBFGS(params, lr=1e-3, momentum=0.9, weight_decay=0.0, **settings)
+
+    return {
+        **{name: ours({"history_size": HISTORY, **settings}) for name, settings in OURS.items()},
+        PEER: lambda params: LBFGS(
+            params, lr=1e-3, max_iter=1, history_size=HISTORY, tolerance_grad=0, tolerance_change=0
+        ),
+        "AdamW, foreach": lambda params: AdamW(params, lr=1e-6, foreach=True),
+        "AdamW, fused": lambda params: AdamW(params, lr=1e-6, fused=True),
+    }
+
+
+def copying(values: int, device: str) -> float:
+    """Milliseconds to move as many float32 values, half of them read and half written."""
+    source = torch.ones(values // 2, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return milliseconds(lambda: target.copy_(source))
+
+
+def optimizers(repeats: int, device: str) -> tuple[list[Row], float, int]:
+    """Rows of all contestants, the floor in milliseconds, and the number of parameters."""
+    problems = {name: Problem(build, device) for name, build in contestants().items()}
+    n = sum(param.numel() for param in next(iter(problems.values())).params)
+    for problem in problems.values():
+        problem.window(2 * HISTORY + 4)  # L-BFGS's history is full, ours has its memory
+    windows: dict[str, list[float]] = {name: [] for name in problems}
+    floors = []
+    for _ in range(repeats):
+        floors.append(copying(FLOOR * n, device))
+        for name, problem in problems.items():
+            windows[name].append(problem.window(EVERY if "mL-BFGS" in name else 10))
+    rows = [
+        Row(name, windows[name], problem.bytes_per_parameter(), _pairs(problem.optimizer))
+        for name, problem in problems.items()
+    ]
+    return rows, statistics.median(floors), n
+
+
+def _pairs(optimizer: Optimizer) -> int:
+    if isinstance(optimizer, MLBFGS):
+        return int(optimizer.diagnostics()[0].pairs[0])
+    if isinstance(optimizer, LBFGS):
+        return len(next(iter(optimizer.state.values()))["old_dirs"])
+    return 0
+
+
+def direction_bandwidth(n: int, device: str) -> tuple[float, float]:
+    """GB/s of the direction at one leaf of n values (two reads of the history and 6 n), and of a copy."""
+    param = nn.Parameter(torch.zeros(n, device=device))
+    param.grad = torch.ones_like(param)
+    optimizer = MLBFGS([param], preset="paper", history_size=HISTORY)
+    optimizer.step()
+    unit = optimizer._units[0]
+    grads = [param.grad]
+
+    def work() -> None:
+        core.direction(unit.config, unit.state, grads, blocks=unit.blocks, kernels=unit.kernels)
+
+    work()
+    moved = 4 * (4 * HISTORY + 6) * n
+    ours = statistics.median(milliseconds(work) for _ in range(5))
+    copied = statistics.median(copying(8 * n, device) for _ in range(5))
+    return moved / ours / 1e6, 32 * n / copied / 1e6
+
+
+def core_alone(backend: str, settings: core.Settings, n: int, repeats: int) -> dict[str, float]:
     """Median milliseconds of the floor, a plain step, one with a check and one with a refresh."""
     xp, rng = BACKENDS[backend], np.random.default_rng(0)
     config, kernels = core.Config(**settings), core.Kernels(xp, TILES[backend])
@@ -58,22 +227,88 @@ def measure(backend: str, settings: core.Settings, n: int, repeats: int) -> dict
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def report(rows: list[Row], floor: float, n: int) -> Iterator[str]:
+    """The table of the optimizers."""
+    plain = next(row.milliseconds for row in rows if row.name == PLAIN)
+    peer = next(row.milliseconds for row in rows if row.name == PEER)
+    yield f"ResNet-18's parameters, n = {n:,}, float32, m = {HISTORY}, {device_name()}"
+    yield (
+        f"floor: {FLOOR} n values = {4 * FLOOR * n / 1e9:.2f} GB, {floor:.0f} ms at "
+        f"{4 * FLOOR * n / floor / 1e6:.0f} GB/s, the copy speed of this run"
+    )
+    yield f"{'':28}{'ms/step':>8}{'spread':>12}{'x floor':>9}{'x LBFGS':>9}{'x plain':>9}{'B/param':>9}{'pairs':>7}"
+    for row in rows:
+        spread = f"{min(row.windows):.0f}-{max(row.windows):.0f}"
+        yield (
+            f"{row.name:28}{row.milliseconds:8.1f}{spread:>12}{row.milliseconds / floor:9.2f}"
+            f"{row.milliseconds / peer:9.2f}{row.milliseconds / plain:9.2f}"
+            f"{row.bytes_per_parameter:9.1f}{row.pairs:7d}"
+        )
+
+
+def device_name() -> str:
+    """What the figures were measured on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} cores of {platform.machine()}, PyTorch {torch.__version__}"
+
+
+def draw(rows: list[Row], floor: float, path: Path) -> None:
+    """Bars of time per step and of memory."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [row.name for row in rows]
+    colors = ["tab:blue" if "mL-BFGS" in name else "tab:gray" for name in names]
+    left.barh(names, [row.milliseconds for row in rows], color=colors)
+    left.axvline(floor, color="tab:red", label="floor: bytes at copy speed")
+    left.set_xlabel("milliseconds per step")
+    left.legend(loc="lower right")
+    left.invert_yaxis()
+    right.barh(names, [row.bytes_per_parameter for row in rows], color=colors)
+    right.set_xlabel("bytes of state per parameter")
+    figure.suptitle(f"ResNet-18's parameters, {device_name()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
-    """Print one row per backend and settings."""
+    """Print both tables; write the numbers and the picture where asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=10_000_000, help="number of parameters")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5, help="windows per optimizer")
+    parser.add_argument("--size", type=int, default=10_000_000, help="parameters in the core's table")
+    parser.add_argument("--device", default="cpu", help="of the optimizers, such as cuda")
+    parser.add_argument("--direction", type=int, default=0, help="also the direction alone at this size")
+    parser.add_argument("--figure", type=Path, help="write a picture here")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
-    print(f"{options.size:,} float32 parameters, history of 10 pairs; milliseconds, medians")
+    rows, floor, n = optimizers(options.repeats, options.device)
+    print("\n".join(report(rows, floor, n)))
+    if options.figure:
+        draw(rows, floor, options.figure)
+    if options.json:
+        numbers = {row.name: {"milliseconds": row.windows, "bytes": row.bytes_per_parameter} for row in rows}
+        options.json.write_text(json.dumps({"device": device_name(), "floor": floor, "rows": numbers}))
+    if options.direction:
+        ours, copy = direction_bandwidth(options.direction, options.device)
+        print(
+            f"\ndirection, n = {options.direction:,}: {ours:.0f} GB/s, {ours / copy:.0%} of a copy's {copy:.0f}"
+        )
+    if options.device != "cpu" or options.size == 0:
+        return
+    print(f"\nthe core alone, {options.size:,} float32 parameters; floor: two reads of the history")
     print(f"{'backend':8}{'settings':10}{'floor':>8}{'step':>8}{'ratio':>8}{'+ check':>9}{'+ refresh':>11}")
     for backend in BACKENDS:
         for name, settings in SETTINGS.items():
-            t = measure(backend, settings, options.size, options.repeats)
+            t = core_alone(backend, settings, options.size, options.repeats)
             ratio, check, refresh = t["step"] / t["floor"], t["check"] - t["step"], t["refresh"] - t["step"]
             check = check if core.Config(**settings).adaptive else 0.0
-            print(
-                f"{backend:8}{name:10}{t['floor']:8.0f}{t['step']:8.0f}{ratio:8.2f}{check:9.0f}{refresh:11.0f}"
-            )
+            if math.isfinite(ratio):
+                print(
+                    f"{backend:8}{name:10}{t['floor']:8.0f}{t['step']:8.0f}{ratio:8.2f}{check:9.0f}"
+                    f"{refresh:11.0f}"
+                )
 
 
 if __name__ == "__main__":

@@ -61,8 +61,7 @@ class Call(NamedTuple):
         inverse roots of a projection."""
         if not self.config.uses_metric:
             return [None] * len(state.history)
-        tiny = self.xp.finfo(self.dtype).smallest_normal
-        floors = state.mean_square * MEAN_SQUARE_FLOOR + tiny
+        floors = state.mean_square * MEAN_SQUARE_FLOOR
         result: list[Metric | None] = [None] * len(state.history)
         for number, block in enumerate(self.blocks):
             for leaf in block:
@@ -71,7 +70,7 @@ class Call(NamedTuple):
                 result[leaf] = Metric(
                     moment,
                     weight,
-                    self.scalar(floors[number], moment),
+                    self.scalar(floors[number], moment) + self.xp.finfo(moment.dtype).smallest_normal,
                     self.config.metric_power,
                     None if kept is None else kept[leaf],
                 )

@@ -8,12 +8,13 @@ in the parameters' shapes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat.torch as xp
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
@@ -84,6 +85,14 @@ class Leaf(NamedTuple):
     """One leaf of the core: parameters of one group, block and dtype, side by side."""
 
     members: tuple[Member, ...]
+    plain: bool
+    """Whether all members are real and lie in the order of their axes."""
+
+    @classmethod
+    def of(cls, members: Sequence[Member]) -> Leaf:
+        """Of these members, in this order."""
+        plain = (m.order == tuple(range(m.param.ndim)) and not m.param.is_complex() for m in members)
+        return cls(tuple(members), all(plain))
 
     @property
     def group(self) -> dict[str, Any]:
@@ -95,13 +104,21 @@ class Leaf(NamedTuple):
         size = sum(member.size for member in self.members)
         return self.members[0].real().new_zeros(()).expand(size)
 
-    def gather(self, tensors: Iterable[Tensor]) -> Tensor:
-        """One tensor per member as a flat one."""
+    def params(self) -> list[Tensor]:
+        """The parameters; writing to them without gradients is what a step does."""
+        return [member.param for member in self.members]
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor per member (or several: more axes in front) as a flat one."""
+        if self.plain and len(tensors) > 1 and tensors[0].ndim == self.members[0].param.ndim:
+            return _flatten_dense_tensors(tensors)
         flats = [member.flat(tensor) for member, tensor in zip(self.members, tensors, strict=True)]
         return flats[0] if len(flats) == 1 else torch.cat(flats)
 
-    def spread(self, flat: Tensor) -> list[Tensor]:
+    def spread(self, flat: Tensor) -> Sequence[Tensor]:
         """Views of a flat tensor (or several: more axes in front) in the members' shapes."""
+        if self.plain and flat.ndim == 1:
+            return _unflatten_dense_tensors(flat, self.params())
         parts = flat.split([member.size for member in self.members], dim=-1)
         return [member.shaped(part) for member, part in zip(self.members, parts, strict=True)]
 
@@ -134,8 +151,8 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
     on this step does not share with who has none.
     """
     known = [m.param for m in members if "history" in memory.get(m.param, ())]
-    rows = torch.stack([torch.stack([memory[p][n] for n in _LEAF_COUNTS]) for p in known]) if known else None
-    counts = {} if rows is None else dict(zip(known, map(tuple, rows.tolist()), strict=True))
+    rows = [torch.stack([torch.as_tensor(memory[p][n]) for n in _LEAF_COUNTS]) for p in known]
+    counts = dict(zip(known, map(tuple, torch.stack(rows).tolist()), strict=True)) if rows else {}
     leaves: list[Leaf] = []
     leaf_blocks = []
     for block in blocks:
@@ -150,7 +167,7 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
             if sum(m.size for m in pack[-1]) + member.size > _LARGEST_PACK and pack[-1]:
                 pack.append([])
             pack[-1].append(member)
-        made = [Leaf(tuple(part)) for pack in packs.values() for part in pack]
+        made = [Leaf.of(part) for pack in packs.values() for part in pack]
         leaf_blocks.append(tuple(range(len(leaves), len(leaves) + len(made))))
         leaves += made
     return tuple(leaves), tuple(leaf_blocks)
@@ -225,7 +242,7 @@ def bind(
 
     def carried(name: str, carriers: Sequence[Tensor], default: Tensor) -> Tensor:
         first = next((memory[param][name] for param in carriers if name in memory[param]), default)
-        return first.to(default.device)
+        return torch.as_tensor(first).to(default)
 
     for name in core.LEAF_ARRAYS:
         values[name] = tuple(values[name])

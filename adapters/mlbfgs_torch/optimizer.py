@@ -28,7 +28,7 @@ _DTYPES = (
     torch.complex64,
     torch.complex128,
 )
-_SWITCHES = ("maximize", "decoupled_weight_decay", "capturable")
+_SWITCHES = {"maximize": False, "decoupled_weight_decay": True, "capturable": False}
 
 
 class MLBFGS(Optimizer):
@@ -239,8 +239,8 @@ class MLBFGS(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # of an older version
-            for name, value in self.defaults.items():
+        for group in (self.defaults, *self.param_groups):  # of an older version
+            for name, value in _SWITCHES.items():
                 group.setdefault(name, value)
         self._forget_units()
 
@@ -376,7 +376,7 @@ class _Unit:
 
     def params(self) -> list[Tensor]:
         """The parameters' values."""
-        return [leaf.gather([member.param.detach() for member in leaf.members]) for leaf in self.leaves]
+        return [leaf.gather(leaf.params()).detach() for leaf in self.leaves]
 
     def grads(self, scale: Tensor | None) -> list[Tensor | None]:
         """The gradients, or None, divided by a scale: never written to, where they are the user's own."""
@@ -430,7 +430,7 @@ class _Unit:
                 else:
                     part.sub_(change * weight)
             if flat is None:
-                values = [member.real() for member in leaf.members]
+                values = leaf.params() if leaf.plain else [member.real() for member in leaf.members]
                 if decay is not None:
                     torch._foreach_mul_(values, decay.to(values[0].dtype))
                 torch._foreach_sub_(values, leaf.spread(direction))
@@ -445,14 +445,13 @@ def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:
             msg = f"MLBFGS does not support sparse gradients, got {grad.layout} for {member.name!r}"
             raise RuntimeError(msg)
     group = leaf.group
-    flat = leaf.gather([grad.detach() for grad in grads])
+    flat = leaf.gather(grads).detach()
     if scale is not None:
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32)) / scale.to(flat.device)
     if group["maximize"]:
         flat = flat.neg()
     if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
-        params = leaf.gather([member.param.detach() for member in leaf.members])
-        flat = flat.add(params, alpha=group["weight_decay"])
+        flat = flat.add(leaf.gather(leaf.params()), alpha=group["weight_decay"])
     return flat
 
 
