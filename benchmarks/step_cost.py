@@ -28,6 +28,7 @@ from torch.optim import LBFGS, AdamW, Optimizer
 
 import mlbfgs_core as core
 from mlbfgs_torch import MLBFGS
+from mlbfgs_torch.kernels import TorchKernels
 
 HISTORY = 10
 EVERY = 50
@@ -153,23 +154,32 @@ def copying(values: int, device: str) -> float:
     return milliseconds(lambda: target.copy_(source))
 
 
-def optimizers(repeats: int, device: str) -> tuple[list[Row], float, int]:
-    """Rows of all contestants, the floor in milliseconds, and the number of parameters."""
+def both_products(n: int, device: str) -> float:
+    """Milliseconds of the projection and the combination alone, in one piece."""
+    kernels = TorchKernels(torch.device(device))
+    rows, vector = torch.ones(2 * HISTORY, n, device=device), torch.ones(n, device=device)
+    weights, out = rows[:, 0].clone(), torch.ones_like(vector)
+    return milliseconds(lambda: (kernels.times(rows, vector), kernels.weighted(weights, rows, out)))
+
+
+def optimizers(repeats: int, device: str) -> tuple[list[Row], float, float, int]:
+    """Rows of all contestants, the floor and the products in milliseconds, the number of parameters."""
     problems = {name: Problem(build, device) for name, build in contestants().items()}
     n = sum(param.numel() for param in next(iter(problems.values())).params)
     for problem in problems.values():
         problem.window(2 * HISTORY + 4)  # L-BFGS's history is full, ours has its memory
     windows: dict[str, list[float]] = {name: [] for name in problems}
-    floors = []
+    floors, products = [], []
     for _ in range(repeats):
         floors.append(copying(FLOOR * n, device))
+        products.append(both_products(n, device))
         for name, problem in problems.items():
             windows[name].append(problem.window(EVERY if "mL-BFGS" in name else 10))
     rows = [
         Row(name, windows[name], problem.bytes_per_parameter(), _pairs(problem.optimizer))
         for name, problem in problems.items()
     ]
-    return rows, statistics.median(floors), n
+    return rows, statistics.median(floors), statistics.median(products), n
 
 
 def _pairs(optimizer: Optimizer) -> int:
@@ -227,16 +237,20 @@ def core_alone(backend: str, settings: core.Settings, n: int, repeats: int) -> d
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def report(rows: list[Row], floor: float, n: int) -> Iterator[str]:
+def report(rows: list[Row], floor: float, products: float, n: int) -> Iterator[str]:
     """The table of the optimizers."""
     plain = next(row.milliseconds for row in rows if row.name == PLAIN)
     peer = next(row.milliseconds for row in rows if row.name == PEER)
     yield f"ResNet-18's parameters, n = {n:,}, float32, m = {HISTORY}, {device_name()}"
     yield (
         f"floor: {FLOOR} n values = {4 * FLOOR * n / 1e9:.2f} GB, {floor:.0f} ms at "
-        f"{4 * FLOOR * n / floor / 1e6:.0f} GB/s, the copy speed of this run"
+        f"{4 * FLOOR * n / floor / 1e6:.0f} GB/s, the copy speed of this run; the two products with the "
+        f"history alone: {products:.0f} ms"
     )
-    yield f"{'':28}{'ms/step':>8}{'spread':>12}{'x floor':>9}{'x LBFGS':>9}{'x plain':>9}{'B/param':>9}{'pairs':>7}"
+    columns = (
+        f"{'ms/step':>8}{'spread':>12}{'x floor':>9}{'x LBFGS':>9}{'x plain':>9}{'B/param':>9}{'pairs':>7}"
+    )
+    yield f"{'':28}{columns}"
     for row in rows:
         spread = f"{min(row.windows):.0f}-{max(row.windows):.0f}"
         yield (
@@ -283,8 +297,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="write a picture here")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
-    rows, floor, n = optimizers(options.repeats, options.device)
-    print("\n".join(report(rows, floor, n)))
+    rows, floor, products, n = optimizers(options.repeats, options.device)
+    print("\n".join(report(rows, floor, products, n)))
     if options.figure:
         draw(rows, floor, options.figure)
     if options.json:
@@ -292,9 +306,8 @@ def main() -> None:
         options.json.write_text(json.dumps({"device": device_name(), "floor": floor, "rows": numbers}))
     if options.direction:
         ours, copy = direction_bandwidth(options.direction, options.device)
-        print(
-            f"\ndirection, n = {options.direction:,}: {ours:.0f} GB/s, {ours / copy:.0%} of a copy's {copy:.0f}"
-        )
+        share = f"{ours:.0f} GB/s, {ours / copy:.0%} of a copy's {copy:.0f}"
+        print(f"\nthe direction alone, n = {options.direction:,}: {share}")
     if options.device != "cpu" or options.size == 0:
         return
     print(f"\nthe core alone, {options.size:,} float32 parameters; floor: two reads of the history")

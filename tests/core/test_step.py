@@ -397,3 +397,44 @@ def test_a_functional_backend_keeps_what_it_was_given():
     before = jax.tree.map(np.asarray, state)
     core.step(config, state, [x], [x])
     assert_states_equal(state, before)
+
+
+def test_an_unscaled_step_is_a_step_up_to_its_factor(xp):
+    start, gradient = noisy_quadratic(np.random.default_rng(3), 11, 12)
+    for name in ("default", "fit", "paper"):
+        config, x = config_of(name), start.copy()
+        one, other = (core.init(config, split(x, SHAPES, xp), xp=xp) for _ in range(2))
+        for t in range(12):
+            grads = [split(gradient(t, x), SHAPES, xp) for _ in range(2)]
+            update, one = core.step(config, one, split(x, SHAPES, xp), grads[0])
+            bare, factor, other = core.unscaled_step(config, other, split(x, SHAPES, xp), grads[1])
+            assert relative(join(bare) * float(to_numpy(factor)), join(update)) < 1e-12
+            x = x - 0.1 * join(update)
+        grads = split(np.full(11, np.nan), SHAPES, xp)
+        bare, factor, other = core.unscaled_step(config, other, split(x, SHAPES, xp), grads)
+        assert float(to_numpy(factor)) == 0
+        assert np.isfinite(join(bare)).all()
+
+
+def test_gradients_may_have_the_dtype_of_the_averages(xp):
+    """As the float32 gradients that are accumulated for bfloat16 parameters."""
+    if not hasattr(xp, "float16"):
+        pytest.skip(f"{xp.__name__} has no float16")
+    config, x = config_of("lbfgs"), np.linspace(1.0, 2.0, 11)
+    state = core.init(config, split(x, SHAPES, xp, "float16"), xp=xp)
+    leaves, grads = split(x, SHAPES, xp, "float16"), split(x / 3, SHAPES, xp, "float32")
+    update, state = core.step(config, state, leaves, grads)
+    assert all(str(d.dtype).endswith("float32") for d in update)
+    np.testing.assert_allclose(join(update), x / 3, rtol=1e-6)
+    with pytest.raises(TypeError, match="must have the parameter's dtype float16 or float32"):
+        core.step(config, state, leaves, split(x, SHAPES, xp, "float64"))
+
+
+def test_a_coordinate_that_never_had_a_gradient_harms_no_block_of_mixed_dtypes(xp):
+    config = core.Config()
+    leaves = [xp.asarray([2.0, 0.0], dtype=dtype) for dtype in (xp.float32, xp.float64)]
+    state = core.init(config, leaves, xp=xp)
+    for _ in range(3):
+        update, state = core.step(config, state, leaves, [leaf * 0.5 for leaf in leaves])
+        assert np.isfinite(join(update)).all()
+    assert (int(state.step), int(state.skipped)) == (3, 0)

@@ -42,3 +42,90 @@ def test_trajectory_on_the_gpu_is_that_on_the_cpu(settings):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_no_step_waits_for_the_gpu(settings):
     train("cuda", settings, 20, forbid_waiting=True)
+
+
+def test_steps_replayed_from_a_cuda_graph_are_those_of_the_eager_loop():
+    def run(captured):
+        param = nn.Parameter(torch.linspace(-1, 1, 40, dtype=torch.float64, device="cuda"))
+        curvature = torch.linspace(1, 9, 40, dtype=torch.float64, device="cuda")
+        param.grad = torch.zeros_like(param)
+        optimizer = MLBFGS([param], lr=0.05, capturable=True, adaptive=False, update_every=3)
+
+        def one(step):
+            torch.mul(param.detach(), curvature, out=param.grad)
+            step()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                one(optimizer.step)
+        torch.cuda.current_stream().wait_stream(side)
+        step = optimizer.step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()  # recorded, not run
+            step = graph.replay
+        for _ in range(12):
+            one(step)
+        assert int(optimizer.diagnostics()[0].step) == 15
+        return param.detach().cpu()
+
+    torch.testing.assert_close(run(captured=True), run(captured=False))
+
+
+def test_a_capture_needs_capturable():
+    param = nn.Parameter(torch.ones(3, device="cuda"))
+    param.grad = torch.ones_like(param)
+    optimizer = MLBFGS([param])
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="needs `capturable`=True"), torch.cuda.graph(graph):
+        optimizer.step()
+
+
+def test_parameters_on_two_devices_train_together_and_one_nan_skips_both():
+    params = [nn.Parameter(torch.ones(4, device=device)) for device in ("cpu", "cuda")]
+    optimizer = MLBFGS(params, lr=0.05, adaptive=False, update_every=2)
+    for _ in range(6):
+        for param in params:
+            param.grad = param.detach().clone()
+        optimizer.step()
+    assert all((param < 1).all() for param in params)
+    before = [param.detach().clone() for param in params]
+    params[1].grad[0] = float("nan")
+    optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+
+
+def test_a_gradient_scaler_on_the_gpu_gives_the_run_without_it():
+    def run(scaled):
+        param = nn.Parameter(torch.linspace(1, 2, 8, dtype=torch.float64, device="cuda"))
+        optimizer = MLBFGS([param], lr=0.05, adaptive=False, update_every=2)
+        scaler = torch.amp.GradScaler("cuda", enabled=scaled, init_scale=2.0**10)
+        for _ in range(8):
+            optimizer.zero_grad()
+            scaler.scale(param.square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return param.detach()
+
+    torch.testing.assert_close(run(scaled=True), run(scaled=False))
+
+
+def test_a_run_moves_from_the_cpu_to_the_gpu():
+    def run(optimizer, param):
+        for _ in range(5):
+            param.grad = param.detach().clone()
+            optimizer.step()
+
+    param = nn.Parameter(torch.linspace(1, 2, 8))
+    optimizer = MLBFGS([param], lr=0.05, adaptive=False, update_every=2)
+    run(optimizer, param)
+    other = nn.Parameter(param.detach().cuda())
+    resumed = MLBFGS([other], lr=0.05, adaptive=False, update_every=2)
+    resumed.load_state_dict(optimizer.state_dict())
+    run(optimizer, param)
+    run(resumed, other)
+    torch.testing.assert_close(other.detach().cpu(), param.detach())
