@@ -3,7 +3,8 @@
 The parameters are those of ResNet-18 (11.7 million values in 62 tensors). A step of mL-BFGS must read its
 history twice and move some 15 further values per parameter; at the speed with which this machine copies
 memory, measured in the same run, that is the floor. All contestants take turns, window by window, so that
-ratios hold on a noisy machine. A second table times the core alone on NumPy and PyTorch.
+ratios hold on a noisy machine. A second table is for a model of 60 small tensors, where the number of
+operations counts and not their size; a third times the core alone on NumPy and PyTorch.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ OURS = {
     "mL-BFGS, T = 50": {"adaptive": False, "update_every": EVERY},
     "mL-BFGS, adaptive": {},
     "mL-BFGS, bfloat16 history": {"adaptive": False, "update_every": EVERY, "history_dtype": "bfloat16"},
+    "mL-BFGS, capturable": {"adaptive": False, "update_every": EVERY, "capturable": True},
     "mL-BFGS, paper, T = 50": {"preset": "paper", "update_every": EVERY},
 }
 PLAIN, PEER = "mL-BFGS, no refresh", "torch.optim.LBFGS"
@@ -78,11 +80,12 @@ def resnet18_shapes() -> list[tuple[int, ...]]:
 class Problem:
     """A quadratic with a gradient that has some noise, and an optimizer on it."""
 
-    def __init__(self, build: Callable[[list[nn.Parameter]], Optimizer], device: str) -> None:
+    def __init__(
+        self, build: Callable[[list[nn.Parameter]], Optimizer], shapes: list[tuple[int, ...]], device: str
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.params = [
-            nn.Parameter((0.01 * torch.randn(shape, generator=generator)).to(device))
-            for shape in resnet18_shapes()
+            nn.Parameter((0.01 * torch.randn(shape, generator=generator)).to(device)) for shape in shapes
         ]
         self.noise = [1e-4 * torch.randn_like(param) for param in self.params]
         for param in self.params:
@@ -164,7 +167,7 @@ def both_products(n: int, device: str) -> float:
 
 def optimizers(repeats: int, device: str) -> tuple[list[Row], float, float, int]:
     """Rows of all contestants, the floor and the products in milliseconds, the number of parameters."""
-    problems = {name: Problem(build, device) for name, build in contestants().items()}
+    problems = {name: Problem(build, resnet18_shapes(), device) for name, build in contestants().items()}
     n = sum(param.numel() for param in next(iter(problems.values())).params)
     for problem in problems.values():
         problem.window(2 * HISTORY + 4)  # L-BFGS's history is full, ours has its memory
@@ -180,6 +183,16 @@ def optimizers(repeats: int, device: str) -> tuple[list[Row], float, float, int]
         for name, problem in problems.items()
     ]
     return rows, statistics.median(floors), statistics.median(products), n
+
+
+def small(repeats: int, device: str) -> list[tuple[str, float]]:
+    """Median milliseconds of a step for 60 tensors of 256 values."""
+    problems = {name: Problem(build, [(16, 16)] * 60, device) for name, build in contestants().items()}
+    times: dict[str, list[float]] = {name: [] for name in problems}
+    for _ in range(repeats + 1):
+        for name, problem in problems.items():
+            times[name].append(problem.window(EVERY))
+    return [(name, statistics.median(values[1:])) for name, values in times.items()]
 
 
 def _pairs(optimizer: Optimizer) -> int:
@@ -299,6 +312,9 @@ def main() -> None:
     options = parser.parse_args()
     rows, floor, products, n = optimizers(options.repeats, options.device)
     print("\n".join(report(rows, floor, products, n)))
+    print("\n60 tensors of 256 values, milliseconds per step")
+    for name, time_of_step in small(options.repeats, options.device):
+        print(f"{name:28}{time_of_step:8.2f}")
     if options.figure:
         draw(rows, floor, options.figure)
     if options.json:

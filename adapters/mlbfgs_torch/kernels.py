@@ -16,7 +16,7 @@ from mlbfgs_core.kernels import Means, Metric, PairTile, Projection
 __all__ = ["TorchKernels"]
 
 # Values handled at a time: a few such tensors fit the caches of a CPU; a GPU wants whole leaves.
-_TILE = {"cpu": 2**20}
+_TILE = {"cpu": 2**19}
 _DEVICE_TILE = 2**26
 # A product with a tile's rows is a batch of so many products, each for a part of the tile: twice as
 # fast on a CPU as one matrix-vector product, whose rows lie far apart.

@@ -1,4 +1,4 @@
-"""What the README shows runs."""
+"""What the README and the pages of the documentation show runs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
 def test_python_blocks_of_the_readme_run():
     names = {"torch": torch, "model": torch.nn.Linear(2, 1)}
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, names)
+    assert run_blocks(ROOT / "README.md", names) == 2
     assert np.all(np.abs(names["x"]) < 1e-2)
     assert type(names["optimizer"]).__name__ == "MLBFGS"
+
+
+def test_python_blocks_of_the_pytorch_page_run():
+    torch.manual_seed(0)
+    names = {}
+    assert run_blocks(ROOT / "docs" / "pytorch.md", names) == 3
+    assert int(names["optimizer"].diagnostics()[0].step) == 21
+
+
+def run_blocks(path, names):
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    for block in blocks:
+        exec(block, names)
+    return len(blocks)

@@ -9,8 +9,10 @@ import copy
 import gc
 import io
 import pickle
+import re
 import weakref
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +208,12 @@ def test_the_lists_hold_every_test_that_the_installed_pytorch_mentions():
     }
     assert len(mentioned) > 10
     assert mentioned <= COVERED.keys() | NOT_APPLICABLE.keys()
+
+
+def test_the_published_list_of_what_does_not_apply_is_this_one():
+    page = (Path(__file__).parents[2] / "docs" / "pytorch.md").read_text(encoding="utf-8")
+    published = re.findall(r"^\| `(test_\w+)` \| (.+) \|$", page, re.MULTILINE)
+    assert dict(published) == NOT_APPLICABLE
 
 
 def test_no_input_names_an_implementation():
