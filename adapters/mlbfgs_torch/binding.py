@@ -62,10 +62,6 @@ class Member(NamedTuple):
         """Number of real values."""
         return self.param.numel() * (2 if self.param.is_complex() else 1)
 
-    def real(self) -> Tensor:
-        """The parameter's values, as reals; writing to them writes to the parameter."""
-        return _real(self.param.detach())
-
     def flat(self, tensor: Tensor) -> Tensor:
         """A tensor like the parameter (or several: more axes in front), as one axis in memory order."""
         tensor = _real(tensor)
@@ -102,11 +98,20 @@ class Leaf(NamedTuple):
     def like(self) -> Tensor:
         """Shape, dtype and device of the leaf, without memory."""
         size = sum(member.size for member in self.members)
-        return self.members[0].real().new_zeros(()).expand(size)
+        return self.real_params()[0].new_zeros(()).expand(size)
+
+    @property
+    def is_view(self) -> bool:
+        """Whether `gather` of the parameters is their own memory."""
+        return len(self.members) == 1 and self.members[0].dense
 
     def params(self) -> list[Tensor]:
-        """The parameters; writing to them without gradients is what a step does."""
+        """The parameters."""
         return [member.param for member in self.members]
+
+    def real_params(self) -> list[Tensor]:
+        """The parameters' values as reals; writing to them writes to the parameters."""
+        return self.params() if self.plain else [_real(param.detach()) for param in self.params()]
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor per member (or several: more axes in front) as a flat one."""

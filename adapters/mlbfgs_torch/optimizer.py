@@ -192,7 +192,7 @@ class MLBFGS(Optimizer):
                     accepted=torch.where(idle, unit.state.accepted, state.accepted),
                 )
             unit.remember(state)
-            unit.apply(update, factor, finite)
+            unit.apply(params, update, factor, finite)
         return loss
 
     def diagnostics(self) -> list[core.Diagnostics]:
@@ -357,7 +357,8 @@ class _Unit:
         self.config = part.config
         self.leaves, self.blocks = plan_leaves(part.members, part.blocks, memory)
         self._bound = bind(self.config, self.leaves, self.blocks, memory, first_label)
-        self.kernels = TorchKernels(self.state.gamma.device)
+        self._device = part.members[0].param.device
+        self.kernels = TorchKernels(self._device)
         self._views = [(member.param, memory[member.param]["history"]) for member in part.members]
         self.flags: Flags | None = None
 
@@ -375,7 +376,7 @@ class _Unit:
         return any(len({m.param.grad is None for m in leaf.members}) > 1 for leaf in self.leaves)
 
     def params(self) -> list[Tensor]:
-        """The parameters' values."""
+        """The parameters' values; for a leaf that is a view, in the parameter's own memory."""
         return [leaf.gather(leaf.params()).detach() for leaf in self.leaves]
 
     def grads(self, scale: Tensor | None) -> list[Tensor | None]:
@@ -387,7 +388,7 @@ class _Unit:
         if torch.compiler.is_compiling() or any(leaf.group["capturable"] for leaf in self.leaves):
             self.flags = None
             return None, None
-        if self.state.gamma.is_cuda and torch.cuda.is_current_stream_capturing():
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             msg = "MLBFGS needs `capturable`=True for a step captured in a CUDA graph, got False"
             raise RuntimeError(msg)
         if self.flags is None:
@@ -400,40 +401,41 @@ class _Unit:
         if self.flags is not None:
             self.flags.send(state)
 
-    def apply(self, update: Sequence[Tensor | None], factor: Tensor, finite: Tensor) -> None:
-        """Momentum, weight decay and learning rate, all of them only where the step is accepted."""
-        for leaf, direction, buffer in zip(self.leaves, update, self._bound.momentum, strict=True):
+    def apply(
+        self,
+        params: Sequence[Tensor],
+        update: Sequence[Tensor | None],
+        factor: Tensor,
+        finite: Tensor,
+    ) -> None:
+        """Momentum, weight decay and learning rate, all of them only where the step is accepted.
+
+        `params` is what the method of this name gave, and is written to.
+        """
+        for leaf, flat, direction, buffer in zip(
+            self.leaves, params, update, self._bound.momentum, strict=True
+        ):
             if direction is None:
                 continue
             group, dtype = leaf.group, direction.dtype
-            accepted = finite.to(dtype)
+            accepted, length = finite.to(dtype), factor.to(dtype)
             rate = accepted * _number(group["lr"])
-            own = factor.to(dtype)
-            decay = None
-            if group["weight_decay"] != 0 and group["decoupled_weight_decay"]:
-                decay = 1 - rate * group["weight_decay"]
-            carry = 1 + accepted * (group["momentum"] - 1)
-            alone = leaf.members[0] if len(leaf.members) == 1 and leaf.members[0].dense else None
-            flat = None if alone is None else alone.flat(alone.param.detach())
+            decays = group["weight_decay"] != 0 and group["decoupled_weight_decay"]
+            decay = 1 - rate * group["weight_decay"] if decays else None
+            carry = None if buffer is None else 1 + accepted * (group["momentum"] - 1)
+            weight = rate * length if buffer is None else rate
             for tile in self.kernels.tiles(direction):
-                change, weight = direction[tile], rate * own
+                change = direction[tile]
                 if buffer is not None:
-                    change, weight = buffer[tile].mul_(carry).addcmul_(change, own), rate
-                if flat is None:
-                    torch.mul(change, weight, out=direction[tile])
-                    continue
-                part = flat[tile]
+                    change = buffer[tile].mul_(carry).addcmul_(change, length)
+                value = flat[tile].to(dtype)  # rounded once, at the end
                 if decay is not None:
-                    part.mul_(decay.to(part.dtype))
-                if part.dtype == dtype:
-                    part.addcmul_(change, weight, value=-1)
-                else:
-                    part.sub_(change * weight)
-            if flat is None:
-                values = leaf.params() if leaf.plain else [member.real() for member in leaf.members]
-                if decay is not None:
-                    torch._foreach_mul_(values, decay.to(values[0].dtype))
-                torch._foreach_sub_(values, leaf.spread(direction))
+                    value.mul_(decay)
+                value.addcmul_(change, weight, value=-1)
+                if flat.dtype != dtype:
+                    flat[tile].copy_(value)
+            if not leaf.is_view:
+                torch._foreach_copy_(leaf.real_params(), leaf.spread(flat))
 
 
 def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:
