@@ -72,8 +72,9 @@ class MLBFGS(Optimizer):
     where `torch.amp.GradScaler` found one. A parameter without a gradient keeps still. Complex
     parameters count as pairs of reals. Memory: ``(2 * history_size + 6) * 4`` bytes per float32
     parameter with default settings and momentum (`mlbfgs_core.plan_memory` gives the exact figure
-    without the momentum's array), and 4 more during a step. No step waits for a GPU, but for the first
-    after loading a state or after parameters without gradients got some. Changing `history_size`,
+    without the momentum's array), and 4 more during a step, on a CPU also between steps. No step waits
+    for a GPU, but for the first after loading a state or after the set of parameters with gradients has
+    changed. Changing `history_size`,
     `history_dtype` or the blocks in mid-run makes it forget its curvature, with a warning.
 
     References

@@ -488,6 +488,27 @@ def test_compiled_step_is_one_graph_compiled_once_and_equals_the_eager_one(setti
     torch.testing.assert_close(weights(model), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_compiled_step_follows_a_scheduled_tensor_rate_without_compiling_again():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    results = []
+    for compiled in (False, True):
+        model = make_model()
+        optimizer = MLBFGS(model.parameters(), lr=torch.tensor(0.05, dtype=torch.float64), **FAST)
+        step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if compiled else None
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
+        for inputs, targets in make_data(8):
+            optimizer.zero_grad()
+            (model(inputs) - targets).square().mean().backward()
+            (step or optimizer.step)()
+            optimizer._opt_called = True  # the scheduler looks for the step that it has wrapped
+            scheduler.step()
+        results.append(weights(model))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("settings", [{}, FAST], ids=str)
 def test_masked_steps_equal_those_that_the_host_decides(settings):
     results = []
