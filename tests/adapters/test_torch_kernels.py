@@ -20,8 +20,7 @@ SIZES = [0, 1, 5, 40, 64, 77, 200]
 def both(monkeypatch):
     """The plain kernels, and the fast ones with limits so small that short leaves take every path."""
     monkeypatch.setitem(fast_kernels._TILE, "cpu", 64)
-    monkeypatch.setattr(fast_kernels, "_PARTS", 4)
-    monkeypatch.setattr(fast_kernels, "_LEAST_PART", 4)
+    monkeypatch.setattr(fast_kernels, "_PART", 16)
     return core.Kernels(xp, 10**9), TorchKernels(torch.device("cpu"))
 
 
