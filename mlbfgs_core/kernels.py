@@ -35,11 +35,11 @@ class Metric(NamedTuple):
     """``q ** -0.5`` as `Kernels.project` has kept it, of the leaf's shape."""
 
     def inverse_root(self, kernels: Kernels, tile: Index, grad: Array | None = None) -> Array:
-        """A tile of ``q ** -0.5``; where the metric has a weight, `grad` enters first."""
+        """A tile of ``q ** -0.5``; a gradient that is given enters first, with the metric's weight."""
         if self.kept is not None:
             return self.kept[tile]
         moment = self.moment[tile]
-        if self.weight is not None:
+        if grad is not None and self.weight is not None:
             moment = kernels.lerp(moment, grad * grad, self.weight)
         return kernels.inverse_power(moment + self.floor, self.power / 4)
 
