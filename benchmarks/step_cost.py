@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
@@ -345,11 +344,9 @@ def main() -> None:
             t = core_alone(backend, settings, options.size, options.repeats)
             ratio, check, refresh = t["step"] / t["floor"], t["check"] - t["step"], t["refresh"] - t["step"]
             check = check if core.Config(**settings).adaptive else 0.0
-            if math.isfinite(ratio):
-                print(
-                    f"{backend:8}{name:10}{t['floor']:8.0f}{t['step']:8.0f}{ratio:8.2f}{check:9.0f}"
-                    f"{refresh:11.0f}"
-                )
+            print(
+                f"{backend:8}{name:10}{t['floor']:8.0f}{t['step']:8.0f}{ratio:8.2f}{check:9.0f}{refresh:11.0f}"
+            )
 
 
 if __name__ == "__main__":

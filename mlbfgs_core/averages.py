@@ -230,8 +230,11 @@ def observe_call(
     if not config.adaptive:
         return state
     asked = keep & is_check(config, window, state)
-    metrics = call.metrics(state, kept=seen.inverse_roots)
-    result: State = run_if(when, asked, lambda state: check(call, state, metrics, asked), state)
+
+    def part(state: State) -> State:
+        return check(call, state, call.metrics(state, kept=seen.inverse_roots), asked)
+
+    result: State = run_if(when, asked, part, state)
     return result
 
 

@@ -152,6 +152,10 @@ class Kernels:
         """Inner product over all axes, in the arrays' (full) precision."""
         return self.xp.matmul(self.xp.reshape(a, (-1,)), self.xp.reshape(b, (-1,)))
 
+    def largest(self, x: Array) -> Array:
+        """The largest magnitude, 0-d."""
+        return self.xp.max(self.xp.abs(x))
+
     def times(self, rows: Array, x: Array) -> Array:
         """Inner products (2m,) of a tile's rows with a vector, in the arrays' full precision."""
         return self.xp.matmul(rows, x)
@@ -249,7 +253,8 @@ class Kernels:
         return mean_params, mean_grads, moment
 
     def pair(self, means: Means, metric: Metric | None, tile: Index, valid: Array) -> tuple[Array, Array]:
-        """A tile of the differences ``s`` and ``y``, in the metric; zero where `valid` (0-d) is false."""
+        """A tile of the differences ``s`` and ``y``, in the metric; zero where `valid` (0-d) is false.
+        The caller may write to them."""
         xp = self.xp
         s = xp.where(valid, means.params[tile] - means.prev_params[tile], 0.0)
         y = xp.where(valid, means.grads[tile] - means.prev_grads[tile], 0.0)
@@ -268,9 +273,9 @@ class Kernels:
                 zero = xp.sum(s)
                 products.append(PairTile(zero, zero, zero, zero, zero))
                 continue
-            s_scale, y_scale = xp.max(xp.abs(s)), xp.max(xp.abs(y))
-            s = s / xp.where(s_scale > 0, s_scale, 1.0)
-            y = y / xp.where(y_scale > 0, y_scale, 1.0)
+            s_scale, y_scale = self.largest(s), self.largest(y)
+            s /= xp.where(s_scale > 0, s_scale, 1.0)
+            y /= xp.where(y_scale > 0, y_scale, 1.0)
             products.append(PairTile(s_scale, y_scale, self.dot(s, s), self.dot(s, y), self.dot(y, y)))
         return products
 

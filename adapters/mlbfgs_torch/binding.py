@@ -18,6 +18,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
+from mlbfgs_core.state import dtype_name
 
 __all__ = ["Bound", "Flags", "Leaf", "Member", "Memory", "bind", "forget_misfits", "plan_leaves", "store"]
 
@@ -263,11 +264,7 @@ def bind(
     sizes = [float(sum(like[i].numel() for i in block)) for block in blocks]
     values["size"] = torch.tensor(sizes, dtype=values["gamma"].dtype, device=values["gamma"].device)
     bound = Bound(core.State(**values), torch.stack([values[name] for name in _UNIT_REALS]), momentum)
-    state = bound.state
-    _make_views(state, momentum, leaves, blocks, names, memory)
-    for number, block in enumerate(blocks):
-        for member in (m for i in block for m in leaves[i].members):
-            memory[member.param]["block"] = first_label + number
+    _make_views(bound, leaves, blocks, names, memory, first_label)
     return bound
 
 
@@ -320,17 +317,18 @@ def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: 
 
 
 def _make_views(
-    state: core.State,
-    momentum: Sequence[Tensor | None],
+    bound: Bound,
     leaves: Sequence[Leaf],
     blocks: Blocks,
     names: Sequence[str],
     memory: Memory,
+    first_label: int,
 ) -> None:
+    state = bound.state
     for number, block in enumerate(blocks):
         for i in block:
             views = {name: leaves[i].spread(getattr(state, name)[i]) for name in names}
-            buffer = momentum[i]
+            buffer = bound.momentum[i]
             if buffer is not None:
                 views["momentum_buffer"] = leaves[i].spread(buffer)
             for place, member in enumerate(leaves[i].members):
@@ -339,12 +337,13 @@ def _make_views(
                 entry.update({name: getattr(state, name)[i] for name in _LEAF_COUNTS})
                 entry.update({name: getattr(state, name)[number] for name in _PER_BLOCK})
                 entry.update({name: getattr(state, name) for name in _PER_UNIT})
+                entry["block"] = first_label + number
 
 
 def _fits(config: core.Config, member: Member, entry: dict[str, Any]) -> bool:
-    dtype = config.history_dtype or str(entry["mean_params"].dtype).rpartition(".")[2]
+    dtype = config.history_dtype or dtype_name(entry["mean_params"])
     return (
         entry["history"].shape == (2, config.history_size, *member.shape)
-        and entry["history"].dtype == getattr(torch, dtype)
+        and dtype_name(entry["history"]) == dtype
         and ("moment" in entry) == config.uses_metric
     )

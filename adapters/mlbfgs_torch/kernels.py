@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.kernels import Means, Metric, PairTile, Projection
+from mlbfgs_core.kernels import Means, Metric, Projection
 
 __all__ = ["TorchKernels"]
 
@@ -72,26 +72,23 @@ class TorchKernels(core.Kernels):
             kept = self._buffers[name, dtype] = like.new_empty(size, dtype=dtype)
         return kept[:size].view(like.shape)
 
-    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x` in a dtype."""
-        return x.to(dtype)
-
     def rows(self, history: Tensor, tile: Any, dtype: torch.dtype) -> Tensor:
         """The tile of a history as a matrix of 2m rows, in the history's own dtype."""
         return history[(slice(None), slice(None), *tile)].flatten(0, 1)
 
-    def lerp(self, start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-        """``start + weight * (end - start)``."""
-        return torch.lerp(start, end, weight)
-
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """Inner product."""
+        """Inner product, of full precision inside `torch.autocast` too, unlike `matmul`."""
         return torch.dot(a, b)
 
-    def pick(self, array: Tensor, index: Tensor, axis: int = 0) -> Tensor:
-        """`array` at the positions of an index along the first axis."""
-        out = self.buffer("picked", array[: index.shape[0]], array.dtype)
-        return torch.index_select(array, 0, index, out=out)
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest magnitude, in one pass."""
+        low, high = torch.aminmax(x)
+        return torch.maximum(high, -low)
+
+    def pick(self, array: Tensor, index: Tensor, axis: int) -> Tensor:
+        """`array` at the positions of an index along an axis."""
+        out = self.buffer("picked", array.narrow(axis, 0, index.shape[0]), array.dtype)
+        return torch.index_select(array, axis, index, out=out)
 
     def times(self, rows: Tensor, x: Tensor) -> Tensor:
         """Inner products of rows of any dtype with a vector, accumulated in the vector's."""
@@ -218,21 +215,6 @@ class TorchKernels(core.Kernels):
             s, y = s.div_(root), y.mul_(root)
         return s, y
 
-    def pair_products(self, means: Means, metric: Metric | None, valid: Tensor) -> list[PairTile]:
-        """Inner products of ``s`` and ``y``, tile by tile."""
-        products = []
-        for tile in self.tiles(means.params):
-            s, y = self.pair(means, metric, tile, valid)
-            if s.shape[0] == 0:
-                zero = s.sum()
-                products.append(PairTile(zero, zero, zero, zero, zero))
-                continue
-            s_scale, y_scale = _largest(s), _largest(y)
-            s = s.div_(torch.where(s_scale > 0, s_scale, 1.0))
-            y = y.div_(torch.where(y_scale > 0, y_scale, 1.0))
-            products.append(PairTile(s_scale, y_scale, torch.dot(s, s), torch.dot(s, y), torch.dot(y, y)))
-        return products
-
     def write_pair(
         self,
         history: Tensor,
@@ -252,7 +234,7 @@ class TorchKernels(core.Kernels):
             s = s.mul_(inverse_norm)
             y = y.mul_(inverse_norm * damping[0]).addcmul_(s, damping[1])
             rows = self.rows(history, tile, history.dtype)
-            stored = self.pick(rows, places)
+            stored = self.pick(rows, places, 0)
             for old, new in zip(stored, (s, y), strict=True):
                 old.lerp_(_finite(new, out=new).to(old.dtype), kept)
             rows.index_copy_(0, places, stored)
@@ -301,12 +283,6 @@ class TorchKernels(core.Kernels):
         """A copy in a dtype with zeros for what is not finite."""
         out = self.buffer("scaled", x, dtype) if x.dtype == dtype else None
         return _finite(x, out=out).to(dtype)
-
-
-def _largest(x: Tensor) -> Tensor:
-    """The largest magnitude; many times faster than the maximum norm."""
-    low, high = torch.aminmax(x)
-    return torch.maximum(high, -low)
 
 
 def _finite(x: Tensor, out: Tensor | None) -> Tensor:

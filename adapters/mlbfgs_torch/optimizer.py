@@ -90,6 +90,9 @@ class MLBFGS(Optimizer):
     >>> optimizer.step()
     """
 
+    _step_supports_amp_scaling = True
+    """`torch.amp.GradScaler` hands over its scale and what it found, and leaves the gradients."""
+
     def __init__(
         self,
         params: ParamsT,
@@ -118,7 +121,6 @@ class MLBFGS(Optimizer):
         self._forget_units()
         super().__init__(params, defaults)
         self._partitions()
-        self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, at any time; its settings are checked first.
@@ -236,7 +238,7 @@ class MLBFGS(Optimizer):
         self._forget_units()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_blocks": self._blocks, "_step_supports_amp_scaling": True}
+        return {**super().__getstate__(), "_blocks": self._blocks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

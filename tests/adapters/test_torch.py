@@ -15,9 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlbfgs_core as core
 from mlbfgs_torch import MLBFGS, binding
-
-FAST = {"adaptive": False, "update_every": 2, "history_size": 3}
-"""A pair every other step, so that short tests run on the quasi-Newton path."""
+from tests.trainers.helpers import FAST, assert_same, train, weights
 
 
 def make_model(seed=0, dtype=torch.float64):
@@ -31,25 +29,6 @@ def make_data(steps, dtype=torch.float64):
         (torch.randn(16, 4, generator=generator).to(dtype), torch.randn(16, 2, generator=generator).to(dtype))
         for _ in range(steps)
     ]
-
-
-def train(model, optimizer, data, scheduler=None):
-    for inputs, targets in data:
-        optimizer.zero_grad()
-        (model(inputs) - targets).square().mean().backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-    return model
-
-
-def weights(model):
-    return [param.detach().clone() for param in model.parameters()]
-
-
-def assert_same(a, b):
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x, y)
 
 
 def flat(values):

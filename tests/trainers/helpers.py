@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
+
+from mlbfgs_torch import MLBFGS
 
 FAST = {"adaptive": False, "update_every": 2, "history_size": 3}
 """A pair every other step, so that short tests run on the quasi-Newton path."""
@@ -75,3 +78,31 @@ def assert_quasi_newton(optimizer):
 def tensors(optimizer):
     """A copy of everything that the optimizer remembers."""
     return copy.deepcopy(optimizer.state_dict()["state"])
+
+
+EPOCH = 6
+"""Batches of an epoch."""
+
+
+def make_epoch():
+    return make_data(EPOCH, torch.float32)
+
+
+def make_optimizer(model, lr=0.1, **settings):
+    return MLBFGS(model.parameters(), lr=lr, weight_decay=0.001, **{**FAST, **settings})
+
+
+def cosine(optimizer, steps):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+each_build = pytest.mark.parametrize(
+    "build",
+    [
+        make_optimizer,
+        lambda model: make_optimizer(model, adaptive=True, check_every=1, update_every=5),
+        lambda model: MLBFGS(model.named_parameters(), blocks="layer", **FAST),
+        lambda model: make_optimizer(model, preset="fit"),
+    ],
+    ids=["fixed interval", "adaptive", "blocks", "fit"],
+)

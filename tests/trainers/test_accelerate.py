@@ -9,22 +9,21 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader, TensorDataset
 
-from mlbfgs_torch import MLBFGS
 from tests.trainers.helpers import (
-    FAST,
+    EPOCH,
     assert_different,
     assert_quasi_newton,
     assert_same,
-    make_data,
+    cosine,
+    each_build,
+    make_epoch,
     make_model,
+    make_optimizer,
     mean_loss,
     squared_error,
     train,
     weights,
 )
-
-EPOCH = 6
-"""Batches of an epoch."""
 
 
 def restart():
@@ -36,18 +35,6 @@ def restart():
 @pytest.fixture(autouse=True)
 def _restart():
     restart()
-
-
-def make_epoch():
-    return make_data(EPOCH, torch.float32)
-
-
-def make_optimizer(model, lr=0.1, **settings):
-    return MLBFGS(model.parameters(), lr=lr, weight_decay=0.001, **{**FAST, **settings})
-
-
-def cosine(optimizer, steps):
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
 def prepare(steps, seed=0, build=make_optimizer, **options):
@@ -94,16 +81,7 @@ def test_training_lowers_the_loss():
     assert_quasi_newton(parts[2].optimizer)
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        make_optimizer,
-        lambda model: make_optimizer(model, adaptive=True, check_every=1, update_every=5),
-        lambda model: MLBFGS(model.named_parameters(), blocks="layer", **FAST),
-        lambda model: make_optimizer(model, preset="fit"),
-    ],
-    ids=["fixed interval", "adaptive", "blocks", "fit"],
-)
+@each_build
 def test_the_trajectory_is_that_of_a_plain_loop(build):
     accelerator, model, optimizer, *rest = prepare(24, build=build)
     assert isinstance(optimizer, AcceleratedOptimizer)

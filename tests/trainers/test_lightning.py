@@ -20,14 +20,19 @@ from torch.utils.data import DataLoader
 
 from mlbfgs_torch import MLBFGS
 from tests.trainers.helpers import (
+    EPOCH,
     FAST,
     assert_different,
     assert_quasi_newton,
     assert_same,
     backward,
+    cosine,
+    each_build,
     flat,
     make_data,
+    make_epoch,
     make_model,
+    make_optimizer,
     mean_loss,
     squared_error,
     train,
@@ -41,24 +46,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
 ]
 
-EPOCH = 6
-"""Batches of an epoch."""
-
-
-def make_epoch():
-    return make_data(EPOCH, torch.float32)
-
 
 def make_loader():
     return DataLoader(make_epoch(), batch_size=None)
-
-
-def make_optimizer(model, lr=0.1, **settings):
-    return MLBFGS(model.parameters(), lr=lr, weight_decay=0.001, **{**FAST, **settings})
-
-
-def cosine(optimizer, steps):
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
 class Regression(LightningModule):
@@ -113,16 +103,7 @@ def test_fitting_lowers_the_loss():
     assert_quasi_newton(trainer.optimizers[0])
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        make_optimizer,
-        lambda model: make_optimizer(model, adaptive=True, check_every=1, update_every=5),
-        lambda model: MLBFGS(model.named_parameters(), blocks="layer", **FAST),
-        lambda model: make_optimizer(model, preset="fit"),
-    ],
-    ids=["fixed interval", "adaptive", "blocks", "fit"],
-)
+@each_build
 def test_the_trajectory_is_that_of_a_plain_loop(build):
     module = Regression(build=build)
     trainer = fit(module)

@@ -30,6 +30,7 @@ from tests.trainers.helpers import (
     assert_quasi_newton,
     assert_same,
     backward,
+    cosine,
     flat,
     make_data,
     make_model,
@@ -44,10 +45,6 @@ ADAPTIVE = {"check_every": 1, "update_every": 5, "history_size": 3}
 """A check at every step, which decides whether the next one takes a pair."""
 
 SCALE = 2.0**10
-
-
-def cosine(optimizer, steps):
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
 def make_scaler(**options):
