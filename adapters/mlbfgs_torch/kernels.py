@@ -97,11 +97,13 @@ class TorchKernels(core.Kernels):
             return torch.stack(products).sum(0)
         parts = x.shape[0] // _PART
         whole = parts * _PART
-        products = torch.mv(rows[:, whole:], x[whole:])
+        # With `out`, `torch.autocast` leaves a product in full precision.
+        products = torch.mv(rows[:, whole:], x[whole:], out=x.new_empty(rows.shape[0]))
         if parts == 0:
             return products
         split = rows[:, :whole].unflatten(1, (parts, _PART)).permute(1, 2, 0)
-        return products + torch.bmm(x[:whole].view(parts, 1, _PART), split).sum((0, 1))
+        out = x.new_empty((parts, 1, rows.shape[0]))
+        return products + torch.bmm(x[:whole].view(parts, 1, _PART), split, out=out).sum((0, 1))
 
     def weighted(self, coefficients: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Weighted sum of rows of any dtype, in that of the coefficients."""

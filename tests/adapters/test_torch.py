@@ -608,3 +608,16 @@ def test_a_step_with_rate_zero_and_zero_gradients_does_not_count():
             assert (int(record.step), int(record.skipped)) == (0, 0)
         runs.append(weights(train(model, optimizer, data)))
     assert_same(*runs)
+
+
+def test_large_products_inside_autocast_keep_full_precision():
+    results = []
+    for enabled in (False, True):
+        param, curvature = nn.Parameter(torch.ones(70_000)), torch.linspace(0.1, 2, 70_000)
+        optimizer = MLBFGS([param], **FAST)
+        for _ in range(8):
+            param.grad = param.detach() * curvature
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        results.append([param.detach()])
+    assert_same(*results)
