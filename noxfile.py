@@ -30,7 +30,7 @@ def install(session: nox.Session, *packages: str, group: str | None = None) -> N
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test on NumPy, array-api-strict, PyTorch and JAX, without a GPU; arguments go to pytest."""
-    install(session, "-e", ".[torch]", group="test")
+    install(session, "-e", ".[jax,torch]", group="test")
     session.run("pytest", "-n", "auto", *session.posargs, env=ONE_CORE)
 
 
@@ -50,10 +50,22 @@ def torch_suite(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("trainer", ["loops", "lightning", "accelerate"])
+def optax_suite(session: nox.Session) -> None:
+    """Run optax's own tests of its optimizers over mlbfgs, on eight virtual devices."""
+    install(session, "-e", ".[jax]", group="optax-suite")
+    # Most of the time goes into compiling.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    path = "tests/optax_suite"
+    env = {**ONE_CORE, "XLA_FLAGS": f"{ONE_CORE['XLA_FLAGS']} {flags}"}
+    session.run("pytest", "-n", "auto", f"--confcutdir={path}", path, *session.posargs, env=env)
+
+
+@nox.session
+@nox.parametrize("trainer", ["loops", "lightning", "accelerate", "jax"])
 def trainers(session: nox.Session, trainer: str) -> None:
-    """Train in plain loops with AMP, clipping, averaging and checkpoints; in Lightning; in Accelerate."""
-    install(session, "-e", ".[torch]", group=f"trainers-{trainer}")
+    """Train in plain PyTorch loops, in Lightning, in Accelerate; in Flax, Equinox and Orbax."""
+    extra = "jax" if trainer == "jax" else "torch"
+    install(session, "-e", f".[{extra}]", group=f"trainers-{trainer}")
     path = f"tests/trainers/test_{trainer}.py"
     session.run("pytest", "--confcutdir=tests/trainers", path, *session.posargs, env=ONE_CORE)
 
@@ -82,9 +94,16 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def benchmark(session: nox.Session) -> None:
-    """Time steps against their floor and PyTorch's optimizers; arguments go to the script."""
-    install(session, ".[torch]", group="benchmark")
+    """Time steps against their floor, PyTorch's optimizers and optax's; arguments go to the script."""
+    install(session, ".[jax,torch]", group="benchmark")
     session.run("python", "benchmarks/step_cost.py", *session.posargs)
+
+
+@nox.session
+def line_search(session: nox.Session) -> None:
+    """Compare L-BFGS with a line search: ours, optax's and SciPy's."""
+    install(session, ".[jax]", group="benchmark")
+    session.run("python", "benchmarks/line_search.py", *session.posargs)
 
 
 @nox.session
@@ -94,14 +113,14 @@ def build(session: nox.Session) -> None:
     with tempfile.TemporaryDirectory() as folder:
         session.run("python", "-m", "build", "--outdir", folder, ".")
         (wheel,) = Path(folder).glob("*.whl")
-        install(session, f"{wheel}[torch]")
+        install(session, f"{wheel}[jax,torch]")
         session.cd(folder)
-        script = "import mlbfgs_core, mlbfgs_torch; print(mlbfgs_core.__file__, mlbfgs_torch.__file__)"
-        session.run("python", "-P", "-c", script)
+        for package in ("mlbfgs_core", "mlbfgs_jax", "mlbfgs_torch"):
+            session.run("python", "-P", "-c", f"import {package}; print({package}.__file__)")
 
 
 @nox.session
 def gpu(session: nox.Session) -> None:
     """Test on a CUDA GPU; fails where there is none."""
-    install(session, "-e", ".[torch]", group="test")
+    install(session, "-e", ".[jax,torch]", group="test")
     session.run("pytest", "tests/gpu", *session.posargs)

@@ -4,7 +4,8 @@ The parameters are those of ResNet-18 (11.7 million values in 62 tensors). A ste
 history twice and move some 15 further values per parameter; at the speed with which this machine copies
 memory, measured in the same run, that is the floor. All contestants take turns, window by window, so that
 ratios hold on a noisy machine. A second table is for a model of 60 small tensors, where the number of
-operations counts and not their size; a third times the core alone on NumPy and PyTorch.
+operations counts and not their size; a third times the core alone on NumPy and PyTorch; a fourth times
+whole compiled updates in JAX against optax's L-BFGS; a fifth the compilation of a training step.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from typing import Any, NamedTuple
 
 import array_api_compat.numpy
 import array_api_compat.torch
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
 
 import mlbfgs_core as core
+from mlbfgs_jax import mlbfgs, scale_by_mlbfgs
 from mlbfgs_torch import MLBFGS
 from mlbfgs_torch.kernels import TorchKernels
 
@@ -44,6 +49,16 @@ OURS = {
     "mL-BFGS, paper, T = 50": {"preset": "paper", "update_every": EVERY},
 }
 PLAIN, PEER = "mL-BFGS, no refresh", "torch.optim.LBFGS"
+JAX_SIZES = (1_000_000, 10_000_000)
+JAX_OURS: dict[str, core.Settings] = {
+    "mL-BFGS, no refresh": {"adaptive": False, "update_every": 10**6},
+    "mL-BFGS, T = 50": {"adaptive": False, "update_every": EVERY},
+    "mL-BFGS, adaptive": {},
+    "mL-BFGS, bfloat16 history": {"adaptive": False, "update_every": EVERY, "history_dtype": "bfloat16"},
+    "mL-BFGS, paper, T = 50": {"preset": "paper", "update_every": EVERY},
+    "mL-BFGS, lbfgs, T = 1": {"preset": "lbfgs"},
+}
+JAX_PEER, JAX_DONATED = "optax.scale_by_lbfgs", "the same, state donated"
 BACKENDS = {"numpy": array_api_compat.numpy, "torch": array_api_compat.torch}
 TILES = {"numpy": 2**16, "torch": 2**18}
 SETTINGS: dict[str, core.Settings] = {"default": {}, "paper": {"preset": "paper"}}
@@ -163,7 +178,7 @@ def both_products(n: int, device: str) -> tuple[float, float]:
     rows, vector = torch.ones(2 * HISTORY, n, device=device), torch.ones(n, device=device)
     weights, out = rows[:, 0].clone(), torch.ones_like(vector)
     return (
-        milliseconds(lambda: (kernels.times(rows, vector), kernels.weighted(weights, rows, out))),
+        milliseconds(lambda: (kernels.times(rows, vector), kernels.weighted(weights, rows, vector, out))),
         milliseconds(lambda: (torch.mv(rows, vector), torch.mv(rows.t(), weights, out=out))),
     )
 
@@ -258,6 +273,102 @@ def core_alone(backend: str, settings: core.Settings, n: int, repeats: int) -> d
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+class JaxProblem:
+    """The noisy quadratic of n values in JAX, with a compiled update."""
+
+    def __init__(self, name: str, tx: optax.GradientTransformation, n: int) -> None:
+        one, other = jax.random.split(jax.random.key(0))
+        self.params, noise = 1e-2 * jax.random.normal(one, (n,)), 1e-4 * jax.random.normal(other, (n,))
+        self.state = tx.init(self.params)
+        if name == JAX_DONATED:  # its initial state holds a buffer twice, which cannot be donated
+            self.state = jax.tree.map(jnp.copy, self.state)
+        self.evaluate = jax.jit(lambda params, sign: params + sign * noise)
+        self.move = jax.jit(lambda params, update: params - 1e-3 * update, donate_argnums=0)
+        donated = () if name == JAX_PEER else (0, 1)
+        update = jax.jit(tx.update, donate_argnums=donated)
+        self.update = update.lower(self.params, self.state, self.params).compile()
+        self.scratch = self.update.memory_analysis().temp_size_in_bytes / n
+        self.sign = 1.0
+
+    def window(self, steps: int) -> float:
+        """Mean milliseconds of an update."""
+        total = 0.0
+        for _ in range(steps):
+            self.sign = -self.sign
+            grads = jax.block_until_ready(self.evaluate(self.params, self.sign))
+            start = time.perf_counter()
+            update, self.state = jax.block_until_ready(self.update(grads, self.state, self.params))
+            total += time.perf_counter() - start
+            self.params = self.move(self.params, update)
+        return 1e3 * total / steps
+
+
+def jax_updates(n: int, repeats: int) -> Iterator[str]:
+    """The table of JAX's updates: medians over windows in which all take turns."""
+    peer = optax.scale_by_lbfgs(HISTORY)
+    ours = {name: scale_by_mlbfgs(history_size=HISTORY, **settings) for name, settings in JAX_OURS.items()}
+    transformations = {JAX_PEER: peer, JAX_DONATED: peer, **ours}
+    problems = {name: JaxProblem(name, tx, n) for name, tx in transformations.items()}
+    times: dict[str, list[float]] = {name: [] for name in problems}
+    for problem in problems.values():
+        problem.window(2 * HISTORY + 4)
+    for _ in range(repeats):
+        for name, problem in problems.items():
+            times[name].append(problem.window(EVERY if name in ours else 10))
+    base = statistics.median(times[JAX_PEER])
+    yield f"{'':28}{'ms/update':>10}{'spread':>14}{'x optax':>9}{'scratch B/param':>17}{'pairs':>7}"
+    for name, problem in problems.items():
+        middle, spread = statistics.median(times[name]), f"{min(times[name]):.1f}-{max(times[name]):.1f}"
+        pairs = int(problem.state.pairs[0]) if name in ours else HISTORY
+        yield f"{name:28}{middle:10.1f}{spread:>14}{middle / base:9.2f}{problem.scratch:17.0f}{pairs:7d}"
+
+
+def jax_compilation(leaves: int, repeats: int) -> dict[str, float]:
+    """Median seconds to trace and compile a whole training step with so many leaves of 1200 values."""
+    search = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")
+    direction = scale_by_mlbfgs(preset="lbfgs", history_size=HISTORY)
+    transformations = {
+        "optax.lbfgs": optax.lbfgs(memory_size=HISTORY),
+        "the same with scale_by_mlbfgs": optax.chain(direction, optax.scale(-1.0), search),
+        "mlbfgs, adaptive": mlbfgs(0.1, history_size=HISTORY),
+        "mlbfgs, paper": mlbfgs(0.1, history_size=HISTORY, preset="paper"),
+        "optax.adamw": optax.with_extra_args_support(optax.adamw(0.1)),
+    }
+    params = [jnp.ones((30, 40)) for _ in range(leaves)]
+
+    def loss(params: list[jax.Array]) -> jax.Array:
+        return sum(jnp.sum(param**4) for param in params)
+
+    def seconds(tx: optax.GradientTransformationExtraArgs) -> float:
+        def step(params: Any, state: Any) -> Any:
+            value, grad = jax.value_and_grad(loss)(params)
+            update, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+            return optax.apply_updates(params, update), state
+
+        state = tx.init(params)
+        start = time.perf_counter()
+        jax.jit(step).lower(params, state).compile()
+        return time.perf_counter() - start
+
+    times: dict[str, list[float]] = {name: [] for name in transformations}
+    for _ in range(repeats):
+        for name, tx in transformations.items():
+            times[name].append(seconds(tx))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def print_jax(repeats: int) -> None:
+    """Print the tables of JAX."""
+    for n in JAX_SIZES:
+        print(f"\nJAX {jax.__version__}, whole compiled updates, n = {n:,}, float32, m = {HISTORY}")
+        print("\n".join(jax_updates(n, repeats)))
+    for leaves in (1, 12):
+        seconds = jax_compilation(leaves, max(3, repeats))
+        print(f"\nseconds to trace and compile a training step with {leaves} leaves")
+        for name, value in seconds.items():
+            print(f"{name:30}{value:8.2f}{value / seconds['optax.lbfgs']:8.2f} x optax.lbfgs")
+
+
 def report(rows: list[Row], floor: float, products: list[float], n: int) -> Iterator[str]:
     """The table of the optimizers."""
     plain = next(row.milliseconds for row in rows if row.name == PLAIN)
@@ -331,6 +442,8 @@ def main() -> None:
     if options.json:
         numbers = {row.name: {"milliseconds": row.windows, "bytes": row.bytes_per_parameter} for row in rows}
         options.json.write_text(json.dumps({"device": device_name(), "floor": floor, "rows": numbers}))
+    if options.device == "cpu" and options.size:
+        print_jax(options.repeats)
     if options.direction:
         ours, copy = direction_bandwidth(options.direction, options.device)
         share = f"{ours:.0f} GB/s, {ours / copy:.0%} of a copy's {copy:.0f}"

@@ -231,11 +231,12 @@ def observe_call(
         return state
     asked = keep & is_check(config, window, state)
 
-    def part(state: State) -> State:
-        return check(call, state, call.metrics(state, kept=seen.inverse_roots), asked)
+    def part(verdict: tuple[Array, Array]) -> tuple[Array, Array]:
+        before = state._replace(pending=verdict[0], signal_to_noise=verdict[1])
+        return check(call, before, call.metrics(state, kept=seen.inverse_roots), asked)
 
-    result: State = run_if(when, asked, part, state)
-    return result
+    pending, ratio = run_if(when, asked, part, (state.pending, state.signal_to_noise))
+    return state._replace(pending=pending, signal_to_noise=ratio)
 
 
 def is_check(config: Config, window: Array, state: State) -> Array:

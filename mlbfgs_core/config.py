@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Final, Literal, TypedDict, Unpack, cast
+from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack, cast
 
-__all__ = ["Config", "Preset", "Settings", "StepLength", "preset_momentum"]
+__all__ = ["Config", "Preset", "Settings", "StepLength", "check_real", "preset_momentum"]
 
 Preset = Literal["default", "paper", "lbfgs", "fit"]
 StepLength = Literal["unit", "clip", "none"]
@@ -66,18 +66,32 @@ _MOMENTUM: Final = {"default": 0.9, "paper": 0.9, "lbfgs": 0.0, "fit": 0.0}
 _STEP_LENGTHS: Final = ("unit", "clip", "none")
 _HISTORY_DTYPES: Final = ("bfloat16", "float16", "float32", "float64")
 
-# argument -> (rule in words, test); tested only for Python numbers, so that a
-# traced hyperparameter passes through.
+
+class _Range(NamedTuple):
+    """Which real numbers an argument may be."""
+
+    rule: str
+    low: float
+    high: float
+    open_above: bool = True
+
+
+# Tested only for Python numbers, so that a traced hyperparameter passes through.
 _INTEGERS: Final = ("history_size", "update_every", "check_every")
-_REALS: Final[dict[str, tuple[str, float, float, bool]]] = {
-    # name: (rule, lower bound, upper bound, upper bound excluded)
-    "signal_to_noise": ("must be finite and >= 0", 0.0, math.inf, True),
-    "noise_floor": ("must be finite and >= 0", 0.0, math.inf, True),
-    "beta": ("must be None or in [0, 1)", 0.0, 1.0, True),
-    "min_cosine": ("must be in [0, 1)", 0.0, 1.0, True),
-    "clip_factor": ("must be finite and >= 1", 1.0, math.inf, True),
-    "metric_power": ("must be in [0, 1]", 0.0, 1.0, False),
-    "metric_beta": ("must be in [0, 1)", 0.0, 1.0, True),
+_POSITIVE: Final = _Range("must be finite and >= 0", 0.0, math.inf)
+_FRACTION: Final = _Range("must be in [0, 1)", 0.0, 1.0)
+_REALS: Final = {
+    "signal_to_noise": _POSITIVE,
+    "noise_floor": _POSITIVE,
+    "beta": _Range("must be None or in [0, 1)", 0.0, 1.0),
+    "min_cosine": _FRACTION,
+    "clip_factor": _Range("must be finite and >= 1", 1.0, math.inf),
+    "metric_power": _Range("must be in [0, 1]", 0.0, 1.0, open_above=False),
+    "metric_beta": _FRACTION,
+    "momentum": _FRACTION,
+    "learning_rate": _POSITIVE,
+    "lr": _POSITIVE,
+    "weight_decay": _POSITIVE,
 }
 
 
@@ -91,7 +105,8 @@ class Config:
         Curvature pairs kept for each block, `m`. Memory is ``2 * m`` values per parameter.
     update_every : int
         Steps from one curvature pair to the next, `T`: exactly with ``adaptive=False``, at the
-        latest with ``adaptive=True``.
+        latest with ``adaptive=True``. With ``T=1``, ``adaptive=False`` and ``step_length="none"`` the
+        very first direction is at most 1 long, as in other implementations of L-BFGS.
     adaptive : bool
         Take a pair as soon as it stands out of the gradient noise.
     check_every : int
@@ -186,6 +201,13 @@ class Config:
         """Whether the noise along the stored pairs must be followed."""
         return self.adaptive or not _is_zero(self.noise_floor)
 
+    @property
+    def caps_first_step(self) -> bool:
+        """Whether a direction without pairs is shortened to length 1: with a pair at every step there is
+        one such step only, and no scale is known for it."""
+        every = isinstance(self.update_every, int) and self.update_every == 1 and not self.adaptive
+        return every and self.step_length == "none"
+
     def _validate(self) -> None:
         for name in _INTEGERS:
             value = getattr(self, name)
@@ -197,18 +219,9 @@ class Config:
             if value < 1:
                 msg = f"`{name}` must be >= 1, got {value!r}"
                 raise ValueError(msg)
-        for name, (rule, low, high, open_above) in _REALS.items():
-            value = getattr(self, name)
-            if name == "beta" and value is None:
-                continue
-            if isinstance(value, (str, bytes, bool, type(None))):
-                msg = f"`{name}` {rule}, got {value!r}"
-                raise TypeError(msg)
-            if not isinstance(value, (int, float)):
-                continue  # traced
-            if not (low <= value <= high) or (open_above and value == high):
-                msg = f"`{name}` {rule}, got {value!r}"
-                raise ValueError(msg)
+        for name in _REALS:
+            if hasattr(self, name) and not (name == "beta" and self.beta is None):
+                check_real(name, getattr(self, name))
         if not isinstance(self.adaptive, bool):
             msg = f"`adaptive` must be a bool, got {self.adaptive!r}"
             raise TypeError(msg)
@@ -220,6 +233,18 @@ class Config:
             raise ValueError(msg)
         if self.damping is not None:
             _check_damping(self.damping)
+
+
+def check_real(name: str, value: object) -> None:
+    """Raise unless a real argument of a known name (a setting, or an optimizer's rate, momentum or decay)
+    is in its range; an array, traced or not, passes."""
+    rule, low, high, open_above = _REALS[name]
+    if isinstance(value, (str, bytes, bool, type(None))):
+        msg = f"`{name}` {rule}, got {value!r}"
+        raise TypeError(msg)
+    if isinstance(value, (int, float)) and (not low <= value <= high or (open_above and value == high)):
+        msg = f"`{name}` {rule}, got {value!r}"
+        raise ValueError(msg)
 
 
 def preset_momentum(preset: str | None) -> float:

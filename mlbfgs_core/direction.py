@@ -259,8 +259,8 @@ def _direction(
 ) -> tuple[list[Array | None], Array, State]:
     """The update up to a factor, the factor, and the state."""
     config, xp, keep = call.config, call.xp, seen.finite
-    gamma = _scale_of_start(call, state)
     b, square = seen.rows, seen.metric_square
+    gamma = _scale_of_start(call, state, square)
     # Small sums instead of matrix products, which may run in reduced precision.
     c = xp.sum(state.operator * b[:, None, :], axis=2)
     bc = xp.sum(b * c, axis=1)
@@ -323,12 +323,18 @@ def _combine(
     return update, squares
 
 
-def _scale_of_start(call: Call, state: State) -> Array:
-    """`gamma` of each block; for one without a pair that of the others, or 1: the paper's ``d = g``."""
+def _scale_of_start(call: Call, state: State, square: Array) -> Array:
+    """`gamma` of each block; for one without a pair that of the others, or 1: the paper's ``d = g``.
+
+    Nocedal & Wright, section 6.1, on the scale of the first step.
+    """
     xp, has = call.xp, state.pairs > 0
     count = xp.sum(xp.astype(has, call.dtype))
     known = xp.sum(xp.where(has, state.gamma, 0.0)) / xp.where(count > 0, count, 1.0)
-    return xp.where(has, state.gamma, xp.where(count > 0, known, 1.0))
+    first = xp.ones_like(known)
+    if call.config.caps_first_step:
+        first = 1.0 / xp.maximum(xp.sqrt(xp.sum(square)), first)
+    return xp.where(has, state.gamma, xp.where(count > 0, known, first))
 
 
 def _length(call: Call, state: State, seen: Observation, norm: Array) -> tuple[Array, Array]:

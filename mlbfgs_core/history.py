@@ -97,7 +97,7 @@ def refresh_call(
         for leaf in block:
             mean = state.mean_params[leaf]
             weights = (damping.tau[number], 1.0 - damping.tau[number] + damping.delta[number])
-            history[leaf] = call.kernels.write_pair(
+            history[leaf], grams[leaf] = call.kernels.push(
                 history[leaf],
                 slot,
                 call.means(state, leaf),
@@ -106,9 +106,8 @@ def refresh_call(
                 call.scalar(damping.inverse_norm[number], mean),
                 (call.scalar(weights[0], mean), call.scalar(weights[1], mean)),
                 keep[number],
+                None if grads is None else grads[leaf],
             )
-            grad = None if grads is None else grads[leaf]
-            grams[leaf] = call.kernels.gram(history[leaf], slot, grad, metrics[leaf], mean.dtype)
     sums = call.reduce(call.block_sums(grams))
 
     chosen = index[None, :] == slots[:, None]
@@ -118,7 +117,7 @@ def refresh_call(
     gram = _replace_row(gram, sums[:, 2 * m : 4 * m], is_y, xp)
     gram = xp.where(keep[:, None, None], gram, state.gram)
     pairs = state.pairs + xp.astype(keep, xp.int32)
-    operator, gamma = two_loop(gram, pairs, xp, call.device(state))
+    operator, gamma = two_loop(gram, pairs, xp, call.device(state), call.kernels.repeat)
     rows = None
     if seen is not None:
         along = xp.where(is_s, sums[:, 4 * m, None], xp.where(is_y, sums[:, 4 * m + 1, None], seen.rows))
@@ -138,7 +137,7 @@ def refresh_call(
         tau=xp.where(keep, damping.tau, state.tau),
         delta=xp.where(keep, damping.delta, state.delta),
     )
-    return _turn_window(call, state, due), rows
+    return _turn_window(call, state, call.kernels.after(due, sums)), rows
 
 
 def _turn_window(call: Call, state: State, due: Array) -> State:

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import array_api_extra as xpx
 from array_api_compat import device as array_device
-from array_api_compat import is_array_api_strict_namespace, is_jax_namespace
+from array_api_compat import is_array_api_obj, is_array_api_strict_namespace, is_jax_namespace
+
+from .two_loop import repeat
 
 __all__ = ["Array", "Kernels", "Means", "Metric", "PairTile", "Projection"]
 
@@ -102,8 +104,9 @@ class Kernels:
     # Elementary operations.
 
     def device(self, x: Array) -> Any:
-        """The device of an array, traced or not."""
-        return array_device(x)
+        """Where coefficients that belong to an array are to lie; None (the default device) for a traced or
+        an abstract one."""
+        return array_device(x) if is_array_api_obj(x) else None
 
     def tiles(self, leaf: Array) -> Iterator[Index]:
         """Indices that cut a leaf along its first axis."""
@@ -148,6 +151,20 @@ class Kernels:
             return self.xp.take(array, index, axis=axis)
         return array[(slice(None),) * axis + (index, ...)]  # NumPy's take copies a strided array whole
 
+    def put(self, array: Array, index: Array, axis: int, value: Array) -> Array:
+        """`array` with `value` at the positions of a 1-d index array along an axis; consumes `array`."""
+        where = (slice(None),) * axis
+        if self.indexes_by_array:
+            return xpx.at(array)[(*where, index, ...)].set(value)
+        xp, length = self.xp, array.shape[axis]
+        ring = xp.reshape(xp.arange(length), (-1,) + (1,) * (array.ndim - axis - 1))
+        array[...] = xp.where(ring == index[0], value, array)
+        return array
+
+    def zeros(self, leaf: Array, leading: tuple[int, ...], dtype: Any) -> Array:
+        """Zeros of the shape ``(*leading, *leaf.shape)``, placed like the leaf, which may be abstract."""
+        return self.xp.zeros((*leading, *leaf.shape), dtype=dtype, device=self.device(leaf))
+
     def dot(self, a: Array, b: Array) -> Array:
         """Inner product over all axes, in the arrays' (full) precision."""
         return self.xp.matmul(self.xp.reshape(a, (-1,)), self.xp.reshape(b, (-1,)))
@@ -157,12 +174,13 @@ class Kernels:
         return self.xp.max(self.xp.abs(x))
 
     def times(self, rows: Array, x: Array) -> Array:
-        """Inner products (2m,) of a tile's rows with a vector, in the arrays' full precision."""
-        return self.xp.matmul(rows, x)
+        """Inner products (2m,) of a tile's rows with a tile of a leaf, in the arrays' full precision."""
+        return self.xp.matmul(rows, self.xp.reshape(x, (-1,)))
 
-    def weighted(self, coefficients: Array, rows: Array) -> Array:
-        """The sum of a tile's rows with these weights, in the arrays' full precision."""
-        return self.xp.matmul(coefficients, rows)
+    def weighted(self, coefficients: Array, rows: Array, like: Array) -> Array:
+        """The sum of a tile's rows with these weights, of the shape of `like`, in the arrays' full
+        precision."""
+        return self.xp.reshape(self.xp.matmul(coefficients, rows), like.shape)
 
     def inverse_power(self, x: Array, exponent: Any) -> Array:
         """``x ** -exponent`` of a positive array; by square roots where they suffice (far cheaper).
@@ -178,6 +196,13 @@ class Kernels:
         """The tile of a history as a matrix of 2m rows in `dtype`; a view where it can be."""
         part = history[(slice(None), slice(None), *tile)]
         return self.cast(self.xp.reshape(part, (2 * history.shape[1], -1)), dtype)
+
+    repeat = staticmethod(repeat)
+    """Runs the two loops of the recursion; see `mlbfgs_core.two_loop.two_loop`."""
+
+    def after(self, flag: Array, sums: Array) -> Array:
+        """`flag`, once `sums` are known: for a backend that orders its work by data alone."""
+        return flag
 
     # The kernels. Each names the values it moves per parameter.
 
@@ -196,7 +221,6 @@ class Kernels:
         Where `metric` has a weight, the gradient enters it first. `mean_grad` is None where no scatter
         is needed.
         """
-        xp = self.xp
         total: list[Array] = []
         inverse_root = None if metric is None else self.scratch(history, grad, dtype)
         for tile in self.tiles(grad):
@@ -211,7 +235,7 @@ class Kernels:
                 off = g - mean_grad[tile]
                 off = off if metric is None else off * root
                 parts.append(self.dot(off, off) * scatter_weight)
-            parts.insert(0, self.times(self.rows(history, tile, dtype), xp.reshape(scaled, (-1,))))
+            parts.insert(0, self.times(self.rows(history, tile, dtype), scaled))
             total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
         rest = iter(total[2:])
         return Projection(
@@ -279,6 +303,22 @@ class Kernels:
             products.append(PairTile(s_scale, y_scale, self.dot(s, s), self.dot(s, y), self.dot(y, y)))
         return products
 
+    def push(
+        self,
+        history: Array,
+        slot: Array,
+        means: Means,
+        metric: Metric | None,
+        valid: Array,
+        inverse_norm: Array,
+        damping: tuple[Array, Array],
+        keep: Array,
+        grad: Array | None,
+    ) -> tuple[Array, Array]:
+        """Store a pair (`write_pair`) and form its inner products (`gram`)."""
+        history = self.write_pair(history, slot, means, metric, valid, inverse_norm, damping, keep)
+        return history, self.gram(history, slot, grad, metric, means.params.dtype)
+
     def write_pair(
         self,
         history: Array,
@@ -303,12 +343,8 @@ class Kernels:
             where = (slice(None), slice(None), *tile)
             part = history[where]
             new = xp.where(keep, new, self.pick(part, slot, 1))
-            if self.indexes_by_array:
-                part = xpx.at(part)[:, slot, ...].set(new)
-                history = history if self.in_place else part
-            else:
-                ring = xp.reshape(xp.arange(part.shape[1]), (1, -1) + (1,) * (part.ndim - 2))
-                history[where] = xp.where(ring == slot[0], new, part)
+            part = self.put(part, slot, 1, new)
+            history = history if self.in_place else part
         return history
 
     def gram(
@@ -329,7 +365,7 @@ class Kernels:
             else:
                 g = self.cast(grad[tile], dtype)
                 g = g if metric is None else g * metric.inverse_root(self, tile)
-                parts.append(self.times(new, xp.reshape(g, (-1,))))
+                parts.append(self.times(new, g))
             part = xp.concat(parts)
             total = part if total is None else total + part
         return total
@@ -370,8 +406,7 @@ class Kernels:
             g = self.cast(grad[tile], dtype)
             root = None if metric is None else metric.inverse_root(self, tile)
             g = g if root is None else g * root
-            d = self.weighted(coefficients, self.rows(history, tile, dtype))
-            d = gamma * g + xp.reshape(d, g.shape)
+            d = gamma * g + self.weighted(coefficients, self.rows(history, tile, dtype), g)
             d = xp.where(keep, d if root is None else d * root, 0.0)
             if root is not None:
                 square = self.dot(d, d) if square is None else square + self.dot(d, d)

@@ -71,8 +71,9 @@ def products(call: Call, state: State, metrics: Sequence[Metric | None]) -> Pair
     return PairProducts(scales[:, 0], scales[:, 1], sums[:, 0], sums[:, 1], sums[:, 2])
 
 
-def check(call: Call, state: State, metrics: Sequence[Metric | None], asked: Array) -> State:
-    """Ask whether the pair stands out of the gradient noise; if so, the next step takes it.
+def check(call: Call, state: State, metrics: Sequence[Metric | None], asked: Array) -> tuple[Array, Array]:
+    """Ask whether the pair stands out of the gradient noise: whether the next step takes it, and how far
+    it stands out; the state's `pending` and `signal_to_noise`.
 
     ``|y|^2`` must exceed `signal_to_noise` times the noise expected in it, and the curvature
     `noise_floor` times its standard deviation, once that is known.
@@ -92,9 +93,9 @@ def check(call: Call, state: State, metrics: Sequence[Metric | None], asked: Arr
         (rise > config.noise_floor * rise_noise) | ~xp.any(known)
     )
     ratio = (y_norm / xp.where(y_noise > 0, y_noise, 1.0)) ** 2
-    return state._replace(
-        pending=state.pending | (asked & passed),
-        signal_to_noise=xp.where(asked, xp.where(y_noise > 0, ratio, 0.0), state.signal_to_noise),
+    return (
+        state.pending | (asked & passed),
+        xp.where(asked, xp.where(y_noise > 0, ratio, 0.0), state.signal_to_noise),
     )
 
 

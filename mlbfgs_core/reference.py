@@ -211,7 +211,8 @@ class Reference:
             directions.append(d / self.root(block) if cfg.uses_metric else d)
         norm = float(np.sqrt(sum(d @ d for d in directions)))
         if cfg.step_length == "none" or norm == 0:
-            return directions
+            cap = cfg.caps_first_step and not with_pairs
+            return [d / max(norm, 1.0) for d in directions] if cap else directions
         if cfg.step_length == "unit":
             return [d / norm for d in directions]
         if not with_pairs:

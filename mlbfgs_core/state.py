@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace, is_array_api_obj
-from array_api_compat import device as array_device
+from array_api_compat import array_namespace
 
 from .blocks import Blocks, one_block, validate_blocks
 from .config import Config
+from .kernels import Kernels
 
 __all__ = [
     "LEAF_ARRAYS",
@@ -124,7 +124,14 @@ class MemoryPlan(NamedTuple):
     total: int
 
 
-def init(config: Config, leaves: Sequence[Array], blocks: Blocks | None = None, xp: Any = None) -> State:
+def init(
+    config: Config,
+    leaves: Sequence[Array],
+    blocks: Blocks | None = None,
+    xp: Any = None,
+    *,
+    kernels: Kernels | None = None,
+) -> State:
     """The state before the first step.
 
     Parameters
@@ -136,7 +143,9 @@ def init(config: Config, leaves: Sequence[Array], blocks: Blocks | None = None, 
     blocks : tuple of tuples of int, optional
         From `partition`; by default one block of all leaves.
     xp : array namespace, optional
-        By default that of the leaves; must be given for abstract leaves.
+        By default that of `kernels`, or of the leaves; must be given for abstract leaves.
+    kernels : Kernels, optional
+        Allocates the parameter-sized arrays and says where coefficients lie.
 
     Returns
     -------
@@ -162,22 +171,28 @@ def init(config: Config, leaves: Sequence[Array], blocks: Blocks | None = None, 
     (2, 3, 4, 2)
     """
     blocks = _check(config, leaves, blocks)
-    if xp is None:
-        xp = array_namespace(*leaves)
-    devices = [array_device(leaf) if is_array_api_obj(leaf) else None for leaf in leaves]
-    if len(set(map(str, devices))) > 1:
-        msg = f"`leaves` must be on one device, got {sorted(set(map(str, devices)))}"
+    if kernels is None:
+        kernels = Kernels(array_namespace(*leaves) if xp is None else xp)
+    xp = kernels.xp
+    devices = {str(device): device for device in map(kernels.device, leaves) if device is not None}
+    if len(devices) > 1:
+        msg = f"`leaves` must be on one device, got {sorted(devices)}"
         raise ValueError(msg)
+    device = next(iter(devices.values()), None)
     arrays: dict[str, list[Array]] = {}
-    for name, _index, shape, dtype in _layout(config, leaves, blocks):
+    for name, index, shape, dtype in _layout(config, leaves, blocks):
         if not hasattr(xp, dtype):
             msg = f"`history_dtype` must be a dtype of {xp.__name__}, got {dtype!r}"
             raise ValueError(msg)
-        fill = 1 if name in ("gamma", "accepted") else 0
-        array = xp.full(shape, fill, dtype=getattr(xp, dtype), device=devices[0])
+        if index is None:
+            fill = 1 if name in ("gamma", "accepted") else 0
+            array = xp.full(shape, fill, dtype=getattr(xp, dtype), device=device)
+        else:
+            leading = shape[: len(shape) - len(leaves[index].shape)]
+            array = kernels.zeros(leaves[index], leading, getattr(xp, dtype))
         arrays.setdefault(name, []).append(array)
     sizes = [float(sum(math.prod(leaves[i].shape) for i in block)) for block in blocks]
-    full = [xp.full((), size, dtype=arrays["size"][0].dtype, device=devices[0]) for size in sizes]
+    full = [xp.full((), size, dtype=arrays["size"][0].dtype, device=device) for size in sizes]
     arrays["size"] = [xp.stack(full)]
     return State(
         **{

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ring_order", "two_loop"]
+import array_api_extra as xpx
+
+__all__ = ["Repeat", "repeat", "ring_order", "two_loop"]
 
 Array = Any
+Repeat = Callable[[int, Callable[[Any, Any], Any], Any], Any]
 
 
 def ring_order(pairs: Array, m: int, xp: Any, device: Any = None) -> Array:
@@ -28,7 +32,16 @@ def ring_order(pairs: Array, m: int, xp: Any, device: Any = None) -> Array:
     return (newest[:, None] - slots[None, :]) % m
 
 
-def two_loop(gram: Array, pairs: Array, xp: Any, device: Any = None) -> tuple[Array, Array]:
+def repeat(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """``body(i, carry)`` for each i."""
+    for i in range(count):
+        carry = body(i, carry)
+    return carry
+
+
+def two_loop(
+    gram: Array, pairs: Array, xp: Any, device: Any = None, repeat: Repeat = repeat
+) -> tuple[Array, Array]:
     """The inverse Hessian ``H = gamma I + B^T C B`` of each block from its Gram matrix.
 
     Parameters
@@ -38,6 +51,9 @@ def two_loop(gram: Array, pairs: Array, xp: Any, device: Any = None) -> tuple[Ar
         empty slots are zero.
     pairs : (B,) array of int
         Pairs stored ever, which tells the newest slot.
+    repeat : callable, optional
+        ``(count, body, carry) -> carry``, a loop over ``carry = body(i, carry)``, such as
+        ``jax.lax.fori_loop`` from 0; by default a Python loop.
 
     Returns
     -------
@@ -78,12 +94,13 @@ def two_loop(gram: Array, pairs: Array, xp: Any, device: Any = None) -> tuple[Ar
     # becomes s_i.q as a linear function of b.
     unit = xp.eye(2 * m, dtype=gram.dtype, device=device)[None, :, :]
     left = xp.broadcast_to(unit[:, :m, :], (gram.shape[0], m, 2 * m))
-    alphas = []
-    for i in range(m):
-        alpha = rho[:, i, None] * left[:, i, :]
-        alphas.append(alpha)
-        left = left - sy[:, :, i, None] * alpha[:, None, :]
-    alpha = xp.stack(alphas, axis=1)
+
+    def first(i: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, alpha = carry
+        row = rho[:, i, None] * left[:, i, :]
+        return left - sy[:, :, i, None] * row[:, None, :], xpx.at(alpha)[:, i, :].set(row)
+
+    _, alpha = repeat(m, first, (left, xp.zeros_like(left)))
 
     # r = gamma q; row i of `right` is y_i.r. The small sums are written out because a matrix
     # product may run in reduced precision.
@@ -91,12 +108,14 @@ def two_loop(gram: Array, pairs: Array, xp: Any, device: Any = None) -> tuple[Ar
     right = gamma[:, None, None] * right
 
     # Second loop, oldest to newest: r <- r + (alpha_i - rho_i y_i.r) s_i.
-    weights: list[Array] = [None] * m
-    for i in reversed(range(m)):
-        weight = alphas[i] - rho[:, i, None] * right[:, i, :]
-        weights[i] = weight
-        right = right + sy[:, i, :, None] * weight[:, None, :]
-    operator = xp.concat([xp.stack(weights, axis=1), -gamma[:, None, None] * alpha], axis=1)
+    def second(i: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        right, weight = carry
+        i = m - 1 - i
+        row = alpha[:, i, :] - rho[:, i, None] * right[:, i, :]
+        return right + sy[:, i, :, None] * row[:, None, :], xpx.at(weight)[:, i, :].set(row)
+
+    _, weight = repeat(m, second, (right, xp.zeros_like(right)))
+    operator = xp.concat([weight, -gamma[:, None, None] * alpha], axis=1)
     return _permute(operator, order, xp), gamma
 
 

@@ -105,13 +105,13 @@ class TorchKernels(core.Kernels):
         out = x.new_empty((parts, 1, rows.shape[0]))
         return products + torch.bmm(x[:whole].view(parts, 1, _PART), split, out=out).sum((0, 1))
 
-    def weighted(self, coefficients: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Weighted sum of rows of any dtype, in that of the coefficients."""
+    def weighted(self, coefficients: Tensor, rows: Tensor, like: Tensor, out: Tensor | None = None) -> Tensor:
+        """Weighted sum of rows of any dtype, in that of the coefficients, of the shape of `like`."""
         if out is None:
-            out = torch.empty_like(rows[0], dtype=coefficients.dtype)
+            out = torch.empty_like(like, dtype=coefficients.dtype)
         if rows.dtype != out.dtype:
             for own, part in self._converted(rows, out.dtype):
-                self.weighted(coefficients, part, out[own])
+                self.weighted(coefficients, part, out[own], out[own])
             return out
         parts = out.shape[0] // _PART
         whole = parts * _PART
@@ -268,7 +268,8 @@ class TorchKernels(core.Kernels):
         update = self.scratch(history, grad, dtype) if update is None else update
         for tile in self.tiles(grad):
             g, own = grad[tile].to(dtype), update[tile]
-            d = self.weighted(coefficients, self.rows(history, tile, dtype), self.buffer("off", g, dtype))
+            rows, out = self.rows(history, tile, dtype), self.buffer("off", g, dtype)
+            d = self.weighted(coefficients, rows, g, out)
             if metric is None:
                 torch.addcmul(d, g, gamma, out=own)
             else:

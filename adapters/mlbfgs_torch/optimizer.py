@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from functools import lru_cache
@@ -14,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks, BlockSpec
+from mlbfgs_core.config import check_real
 from mlbfgs_core.state import LEAF_DTYPES
 
 from .binding import Flags, Leaf, Member, Memory, bind, forget_misfits, plan_leaves, store
@@ -484,23 +484,17 @@ def _hashable(value: Any) -> Any:
 
 
 def _check_hyperparameters(values: dict[str, Any]) -> None:
-    for name, rule, upper in (
-        ("lr", "must be finite and >= 0", math.inf),
-        ("momentum", "must be in [0, 1)", 1.0),
-        ("weight_decay", "must be finite and >= 0", math.inf),
-    ):
+    for name in ("lr", "momentum", "weight_decay"):
         value = values[name]
         if isinstance(value, Tensor):
             if name != "lr" or value.numel() != 1:
                 msg = f"`{name}` must be a number, got a tensor of shape {tuple(value.shape)}"
                 raise TypeError(msg)
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not isinstance(value, (int, float)):
             msg = f"`{name}` must be a number, got {value!r}"
             raise TypeError(msg)
-        if not 0 <= value < upper:
-            msg = f"`{name}` {rule}, got {value!r}"
-            raise ValueError(msg)
+        check_real(name, value)
     for name in _SWITCHES:
         if not isinstance(values[name], bool):
             msg = f"`{name}` must be a bool, got {values[name]!r}"

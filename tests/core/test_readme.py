@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_python_blocks_of_the_readme_run():
     names = {"torch": torch, "model": torch.nn.Linear(2, 1)}
-    assert run_blocks(ROOT / "README.md", names) == 2
+    assert run_blocks(ROOT / "README.md", names) == 3
     assert np.all(np.abs(names["x"]) < 1e-2)
     assert type(names["optimizer"]).__name__ == "MLBFGS"
+    assert callable(names["tx"].update)
 
 
 def test_python_blocks_of_the_pytorch_page_run():
@@ -23,6 +24,16 @@ def test_python_blocks_of_the_pytorch_page_run():
     names = {}
     assert run_blocks(ROOT / "docs" / "pytorch.md", names) == 3
     assert int(names["optimizer"].diagnostics()[0].step) == 21
+
+
+def test_python_blocks_of_the_jax_page_run():
+    names = {}
+    assert run_blocks(ROOT / "docs" / "jax.md", names) == 3
+    assert names["value"] < 0.05
+    assert int(names["state"][0].pairs[0]) > 0
+    np.testing.assert_allclose(names["minimum"], 1.0, atol=1e-3)
+    assert names["losses"].shape == (64, 50)
+    assert np.all(np.isfinite(names["losses"]))
 
 
 def run_blocks(path, names):

@@ -1,0 +1,125 @@
+"""The core's kernels in JAX: no array is reshaped or contracted where it may be sharded without saying so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import mlbfgs_core as core
+from mlbfgs_core.kernels import Means, Metric
+
+__all__ = ["JaxKernels"]
+
+Array = jax.Array
+_LARGE = 2**14
+"""Values from which on a matrix product is worth its compilation, which takes longer than that of a sum."""
+
+
+class JaxKernels(core.Kernels):
+    """Kernels for whole leaves of any shape and sharding, at full precision on every device."""
+
+    def __init__(self) -> None:
+        super().__init__(jnp)
+
+    def device(self, x: Any) -> Any:
+        """Where coefficients that belong to an array lie: on all devices of its mesh, or on its own."""
+        if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or not x.committed:
+            return None
+        if isinstance(x.sharding, NamedSharding):
+            return NamedSharding(x.sharding.mesh, PartitionSpec())
+        return x.sharding
+
+    def zeros(self, leaf: Any, leading: tuple[int, ...], dtype: Any) -> Array:
+        """Zeros that are sharded like the leaf."""
+        return jnp.broadcast_to(jnp.zeros_like(leaf, dtype=dtype), (*leading, *leaf.shape))
+
+    @staticmethod
+    def repeat(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+        """A loop that is compiled once, and can be differentiated."""
+        return lax.fori_loop(0, count, body, carry)
+
+    def after(self, flag: Array, sums: Array) -> Array:
+        """`flag`, of which XLA does not see that it does not depend on `sums`: it would copy an array that
+        it may write to before all that reads it has been done."""
+        total = jnp.sum(sums)
+        return flag & ((total <= jnp.inf) | jnp.isnan(total))
+
+    def rows(self, history: Array, tile: Any, dtype: Any) -> Array:
+        """The 2m rows of a history, each of the leaf's shape, in the history's own dtype."""
+        return history.reshape(2 * history.shape[1], *history.shape[2:])
+
+    def dot(self, a: Array, b: Array) -> Array:
+        """Inner product."""
+        return _contract(a, b, b.ndim, 0) if b.size >= _LARGE else jnp.sum(a * b)
+
+    def times(self, rows: Array, x: Array) -> Array:
+        """Inner products of rows of any dtype with a leaf."""
+        if rows.dtype == x.dtype and x.size >= _LARGE:
+            return _contract(rows, x, x.ndim, 1)
+        # A sum reads rows of another dtype as they are stored; a product would convert all of them
+        # beforehand.
+        return jnp.sum(rows.astype(x.dtype) * x, axis=tuple(range(1, rows.ndim)))
+
+    def weighted(self, coefficients: Array, rows: Array, like: Array) -> Array:
+        """Sum of weighted rows."""
+        if rows.dtype == coefficients.dtype:
+            return lax.dot_general(
+                coefficients, rows, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
+            )
+        return sum(coefficients[i] * rows[i].astype(coefficients.dtype) for i in range(rows.shape[0]))
+
+    def push(
+        self,
+        history: Array,
+        slot: Array,
+        means: Means,
+        metric: Metric | None,
+        valid: Array,
+        inverse_norm: Array,
+        damping: tuple[Array, Array],
+        keep: Array,
+        grad: Array | None,
+    ) -> tuple[Array, Array]:
+        """Store a pair and form its inner products, these with the history as it was: XLA would copy it
+        to read it after it has been written to."""
+        m, dtype = history.shape[1], means.params.dtype
+        s, y = self.pair(means, metric, (...,), valid)
+        s, y = s * inverse_norm, y * inverse_norm
+        new = jnp.stack([s, damping[0] * y + damping[1] * s]).astype(history.dtype)
+        old = lax.dynamic_index_in_dim(history, slot[0], axis=1, keepdims=False)
+        new = jnp.where(keep, new, old)
+        pair = new.astype(dtype)
+        rows, own = self.rows(history, (...,), dtype), jnp.arange(m) == slot[0]
+        parts = []
+        for i in (0, 1):
+            products = jnp.where(
+                own, self.times(pair, pair[i])[:, None], self.times(rows, pair[i]).reshape(2, m)
+            )
+            parts.append(products.reshape(-1))
+        if grad is None:
+            parts.append(jnp.zeros(2, dtype))
+        else:
+            scaled = grad if metric is None else grad * metric.inverse_root(self, (...,))
+            parts.append(self.times(pair, scaled))
+        sums = jnp.concatenate(parts)
+        new = jnp.where(self.after(keep, sums), new, old)
+        return lax.dynamic_update_index_in_dim(history, new, slot[0], axis=1), sums
+
+
+def _contract(a: Array, b: Array, count: int, first: int) -> Array:
+    """Sum of products over `count` axes, in `a` from `first` on, at full precision on every device; the
+    result is not sharded."""
+    axes = tuple(range(count))
+    kinds = jax.typeof(b).sharding.mesh.axis_types
+    return lax.dot_general(
+        a,
+        b,
+        ((tuple(axis + first for axis in axes), axes), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        out_sharding=PartitionSpec() if AxisType.Explicit in kinds else None,
+    )

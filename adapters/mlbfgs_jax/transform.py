@@ -1,0 +1,356 @@
+"""`scale_by_mlbfgs` and `mlbfgs`: the core as optax transformations."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, Unpack, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+import mlbfgs_core as core
+from mlbfgs_core.blocks import Blocks, BlockSpec
+from mlbfgs_core.config import check_real
+from mlbfgs_core.state import LEAF_DTYPES, accumulation_dtype, dtype_name
+
+from .kernels import JaxKernels
+
+__all__ = ["MLBFGSState", "mlbfgs", "scale_by_mlbfgs"]
+
+_Factory = TypeVar("_Factory", bound=Callable[..., Any])
+_COMPLEX = {"complex64": "float32", "complex128": "float64"}
+
+
+class MLBFGSState(core.State):
+    """The core's state, each of whose parameter-sized fields is a tree like that of the parameters.
+
+    A leaf of `history` has two axes more than its parameter, in front. A complex parameter counts as a
+    real one with a last axis of length 2.
+    """
+
+    __slots__ = ()
+
+
+class _FromPreset:
+    """The default of a setting in a signature."""
+
+    def __repr__(self) -> str:
+        return "<from the preset>"
+
+
+_FROM_PRESET = _FromPreset()
+
+
+def _with_named_settings(factory: _Factory) -> _Factory:
+    """Name each setting in a factory's signature, which is all that `optax.inject_hyperparams` hands on,
+    with evaluated annotations, by which optax knows an argument that may be a schedule."""
+    signature = inspect.signature(factory, eval_str=True)
+    own = [parameter for parameter in signature.parameters.values() if parameter.name != "settings"]
+    named = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_FROM_PRESET, annotation=kind)
+        for name, kind in get_type_hints(core.Settings).items()
+    ]
+    factory.__signature__ = signature.replace(parameters=[*own, *named])  # type: ignore[attr-defined]
+    return factory
+
+
+@_with_named_settings
+def scale_by_mlbfgs(
+    *, blocks: BlockSpec = "all", **settings: Unpack[core.Settings]
+) -> optax.GradientTransformationExtraArgs:
+    """Precondition gradients by the inverse Hessian of mL-BFGS.
+
+    Parameters
+    ----------
+    blocks : {"all", "layer", "parameter"} or callable
+        Which parameters share curvature; a callable maps a parameter's name to a label. A name is the
+        path in the tree, joined by dots ("params.Dense_0.kernel").
+    **settings
+        Settings of `mlbfgs_core.Config` by name: `history_size`, `update_every`, `preset`, ... All but
+        `history_size`, `adaptive`, `step_length`, `history_dtype` and `preset` may be traced.
+
+    Returns
+    -------
+    optax.GradientTransformationExtraArgs
+        `update` needs `params`, ignores extra arguments, and gives a direction in which the loss rises,
+        of the gradients' dtypes, like optax's other ``scale_by_*``. Its state is an `MLBFGSState`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Settings out of range; from `init` and `update`: parameters that are not floating-point or
+        complex, missing parameters.
+
+    Notes
+    -----
+    A non-finite gradient gives a direction of zero and changes nothing in the state but the counter
+    `skipped`. A gradient of None keeps its parameter still. Donate the state to the compiled step
+    (``jax.jit(step, donate_argnums=...)``), or each step copies it. State: ``(2 * history_size + 5) * 4``
+    bytes per float32 parameter with default settings.
+
+    References
+    ----------
+    Niu et al., TMLR 2023, arXiv:2307.13744. Difference from the paper: see `mlbfgs_core.Config`;
+    ``preset="paper"`` is the published method.
+
+    Examples
+    --------
+    With a line search, for problems without noise, as `optax.lbfgs`:
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> def loss(x):
+    ...     return jnp.sum(jnp.asarray([10.0, 0.1]) * x**2)
+    >>> tx = optax.chain(
+    ...     scale_by_mlbfgs(preset="lbfgs"), optax.scale(-1.0), optax.scale_by_zoom_linesearch(20)
+    ... )
+    >>> x = jnp.ones(2)
+    >>> state = tx.init(x)
+    >>> for _ in range(8):
+    ...     value, grad = jax.value_and_grad(loss)(x)
+    ...     update, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss)
+    ...     x = optax.apply_updates(x, update)
+    >>> bool(loss(x) < 1e-8)
+    True
+    """
+    config, kernels = _config(settings), JaxKernels()
+
+    def init(params: optax.Params) -> MLBFGSState:
+        tree = _Tree.of(params, blocks)
+        state = core.init(config, tree.leaves or [jnp.zeros(0)], tree.blocks, kernels=kernels)
+        return MLBFGSState(*tree.folded(state, config))
+
+    # Compiled as a whole, since outside `jit` each `cond` would be compiled anew at every step.
+    @partial(jax.jit, inline=True)
+    def compiled(
+        updates: optax.Updates, state: MLBFGSState, params: optax.Params
+    ) -> tuple[optax.Updates, MLBFGSState]:
+        tree = _Tree.of(params, blocks)
+        given = tree.treedef.flatten_up_to(updates)
+        if all(grad is None for grad in given):
+            return updates, state
+        grads = [
+            None if grad is None else _real(grad).astype(accumulation_dtype(leaf))
+            for grad, leaf in zip(given, tree.leaves, strict=True)
+        ]
+        directions, after = core.step(
+            config,
+            tree.unfolded(state, config),
+            tree.leaves,
+            grads,
+            blocks=tree.blocks,
+            kernels=kernels,
+            when_check=_if,
+            when_due=_if,
+        )
+        result = [
+            None if grad is None else _like(direction, jnp.asarray(grad))
+            for direction, grad in zip(directions, given, strict=True)
+        ]
+        return tree.treedef.unflatten(result), MLBFGSState(*tree.folded(after, config))
+
+    def update(
+        updates: optax.Updates,
+        state: MLBFGSState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, MLBFGSState]:
+        del extra_args
+        if params is None:
+            msg = "`params` must be given to `update`, got None: curvature is learned from their changes"
+            raise ValueError(msg)
+        return compiled(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@_with_named_settings
+def mlbfgs(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    *,
+    mask: Any = None,
+    blocks: BlockSpec = "all",
+    **settings: Unpack[core.Settings],
+) -> optax.GradientTransformationExtraArgs:
+    """mL-BFGS: quasi-Newton training from momentum-averaged curvature pairs.
+
+    Parameters
+    ----------
+    learning_rate : float or schedule
+        Length of a step, before momentum, with the default ``step_length="unit"``.
+    momentum : float, optional
+        Heavy-ball momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and
+        "fit") 0.
+    weight_decay : float or schedule
+        Parameters shrink by ``learning_rate * weight_decay`` per step, as in `optax.adamw`.
+    mask : tree of bool or callable, optional
+        Which parameters decay, as in `optax.adamw`.
+    blocks, **settings
+        As in `scale_by_mlbfgs`.
+
+    Returns
+    -------
+    optax.GradientTransformationExtraArgs
+        A chain of `scale_by_mlbfgs`, `optax.trace`, `optax.add_decayed_weights` and
+        `optax.scale_by_learning_rate`, whose state is the tuple of theirs.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Numbers out of range, and what `scale_by_mlbfgs` raises.
+
+    Notes
+    -----
+    The chain computes in float32 where parameters are of half precision, and rounds its update once. A
+    step with a non-finite gradient leaves parameters, momentum and the schedules' counts as they were.
+    Memory: 4 bytes per float32 parameter more than `scale_by_mlbfgs`, for the momentum. To change numbers
+    in mid-run use `optax.inject_hyperparams`, with `history_size` (and `blocks` and `mask`, where they are
+    functions) in its `static_args`.
+
+    References
+    ----------
+    As `scale_by_mlbfgs`.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, optax
+    >>> tx = mlbfgs(0.1)
+    >>> params = {"w": jnp.ones(3)}
+    >>> state = tx.init(params)
+    >>> grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
+    >>> updates, state = tx.update(grads, state, params)
+    >>> round(float(optax.tree.norm(updates)), 6)
+    0.1
+    """
+    config = _config(settings)
+    if momentum is None:
+        momentum = core.preset_momentum(config.preset)
+    numbers = {"learning_rate": learning_rate, "momentum": momentum, "weight_decay": weight_decay}
+    for name, value in numbers.items():
+        if name == "momentum" or not callable(value):
+            check_real(name, value)
+    still = isinstance(momentum, (int, float)) and momentum == 0
+    return _guarded(
+        optax.chain(
+            scale_by_mlbfgs(blocks=blocks, **settings),
+            optax.identity() if still else optax.trace(momentum),
+            optax.add_decayed_weights(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+def _guarded(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """A chain that begins with `scale_by_mlbfgs`, in the accumulation dtype, without effect on a step
+    that is skipped."""
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(_widened(params))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        wide, (first, *others) = inner.update(_widened(updates), state, _widened(params), **extra_args)
+
+        def kept(new: Any, old: Any) -> Any:  # optax drops the momentum of a leaf without a gradient
+            return old if new is None else jnp.where(first.accepted, new, old)
+
+        rest = jax.tree.map(kept, tuple(others), tuple(state[1:]), is_leaf=lambda leaf: leaf is None)
+        result = jax.tree.map(lambda wide, given: kept(wide, 0).astype(given.dtype), wide, updates)
+        return result, (first, *rest)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Tree(NamedTuple):
+    """A tree of parameters as the core sees it: a list of real leaves, in blocks."""
+
+    treedef: Any
+    leaves: list[Any]
+    blocks: Blocks | None
+
+    @classmethod
+    def of(cls, params: optax.Params, blocks: BlockSpec) -> _Tree:
+        """Flatten parameters; without any, as in a tree of placeholders, there are no blocks."""
+        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+        names = _names([path for path, _ in paths])
+        for name, (_, leaf) in zip(names, paths, strict=True):
+            dtype = dtype_name(leaf) if hasattr(leaf, "dtype") else type(leaf).__name__
+            if dtype not in (*LEAF_DTYPES, *_COMPLEX):
+                rule = "must be floating-point or complex arrays (see optax.masked for the others)"
+                msg = f"`params` {rule}, got {dtype} at {name!r}"
+                raise TypeError(msg)
+        leaves = [_real(leaf) for _, leaf in paths]
+        return cls(treedef, leaves, core.partition(names, blocks) if names else None)
+
+    def folded(self, state: core.State, config: core.Config) -> core.State:
+        """The state with trees in place of lists."""
+        count = self.treedef.num_leaves
+        return state._replace(
+            **{name: self.treedef.unflatten(getattr(state, name)[:count]) for name in _leaf_fields(config)}
+        )
+
+    def unfolded(self, state: core.State, config: core.Config) -> core.State:
+        """The state with lists in place of trees."""
+        return state._replace(
+            **{name: tuple(self.treedef.flatten_up_to(getattr(state, name))) for name in _leaf_fields(config)}
+        )
+
+
+def _names(paths: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Keys joined by dots; without the attribute `value` of a variable, which NNX shows to `init` only."""
+    children = Counter(path[:-1] for path in paths)
+    boxed = jax.tree_util.GetAttrKey("value")
+    plain = [path[:-1] if path[-1:] == (boxed,) and children[path[:-1]] == 1 else path for path in paths]
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path in plain]
+
+
+def _leaf_fields(config: core.Config) -> Sequence[str]:
+    return [name for name in core.LEAF_ARRAYS if name != "moment" or config.uses_metric]
+
+
+def _config(settings: Any) -> core.Config:
+    return core.Config(**{name: value for name, value in settings.items() if value is not _FROM_PRESET})
+
+
+def _if(predicate: Any, part: Callable[[Any], Any], operand: Any) -> Any:
+    """Decide on the device."""
+    return lax.cond(predicate, part, lambda same: same, operand)
+
+
+def _real(leaf: Any) -> Any:
+    """A leaf as an array of JAX (unless it is abstract), a complex one as pairs of reals."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        dtype = _COMPLEX.get(dtype_name(leaf))
+        return leaf if dtype is None else jax.ShapeDtypeStruct((*leaf.shape, 2), dtype)
+    leaf = jnp.asarray(leaf)
+    return leaf if dtype_name(leaf) not in _COMPLEX else jnp.stack([jnp.real(leaf), jnp.imag(leaf)], axis=-1)
+
+
+def _like(direction: Any, grad: Any) -> Any:
+    """Pairs of reals as a gradient's dtype."""
+    if jnp.iscomplexobj(grad):
+        direction = lax.complex(direction[..., 0], direction[..., 1])
+    return direction.astype(grad.dtype)
+
+
+def _widened(tree: Any) -> Any:
+    """Leaves of half precision in float32."""
+
+    def widened(leaf: Any) -> Any:
+        if dtype_name(leaf) not in LEAF_DTYPES or dtype_name(leaf) == accumulation_dtype(leaf):
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, accumulation_dtype(leaf))
+        return jnp.astype(leaf, accumulation_dtype(leaf))
+
+    return jax.tree.map(widened, tree)

@@ -1,0 +1,510 @@
+"""`mlbfgs_jax` behaves as an optax transformation should, and does what the core says."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+import mlbfgs_core as core
+from mlbfgs_jax import MLBFGSState, mlbfgs, scale_by_mlbfgs
+
+FAST = {"check_every": 1, "update_every": 4, "history_size": 3}
+
+
+def make_params(dtype="float32", seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "first": {"kernel": jax.random.normal(keys[0], (4, 6), dtype), "bias": jnp.zeros(6, dtype)},
+        "last": {"kernel": jax.random.normal(keys[1], (6, 2), dtype)},
+    }
+
+
+def predict(params, x):
+    hidden = jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"])
+    return hidden @ params["last"]["kernel"]
+
+
+def make_batches(steps, dtype="float32"):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(steps, 16, 4))
+    return jnp.asarray(x, dtype), jnp.asarray(np.sin(x[..., :2]), dtype)
+
+
+def loss(params, batch):
+    x, y = batch
+    return jnp.mean((predict(params, x) - y) ** 2)
+
+
+def stepper(tx):
+    """One step, to be compiled with parameters and state donated."""
+
+    def step(params, state, batch):
+        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def train(tx, params, batches, state=None):
+    state = tx.init(params) if state is None else state
+    run = jax.jit(stepper(tx))
+    for batch in zip(*batches, strict=True):
+        params, state = run(params, state, batch)
+    return params, state
+
+
+def types(tree):
+    """What a compiled function sees of its arguments: shapes, dtypes, weak types, shardings."""
+    return jax.tree.map(jax.typeof, tree)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+def numpy_leaves(tree):
+    """Leaves for the core on NumPy."""
+    return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+# What it computes.
+
+
+@pytest.mark.parametrize("blocks", ["all", "layer", "parameter"])
+@pytest.mark.parametrize(
+    "settings",
+    [FAST, {"preset": "lbfgs"}, *({"preset": name, "update_every": 6} for name in ("fit", "paper"))],
+    ids=str,
+)
+def test_directions_are_the_cores(settings, blocks):
+    params, batches = make_params("float64"), make_batches(20, "float64")
+    tx, config = scale_by_mlbfgs(blocks=blocks, **settings), core.Config(**settings)
+    update, state = jax.jit(tx.update), tx.init(params)
+    partition = core.partition(["first.bias", "first.kernel", "last.kernel"], blocks)
+    twin = core.init(config, numpy_leaves(params), partition)
+    for batch in zip(*batches, strict=True):
+        grads = jax.grad(loss)(params, batch)
+        updates, state = update(grads, state, params)
+        expected, twin = core.step(config, twin, numpy_leaves(params), numpy_leaves(grads), blocks=partition)
+        assert_close(jax.tree.leaves(updates), expected, rtol=1e-9, atol=1e-11)
+        params = jax.tree.map(lambda p, u: p - 0.05 * u, params, updates)
+    assert int(twin.pairs[0]) > 0
+    assert_close(state.gram, twin.gram, rtol=1e-8, atol=1e-10)
+    assert jax.tree.structure(state.history) == jax.tree.structure(params)
+
+
+def test_mlbfgs_is_a_chain_of_optaxs_parts():
+    schedule = optax.cosine_decay_schedule(0.1, 30)
+    chain = optax.chain(
+        scale_by_mlbfgs(**FAST),
+        optax.trace(0.8),
+        optax.add_decayed_weights(0.01),
+        optax.scale_by_learning_rate(schedule),
+    )
+    params, batches = make_params(), make_batches(25)
+    ours, state = train(mlbfgs(schedule, 0.8, 0.01, **FAST), params, batches)
+    theirs, other = train(chain, params, batches)
+    assert_close(ours, theirs)
+    assert types(state) == types(other)
+
+
+def test_weight_decay_takes_a_mask_as_adamw_does():
+    params, batches = make_params(), make_batches(10)
+    mask = jax.tree.map(lambda p: p.ndim > 1, params)
+    params["first"]["bias"] = params["first"]["bias"] + 1.0
+    zero = jax.tree.map(jnp.zeros_like, params)
+    tx = mlbfgs(0.1, weight_decay=0.5, mask=mask, **FAST)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    np.testing.assert_allclose(updates["first"]["kernel"], -0.05 * params["first"]["kernel"], rtol=1e-6)
+    assert not np.any(updates["first"]["bias"])
+    train(tx, params, batches)
+
+
+def test_momentum_is_the_presets():
+    params = make_params()
+    assert isinstance(mlbfgs(0.1).init(params)[1], optax.TraceState)
+    assert isinstance(mlbfgs(0.1, preset="fit").init(params)[1], optax.EmptyState)
+    assert isinstance(mlbfgs(0.1, 0.5, preset="fit").init(params)[1], optax.TraceState)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_non_finite_gradient_costs_its_step_only(bad):
+    params, batches = make_params(), make_batches(30)
+    tx = mlbfgs(optax.linear_schedule(0.1, 0.0, 40), 0.9, 0.01, **FAST)
+    params, state = train(tx, params, jax.tree.map(lambda x: x[:12], batches))
+    grads = jax.grad(loss)(params, (batches[0][12], batches[1][12]))
+    grads["first"]["bias"] = grads["first"]["bias"].at[2].set(bad)
+    updates, after = jax.jit(tx.update)(grads, state, params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+    assert int(after[0].skipped) == 1
+    assert not after[0].accepted
+    left = after[0]._replace(skipped=state[0].skipped, accepted=state[0].accepted)
+    assert_same((left, *after[1:]), state)
+    rest = jax.tree.map(lambda x: x[12:], batches)
+    assert_same(train(tx, params, rest, after)[0], train(tx, params, rest, state)[0])
+
+
+def test_products_ask_for_full_precision_whatever_the_default_is():
+    params, grads = jnp.ones((200, 100)), jnp.ones((200, 100))
+    tx = scale_by_mlbfgs(**FAST)
+    with jax.default_matmul_precision("bfloat16"):
+        text = jax.jit(tx.update).lower(grads, tx.init(params), params).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line and "func" not in line]
+    assert products
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
+@pytest.mark.parametrize(
+    "settings", [FAST, {"history_dtype": "bfloat16", **FAST}, {"preset": "lbfgs"}], ids=str
+)
+def test_complex_parameters_count_as_pairs_of_reals(settings):
+    rng = np.random.default_rng(0)
+    matrix = jnp.asarray(rng.normal(size=(8, 3)) + 1j * rng.normal(size=(8, 3)), "complex64")
+    start = jnp.asarray(rng.normal(size=3) + 1j * rng.normal(size=3), "complex64")
+
+    def descend(x, f):
+        tx = mlbfgs(0.05, 0.5, **settings)
+
+        def step(carry, _):
+            x, state = carry
+            updates, state = tx.update(jax.tree.map(jnp.conj, jax.grad(f)(x)), state, x)
+            return (optax.apply_updates(x, updates), state), None
+
+        return jax.lax.scan(step, (x, tx.init(x)), length=25)[0]
+
+    def real(pair):
+        return jnp.sum(jnp.abs(matrix @ (pair[:, 0] + 1j * pair[:, 1])) ** 2)
+
+    as_complex, state = descend(start, lambda x: jnp.sum(jnp.abs(matrix @ x) ** 2))
+    as_real, _ = descend(jnp.stack([start.real, start.imag], axis=-1), real)
+    assert as_complex.dtype == "complex64"
+    assert_close(as_complex, as_real[:, 0] + 1j * as_real[:, 1], rtol=1e-4, atol=1e-5)
+    assert int(state[0].pairs[0]) > 0
+
+
+# What it takes and gives.
+
+
+@pytest.mark.parametrize("settings", [{}, {"preset": "lbfgs"}, {"history_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
+def test_state_keeps_its_types_and_the_update_has_the_gradients(dtype, settings):
+    params, grads = make_params(dtype), make_params(dtype, seed=1)
+    tx = mlbfgs(0.1, **settings)
+    state = tx.init(params)
+    updates, after = jax.jit(tx.update)(grads, state, params)
+    assert types(after) == types(state)
+    assert types(updates) == types(grads)
+    expected = "float64" if dtype == "float64" else "float32"
+    assert state[0].mean_grads["first"]["bias"].dtype == expected
+    assert state[0].gamma.dtype == expected
+
+
+def test_gradients_of_another_dtype_than_the_parameters():
+    params, grads = make_params("float32"), make_params("bfloat16", seed=1)
+    tx = mlbfgs(0.1, **FAST)
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert types(updates) == types(grads)
+    assert types(state) == types(tx.init(params))
+
+
+def test_half_precision_runs_in_float32_and_is_rounded_once():
+    params = jax.tree.map(lambda p: p.astype("bfloat16"), make_params())
+    grads = jax.tree.map(lambda p: p.astype("bfloat16"), make_params(seed=1))
+    tx = mlbfgs(0.1, 0.9, 0.01, **FAST)
+    wide = jax.tree.map(lambda p: p.astype("float32"), (grads, params))
+    state, other = tx.init(params), tx.init(wide[1])
+    for _ in range(6):
+        updates, state = tx.update(grads, state, params)
+        expected, other = tx.update(wide[0], other, wide[1])
+        assert_same(updates, jax.tree.map(lambda u: u.astype("bfloat16"), expected))
+    assert state[1].trace["first"]["bias"].dtype == "float32"
+
+
+def test_init_takes_abstract_parameters():
+    params = make_params()
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    tx = mlbfgs(0.1, **FAST)
+    assert types(tx.init(abstract)) == types(tx.init(params)) == types(jax.eval_shape(tx.init, abstract))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "complex64"])
+def test_init_takes_abstract_parameters_of_other_dtypes(dtype):
+    params = make_params(dtype)
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    tx = mlbfgs(0.1)
+    assert types(tx.init(abstract)) == types(tx.init(params))
+
+
+def test_map_params_reaches_every_tree_of_the_state():
+    params, tx = make_params(), mlbfgs(0.1, **FAST)
+    state = tx.init(params)
+    assert_same(optax.tree.map_params(tx, lambda x: x, state), state)
+    specs = optax.tree.map_params(
+        tx,
+        lambda leaf, spec: PartitionSpec(*(None,) * (leaf.ndim - len(spec)), *spec),
+        state,
+        jax.tree.map(lambda p: PartitionSpec(*"xyz"[: p.ndim]), params),
+        transform_non_params=lambda _: PartitionSpec(),
+    )
+    assert specs[0].history["first"]["kernel"] == PartitionSpec(None, None, "x", "y")
+    assert specs[0].moment["first"]["bias"] == specs[1].trace["first"]["bias"] == PartitionSpec("x")
+    assert specs[0].gram == PartitionSpec()
+
+
+def test_none_leaves_in_parameters_and_gradients():
+    params, batches = make_params(), make_batches(12)
+    tx = mlbfgs(0.1, **FAST)
+    holes = {"model": params, "static": None}
+    state, other = tx.init(holes), tx.init(params)
+    for batch in zip(*batches, strict=True):
+        grads = jax.grad(loss)(params, batch)
+        updates, state = tx.update({"model": grads, "static": None}, state, holes)
+        expected, other = tx.update(grads, other, params)
+        assert_close(updates["model"], expected)
+    assert updates["static"] is None
+
+
+def test_a_parameter_without_gradient_keeps_still():
+    params, batches = make_params(), make_batches(12)
+    tx = mlbfgs(0.1, weight_decay=0.1, **FAST)
+    state = before = tx.init(params)
+    update = jax.jit(tx.update)
+    for batch in zip(*batches, strict=True):
+        grads = jax.grad(loss)(params, batch)
+        updates, state = update({**grads, "last": {"kernel": None}}, state, params)
+        assert updates["last"]["kernel"] is None
+        params["first"] = optax.apply_updates(params["first"], updates["first"])
+    assert types(state) == types(before)
+    assert int(state[0].pairs[0]) > 0
+    assert not np.any(state[0].mean_grads["last"]["kernel"])
+    assert not np.any(state[1].trace["last"]["kernel"])
+
+
+@pytest.mark.parametrize("empty", [{}, (), {"a": None}, []], ids=str)
+def test_empty_trees(empty):
+    tx = mlbfgs(0.1, weight_decay=0.1)
+    state = tx.init(empty)
+    updates, after = jax.jit(tx.update)(empty, state, empty)
+    assert updates == empty
+    assert types(after) == types(state)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2)], ids=str)
+def test_scalars_and_leaves_without_values(shape):
+    params = {"x": jnp.ones(shape), "y": jnp.ones(3)}
+    tx = mlbfgs(0.1, **FAST)
+    state = tx.init(params)
+    for _ in range(8):
+        updates, state = tx.update(jax.tree.map(lambda x: 3 * x, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((params, state)))
+    assert np.all(params["y"] < 1)
+
+
+def test_extra_arguments_are_ignored():
+    params, tx = make_params(), mlbfgs(0.1, **FAST)
+    update = jax.jit(tx.update)
+    state = tx.init(params)
+    assert_same(update(params, state, params), update(params, state, params, value=1.0, other=jnp.ones(3)))
+
+
+# How it composes.
+
+
+def test_one_compilation_and_donation_from_the_first_call():
+    params, batches = make_params(), make_batches(12)
+    tx = mlbfgs(0.1, **FAST)
+    state = tx.init(params)
+    run = jax.jit(stepper(tx), donate_argnums=(0, 1))
+    for count, batch in enumerate(zip(*batches, strict=True)):
+        before = [leaf for leaf in jax.tree.leaves((params, state)) if leaf.ndim > 1]
+        params, state = run(params, state, batch)
+        assert all(leaf.is_deleted() for leaf in before), count
+    assert run._cache_size() == 1
+
+
+def test_initial_state_can_be_donated_when_init_is_compiled():
+    params, tx = make_params(), mlbfgs(0.1, **FAST)
+    state = jax.jit(tx.init)(params)
+    assert types(state) == types(tx.init(params))
+    jax.jit(tx.update, donate_argnums=1)(make_params(seed=1), state, params)
+
+
+@pytest.mark.parametrize("settings", [{}, {"preset": "paper"}, {"preset": "lbfgs"}], ids=str)
+def test_a_compiled_step_holds_no_second_copy_of_the_history(settings):
+    n, tx = 100_000, mlbfgs(0.1, **settings)
+    params = jnp.ones(n)
+    state = tx.init(params)
+
+    def step(params, state):
+        updates, state = tx.update(jax.grad(lambda p: jnp.sum(p**4))(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    memory = jax.jit(step, donate_argnums=(0, 1)).lower(params, state).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= 0.99 * memory.argument_size_in_bytes
+    assert memory.temp_size_in_bytes < 0.8 * state[0].history.nbytes
+
+
+def test_scan_gives_what_single_steps_give():
+    params, batches = make_params(), make_batches(20)
+    tx = mlbfgs(0.1, **FAST)
+    step = stepper(tx)
+    scanned, _ = jax.lax.scan(
+        lambda carry, batch: (step(*carry, batch), None), (params, tx.init(params)), batches
+    )
+    assert_close((scanned), train(tx, params, batches))
+
+
+def test_steps_outside_jit_give_what_compiled_steps_give():
+    params, batches = make_params(), make_batches(8)
+    tx = mlbfgs(0.1, **FAST)
+    expected, _ = train(tx, params, batches)
+    state = tx.init(params)
+    for batch in zip(*batches, strict=True):
+        params, state = stepper(tx)(params, state, batch)
+    assert_close(params, expected)
+
+
+def test_an_ensemble_of_64_models_trains_at_once():
+    tx, batches = mlbfgs(0.1, **FAST), make_batches(25)
+    step = stepper(tx)
+
+    def one(seed, batches):
+        params = make_params(seed=seed)
+        carry = (params, tx.init(params))
+        return jax.lax.scan(lambda carry, batch: (step(*carry, batch), loss(carry[0], batch)), carry, batches)
+
+    (models, states), losses = jax.jit(jax.vmap(one, in_axes=(0, None)))(jnp.arange(64), batches)
+    assert losses.shape == (64, 25)
+    assert np.all(np.asarray(losses[:, -1]) < 0.5 * np.asarray(losses[:, 0]))
+    assert np.all(np.asarray(states[0].pairs) > 0)
+    for seed in (0, 17, 63):
+        (alone, _), _ = jax.jit(one)(seed, batches)
+        assert_close(jax.tree.map(operator.itemgetter(seed), models), alone, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_are_blocks_whatever_their_leaves_are_called():
+    params = {"attention": {"query": jnp.ones(2), "value": jnp.ones(2)}, "out": {"value": jnp.ones(2)}}
+    assert scale_by_mlbfgs(blocks="layer").init(params).pairs.shape == (2,)
+
+
+def test_masked_and_partition_see_their_leaves_only():
+    params, batches = make_params(), make_batches(12)
+    labels = jax.tree.map(lambda p: "curved" if p.ndim > 1 else "plain", params)
+    tx = optax.partition({"curved": mlbfgs(0.1, **FAST), "plain": optax.sgd(0.1)}, labels)
+    trained, state = train(tx, params, batches)
+    assert loss(trained, (batches[0][0], batches[1][0])) < loss(params, (batches[0][0], batches[1][0]))
+    inner = optax.tree.get(state, "leaf_steps")
+    assert inner.shape == (2,)
+    masked = optax.masked(mlbfgs(0.1, **FAST), jax.tree.map(lambda p: p.ndim > 1, params))
+    updates, _ = masked.update(params, masked.init(params), params)
+    assert_same(updates["first"]["bias"], params["first"]["bias"])
+
+
+def test_multi_steps_accumulates_and_then_steps_once():
+    params, batches = make_params(), make_batches(8)
+    every_two = optax.MultiSteps(mlbfgs(0.1, **FAST), 2)
+    state = every_two.init(params)
+    for batch in zip(*batches, strict=True):
+        updates, state = jax.jit(every_two.update)(jax.grad(loss)(params, batch), state, params)
+        params = optax.apply_updates(params, updates)
+    assert int(state.inner_opt_state[0].step) == 4
+
+
+def test_every_number_can_be_injected_and_traced():
+    numbers = {
+        "learning_rate": 0.1, "momentum": 0.8, "weight_decay": 0.01, "beta": 0.7, "min_cosine": 0.3,
+        "signal_to_noise": 3.0, "noise_floor": 3.0, "clip_factor": 2.5, "metric_beta": 0.9,
+        "metric_power": 0.5, "update_every": 4, "check_every": 2,
+    }  # fmt: skip
+    fixed = {"step_length": "clip", "history_size": 3}
+    injected = optax.inject_hyperparams(mlbfgs, static_args=("history_size",))(**numbers, **fixed)
+    params, batches = make_params(), make_batches(20)
+    ours, state = train(injected, params, batches)
+    expected, _ = train(mlbfgs(**numbers, **fixed), params, batches)
+    assert set(state.hyperparams) == set(numbers)
+    assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    state.hyperparams["learning_rate"] = jnp.asarray(0.0)
+    after, _ = train(injected, ours, batches, state)
+    assert_same(after, ours)
+
+
+def test_injecting_the_history_size_says_that_it_is_static():
+    params = make_params()
+    tx = optax.inject_hyperparams(mlbfgs)(learning_rate=0.1, history_size=3)
+    with pytest.raises(TypeError, match="`history_size` must be an int"):
+        jax.jit(tx.init)(params)
+
+
+def test_a_schedule_counts_accepted_steps():
+    params, tx = make_params(), mlbfgs(lambda count: 0.1 / (1 + count))
+    grads, state = make_params(seed=1), tx.init(params)
+    norms = []
+    for _ in range(3):
+        updates, state = tx.update(grads, state, params)
+        norms.append(float(optax.tree.norm(updates)))
+    assert norms[0] == pytest.approx(0.1, rel=1e-5)
+    assert int(state[-1].count) == 3
+
+
+def test_a_whole_step_can_be_differentiated():
+    params, batch = make_params("float64"), jax.tree.map(lambda x: x[0], make_batches(1, "float64"))
+
+    def after(rate):
+        tx = mlbfgs(rate, **FAST)
+        new, _ = stepper(tx)(params, tx.init(params), batch)
+        return loss(new, batch)
+
+    slope = (after(0.1 + 1e-6) - after(0.1 - 1e-6)) / 2e-6
+    np.testing.assert_allclose(jax.grad(after)(0.1), slope, rtol=1e-5)
+
+
+# What it refuses.
+
+
+def test_the_signature_names_every_setting_and_the_schedule():
+    signature = inspect.signature(mlbfgs)
+    assert signature.parameters["learning_rate"].annotation == optax.ScalarOrSchedule
+    assert set(core.Settings.__annotations__) <= set(signature.parameters)
+    assert set(core.Settings.__annotations__) <= set(inspect.signature(scale_by_mlbfgs).parameters)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: mlbfgs(-0.1), ValueError, r"`learning_rate` must be finite and >= 0, got -0.1"),
+        (lambda: mlbfgs("0.1"), TypeError, r"`learning_rate` must be finite and >= 0, got '0.1'"),
+        (lambda: mlbfgs(0.1, 1.0), ValueError, r"`momentum` must be in \[0, 1\), got 1.0"),
+        (lambda: mlbfgs(0.1, weight_decay=-1), ValueError, r"`weight_decay` must be finite and >= 0, got -1"),
+        (lambda: mlbfgs(0.1, memory=3), TypeError, r"unknown setting `memory`; the settings are"),
+        (lambda: scale_by_mlbfgs(history_size=0), ValueError, r"`history_size` must be >= 1, got 0"),
+        (lambda: scale_by_mlbfgs().init({"n": jnp.arange(3)}), TypeError,
+         r"`params` must be floating-point or complex arrays .* got int.* at 'n'"),
+        (lambda: scale_by_mlbfgs(blocks="layer").init(jnp.ones(3)), ValueError, "`blocks`='layer' needs"),
+        (lambda: mlbfgs(0.1).update(jnp.ones(3), mlbfgs(0.1).init(jnp.ones(3))), ValueError,
+         r"`params` must be given to `update`, got None"),
+        (lambda: mlbfgs(0.1).update(jnp.ones(2), mlbfgs(0.1).init(jnp.ones(3)), jnp.ones(3)), ValueError,
+         r"`grads`\[0\] must have the shape \(3,\), got \(2,\)"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_name_the_argument_the_rule_and_the_value(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_the_state_is_the_cores():
+    state = scale_by_mlbfgs().init(jnp.ones(3))
+    assert isinstance(state, MLBFGSState)
+    assert isinstance(state, core.State)
+    assert int(core.diagnostics(state).step) == 0
