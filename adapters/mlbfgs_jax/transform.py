@@ -347,7 +347,7 @@ def _widened(tree: Any) -> Any:
     """Leaves of half precision in float32."""
 
     def widened(leaf: Any) -> Any:
-        if dtype_name(leaf) not in LEAF_DTYPES or dtype_name(leaf) == accumulation_dtype(leaf):
+        if not hasattr(leaf, "dtype") or dtype_name(leaf) not in ("float16", "bfloat16"):
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, accumulation_dtype(leaf))

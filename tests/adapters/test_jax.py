@@ -491,6 +491,7 @@ def test_the_signature_names_every_setting_and_the_schedule():
         (lambda: scale_by_mlbfgs(history_size=0), ValueError, r"`history_size` must be >= 1, got 0"),
         (lambda: scale_by_mlbfgs().init({"n": jnp.arange(3)}), TypeError,
          r"`params` must be floating-point or complex arrays .* got int.* at 'n'"),
+        (lambda: mlbfgs(0.1).init({"a": {"b": 1.0}}), TypeError, r"`params` must be .* got float at 'a.b'"),
         (lambda: scale_by_mlbfgs(blocks="layer").init(jnp.ones(3)), ValueError, "`blocks`='layer' needs"),
         (lambda: mlbfgs(0.1).update(jnp.ones(3), mlbfgs(0.1).init(jnp.ones(3))), ValueError,
          r"`params` must be given to `update`, got None"),

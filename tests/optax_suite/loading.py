@@ -53,7 +53,7 @@ def load(name: str) -> types.ModuleType:
     if hasattr(module, "alias"):
         module.alias = types.SimpleNamespace(**{**vars(optax._src.alias), **FACTORIES, "lbfgs": lbfgs})
     for case in cases(module):
-        for test, generated in tests(case).items():
+        for test, generated in claims(case).items():
             if test in NOT_APPLICABLE:
                 for name in generated:
                     delattr(case, name)
@@ -66,7 +66,7 @@ def cases(module: types.ModuleType) -> list[type]:
     return [value for value in found if issubclass(value, parameterized.TestCase)]
 
 
-def tests(case: type) -> dict[str, list[str]]:
+def claims(case: type) -> dict[str, list[str]]:
     """The names of a class's tests as optax wrote them, each with those generated from it."""
     found: dict[str, list[str]] = {}
     for name, value in vars(case).items():
