@@ -13,10 +13,11 @@ nox.options.sessions = ["tests", "lint", "typing", "build"]
 ROOT = Path(__file__).parent
 GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
-# Each worker computes on one core, so that the workers do not wait for one another.
+# Each worker computes on one core, so that the workers do not wait for one another; and JAX takes longer to
+# compile what a test runs than to run it.
 ONE_CORE = {
     "OMP_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
     "JAX_PLATFORMS": "cpu",
 }
 
@@ -53,10 +54,9 @@ def torch_suite(session: nox.Session) -> None:
 def optax_suite(session: nox.Session) -> None:
     """Run optax's own tests of its optimizers over mlbfgs, on eight virtual devices."""
     install(session, "-e", ".[jax]", group="optax-suite")
-    # Most of the time goes into compiling.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{ONE_CORE['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     path = "tests/optax_suite"
-    env = {**ONE_CORE, "XLA_FLAGS": f"{ONE_CORE['XLA_FLAGS']} {flags}"}
+    env = {**ONE_CORE, "XLA_FLAGS": flags}
     session.run("pytest", "-n", "auto", f"--confcutdir={path}", path, *session.posargs, env=env)
 
 

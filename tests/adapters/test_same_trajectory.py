@@ -88,8 +88,9 @@ def run_jax(settings, blocks, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("blocks", ["all", "layer"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "blocks"), [*((name, "all") for name in SETTINGS), ("default", "layer"), ("fit", "layer")]
+)
 def test_three_frameworks_reach_the_same_parameters(name, blocks, dtype):
     expected, pairs = run_numpy(SETTINGS[name], blocks, dtype)
     assert pairs >= 4
