@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import array_api_extra as xpx
-
 __all__ = ["Repeat", "repeat", "ring_order", "two_loop"]
 
 Array = Any
@@ -93,12 +91,13 @@ def two_loop(
     # First loop, newest to oldest: alpha_i = rho_i s_i.q, q <- q - alpha_i y_i. Row i of `left`
     # becomes s_i.q as a linear function of b.
     unit = xp.eye(2 * m, dtype=gram.dtype, device=device)[None, :, :]
+    own = unit[0, :m, :m] > 0
     left = xp.broadcast_to(unit[:, :m, :], (gram.shape[0], m, 2 * m))
 
     def first(i: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         left, alpha = carry
         row = rho[:, i, None] * left[:, i, :]
-        return left - sy[:, :, i, None] * row[:, None, :], xpx.at(alpha)[:, i, :].set(row)
+        return left - sy[:, :, i, None] * row[:, None, :], xp.where(own[i, :, None], row[:, None, :], alpha)
 
     _, alpha = repeat(m, first, (left, xp.zeros_like(left)))
 
@@ -112,7 +111,7 @@ def two_loop(
         right, weight = carry
         i = m - 1 - i
         row = alpha[:, i, :] - rho[:, i, None] * right[:, i, :]
-        return right + sy[:, i, :, None] * row[:, None, :], xpx.at(weight)[:, i, :].set(row)
+        return right + sy[:, i, :, None] * row[:, None, :], xp.where(own[i, :, None], row[:, None, :], weight)
 
     _, weight = repeat(m, second, (right, xp.zeros_like(right)))
     operator = xp.concat([weight, -gamma[:, None, None] * alpha], axis=1)
