@@ -50,12 +50,8 @@ OURS = {
 }
 PLAIN, PEER = "mL-BFGS, no refresh", "torch.optim.LBFGS"
 JAX_SIZES = (1_000_000, 10_000_000)
-JAX_OURS: dict[str, core.Settings] = {
-    "mL-BFGS, no refresh": {"adaptive": False, "update_every": 10**6},
-    "mL-BFGS, T = 50": {"adaptive": False, "update_every": EVERY},
-    "mL-BFGS, adaptive": {},
-    "mL-BFGS, bfloat16 history": {"adaptive": False, "update_every": EVERY, "history_dtype": "bfloat16"},
-    "mL-BFGS, paper, T = 50": {"preset": "paper", "update_every": EVERY},
+JAX_OURS = {
+    **{name: settings for name, settings in OURS.items() if "capturable" not in settings},
     "mL-BFGS, lbfgs, T = 1": {"preset": "lbfgs"},
 }
 JAX_PEER, JAX_DONATED = "optax.scale_by_lbfgs", "the same, state donated"

@@ -287,6 +287,20 @@ class Kernels:
         root = metric.inverse_root(self, tile)
         return s / root, y * root
 
+    def damped_pair(
+        self,
+        means: Means,
+        metric: Metric | None,
+        tile: Index,
+        valid: Array,
+        inverse_norm: Array,
+        damping: tuple[Array, Array],
+    ) -> Array:
+        """A tile of ``(s, a y + b s) * inverse_norm`` with ``(a, b) = damping``, stacked."""
+        s, y = self.pair(means, metric, tile, valid)
+        s, y = s * inverse_norm, y * inverse_norm
+        return self.xp.stack([s, damping[0] * y + damping[1] * s])
+
     def pair_products(self, means: Means, metric: Metric | None, valid: Array) -> list[PairTile]:
         """Inner products of ``s`` and ``y``, tile by tile; reads 4 values (+ 1 metric)."""
         xp = self.xp
@@ -336,9 +350,7 @@ class Kernels:
         """
         xp = self.xp
         for tile in self.tiles(means.params):
-            s, y = self.pair(means, metric, tile, valid)
-            s, y = s * inverse_norm, y * inverse_norm
-            new = xp.stack([s, damping[0] * y + damping[1] * s])
+            new = self.damped_pair(means, metric, tile, valid, inverse_norm, damping)
             new = xp.expand_dims(self.cast(new, history.dtype), axis=1)
             where = (slice(None), slice(None), *tile)
             part = history[where]

@@ -88,9 +88,7 @@ class JaxKernels(core.Kernels):
         """Store a pair and form its inner products, these with the history as it was: XLA would copy it
         to read it after it has been written to."""
         m, dtype = history.shape[1], means.params.dtype
-        s, y = self.pair(means, metric, (...,), valid)
-        s, y = s * inverse_norm, y * inverse_norm
-        new = jnp.stack([s, damping[0] * y + damping[1] * s]).astype(history.dtype)
+        new = self.damped_pair(means, metric, (...,), valid, inverse_norm, damping).astype(history.dtype)
         old = lax.dynamic_index_in_dim(history, slot[0], axis=1, keepdims=False)
         new = jnp.where(keep, new, old)
         pair = new.astype(dtype)

@@ -470,8 +470,9 @@ def test_complex_parameters_move_as_pairs_of_reals(desc, dtype):
         for real, param in zip(reals, complexes, strict=True):
             got = torch.view_as_real(param) if param.is_complex() else param
             # The two lie in memory differently, and textbook L-BFGS amplifies rounding.
-            tolerance = 1e-4 if got.dtype == torch.float32 else 1e-8
-            torch.testing.assert_close(got, real, rtol=tolerance, atol=tolerance)
+            amplified = got.dtype == torch.float32 and settings(desc).get("preset") == "lbfgs"
+            bounds = {"rtol": 1e-4, "atol": 1e-4} if amplified else {}
+            torch.testing.assert_close(got, real, **bounds)
     m = optimizers[0].param_groups[0]["history_size"]
     for param in complexes[:3]:
         entry = optimizers[0].state[param]
