@@ -16,6 +16,8 @@ from .diagnostics import Diagnostics, Spectrum, diagnostics, spectrum
 from .direction import direction, step, unscaled_step, upcoming
 from .history import refresh
 from .kernels import Kernels
+from .serialization import load_state, save_state
+from .snapshot import Snapshot
 from .state import LEAF_ARRAYS, MemoryPlan, State, init, plan_memory
 
 __all__ = [
@@ -26,17 +28,20 @@ __all__ = [
     "MemoryPlan",
     "Observation",
     "Settings",
+    "Snapshot",
     "Spectrum",
     "State",
     "diagnostics",
     "direction",
     "init",
+    "load_state",
     "observe",
     "partition",
     "plan_memory",
     "preset_momentum",
     "project",
     "refresh",
+    "save_state",
     "spectrum",
     "step",
     "unscaled_step",

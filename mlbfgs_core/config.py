@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack, cast
 
-__all__ = ["Config", "Preset", "Settings", "StepLength", "check_real", "preset_momentum"]
+__all__ = ["Config", "Preset", "Settings", "StepLength", "check_real", "is_zero", "preset_momentum"]
 
 Preset = Literal["default", "paper", "lbfgs", "fit"]
 StepLength = Literal["unit", "clip", "none"]
@@ -194,12 +194,12 @@ class Config:
     @property
     def uses_metric(self) -> bool:
         """Whether the method runs in a diagonal metric (a traced power counts as one)."""
-        return not _is_zero(self.metric_power)
+        return not is_zero(self.metric_power)
 
     @property
     def uses_noise(self) -> bool:
         """Whether the noise along the stored pairs must be followed."""
-        return self.adaptive or not _is_zero(self.noise_floor)
+        return self.adaptive or not is_zero(self.noise_floor)
 
     @property
     def caps_first_step(self) -> bool:
@@ -283,5 +283,6 @@ def _check_damping(damping: object) -> None:
         raise ValueError(msg)
 
 
-def _is_zero(value: object) -> bool:
+def is_zero(value: object) -> bool:
+    """Whether a number is known to be zero; a traced one is not."""
     return isinstance(value, (int, float)) and value == 0

@@ -57,8 +57,7 @@ def step(
         The operations on parameter-sized arrays; by default plain array-API ones.
     reduce : callable, optional
         Sums an array of coefficients over all shards; by default the identity. Called once in a
-        step, once more where a metric meets a length control, twice at a check, three times at a
-        refresh.
+        step, once more with a metric or a missing gradient, twice at a check, three times at a refresh.
     when_check, when_due : None, bool or callable
         Who decides whether the check or the refresh runs. None: both always run, and what is not
         asked for is masked. A bool: the caller knows, for instance from `upcoming`. A function
@@ -269,11 +268,12 @@ def _direction(
     norm_square = xp.maximum(gamma**2 * square + 2.0 * gamma * bc + cgc, xp.zeros_like(square))
     norm = xp.sqrt(xp.sum(norm_square))
 
-    exact = not config.uses_metric  # is the norm in the metric the norm of the update?
+    # The coefficients give the norm of all of `H g` in the metric: is it that of the update?
+    exact = not config.uses_metric and all(grad is not None for grad in grads)
     unit = xp.ones_like(norm)
     if config.step_length != "none":  # of unit length in the metric first, so that nothing overflows
         unit = 1.0 / xp.where(norm > 0, norm, 1.0)
-    update, squares = _combine(call, state, grads, seen, c * unit, gamma * unit)
+    update, squares = _combine(call, state, grads, seen, c * unit, gamma * unit, exact=exact)
     if not exact:
         norm_square = call.reduce(call.block_sums(squares)) / unit**2
         norm = xp.sqrt(xp.sum(norm_square))
@@ -303,7 +303,10 @@ def _combine(
     seen: Observation,
     c: Array,
     gamma: Array,
+    *,
+    exact: bool,
 ) -> tuple[list[Array | None], list[Array | None]]:
+    """The updates, and where their norm is not `exact` already their sums of squares."""
     metrics = call.metrics(state, kept=seen.inverse_roots)
     update: list[Array | None] = [None] * len(grads)
     squares: list[Array | None] = [None] * len(grads)
@@ -311,7 +314,7 @@ def _combine(
         for leaf in block:
             grad, mean = grads[leaf], state.mean_grads[leaf]
             if grad is not None:
-                update[leaf], squares[leaf] = call.kernels.combine(
+                d, square = call.kernels.combine(
                     state.history[leaf],
                     grad,
                     call.scalar(c[number, :], mean),
@@ -320,6 +323,9 @@ def _combine(
                     seen.finite,
                     mean.dtype,
                 )
+                if square is None and not exact:
+                    square = call.kernels.square(d, mean.dtype)
+                update[leaf], squares[leaf] = d, square
     return update, squares
 
 

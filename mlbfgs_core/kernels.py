@@ -135,6 +135,10 @@ class Kernels:
         array[tile] = value
         return array
 
+    def finite(self, x: Array) -> Array:
+        """`x` with zeros for what is not finite."""
+        return self.xp.where(self.xp.isfinite(x), x, 0.0)
+
     def lerp(self, start: Array, end: Array, weight: Array) -> Array:
         """``start + weight * (end - start)`` with a 0-d weight; consumes neither."""
         return start + weight * (end - start)
@@ -247,10 +251,10 @@ class Kernels:
         )
 
     def square(self, leaf: Array, dtype: Any) -> Array:
-        """Sum of squares of a leaf in `dtype`; reads 1 value."""
+        """Sum of squares of a leaf's finite values, in `dtype`; reads 1 value."""
         total = None
         for tile in self.tiles(leaf):
-            x = self.cast(leaf[tile], dtype)
+            x = self.finite(self.cast(leaf[tile], dtype))
             total = self.dot(x, x) if total is None else total + self.dot(x, x)
         return total
 
@@ -265,11 +269,13 @@ class Kernels:
         keep: Array,
     ) -> tuple[Array, Array, Array | None]:
         """``M += weight * (x - M)`` of parameter, gradient and squared gradient; reads 4 values and
-        writes 2 (+ 2 metric). Consumes the means. Nothing changes where `keep` (0-d) is false."""
+        writes 2 (+ 2 metric). Consumes the means. Nothing changes where `keep` (0-d) is false; a value of
+        the parameter that is not finite enters as zero, so that it does not spoil the others' pairs."""
         dtype = mean_params.dtype
         moment = None if metric is None else metric.moment
         for tile in self.tiles(param):
-            mean_params = self.blend(mean_params, tile, self.cast(param[tile], dtype), weight, keep)
+            value = self.finite(self.cast(param[tile], dtype))
+            mean_params = self.blend(mean_params, tile, value, weight, keep)
             g = self.cast(grad[tile], dtype)
             mean_grads = self.blend(mean_grads, tile, g, weight, keep)
             if metric is not None:

@@ -41,17 +41,23 @@ def bfgs_inverse_hessian(pairs: Sequence[tuple[Vector, Vector]], gamma: Any, dim
 
 @dataclass
 class _Block:
-    """What one block remembers."""
+    """What one block remembers; counts are kept for each coordinate, since gradients may be missing."""
 
     M_theta: Vector
     M_g: Vector
+    P_theta: Vector
+    P_g: Vector
     v: Vector
-    P_theta: Vector | None = None
-    P_g: Vector | None = None
-    pairs: list[tuple[Vector, Vector]] = field(default_factory=list)
-    noise: list[list[float]] = field(default_factory=list)
+    seen: Vector
+    """Observations ever."""
+    n: Vector
+    """Observations in this window."""
+    n_P: Vector
+    """Observations on which the previous window's averages rest."""
+    pairs: list[tuple[Vector, Vector]] = field(default_factory=list, init=False)
+    noise: list[list[float]] = field(default_factory=list, init=False)
     """For each stored pair the projections of the gradients on `s` since it was stored."""
-    mean_square: Any = 0.0
+    mean_square: Any = field(default=0.0, init=False)
 
 
 class Reference:
@@ -66,22 +72,44 @@ class Reference:
 
     def __init__(self, config: Config, sizes: Sequence[int]) -> None:
         self.config = config
-        self.blocks = [_Block(np.zeros(n), np.zeros(n), np.zeros(n)) for n in sizes]
+        self.blocks: list[_Block] = []
+        for block, size in enumerate(sizes):
+            self.extend(block, size)
         self.steps = self.skipped = self.n = self.n_P = 0
         self.r = self.r_P = 0.0
         self.pending = False
         self.length = 0.0
 
-    def step(self, thetas: Sequence[Vector], grads: Sequence[Vector]) -> list[Vector]:
-        """The directions of one step, to be subtracted; zeros for a non-finite gradient."""
+    def extend(self, block: int, count: int) -> None:
+        """Add coordinates of which nothing is known yet to a block, or a new block after the last."""
+        if block == len(self.blocks):
+            self.blocks.append(_Block(*(np.zeros(0) for _ in range(8))))
+        own, zeros = self.blocks[block], np.zeros(count)
+        for name in ("M_theta", "M_g", "P_theta", "P_g", "v", "seen", "n", "n_P"):
+            setattr(own, name, np.concatenate([getattr(own, name), zeros]))
+        own.pairs = [(np.concatenate([s, zeros]), np.concatenate([y, zeros])) for s, y in own.pairs]
+
+    def step(
+        self,
+        thetas: Sequence[Vector],
+        grads: Sequence[Vector],
+        present: Sequence[npt.NDArray[np.bool_]] | None = None,
+    ) -> list[Vector]:
+        """The directions of one step, to be subtracted; zeros for a non-finite gradient.
+
+        `present` tells for each coordinate whether there is a gradient; one without keeps still.
+        """
         cfg = self.config
+        here = [np.ones(len(g), dtype=bool) for g in grads] if present is None else present
+        grads = [np.where(own, g, 0.0) for own, g in zip(here, grads, strict=True)]
+        thetas = [np.where(np.isfinite(theta), theta, 0.0) for theta in thetas]
         if not all(np.isfinite(g).all() for g in grads):
             self.skipped += 1
             return [np.zeros_like(g) for g in grads]
         self.steps += 1
         self.n += 1
-        for block, theta, g in zip(self.blocks, thetas, grads, strict=True):
-            self._observe(block, theta, g)
+        for block, theta, g, own in zip(self.blocks, thetas, grads, here, strict=True):
+            self._observe(block, theta, g, own)
         due = self.n >= cfg.update_every or self.pending
         if cfg.adaptive and self.n_P == 0:
             due = due or self.n >= cfg.check_every
@@ -89,7 +117,7 @@ class Reference:
             self.pending = self.pending or self._stands_out()
         if due:
             self._refresh()
-        directions = self._directions(thetas, grads)
+        directions = self._directions(thetas, grads, here)
         for block, g in zip(self.blocks, grads, strict=True):
             decay = cfg.metric_beta
             block.mean_square += (1 - decay) / (1 - decay**self.steps) * (g @ g / len(g) - block.mean_square)
@@ -107,22 +135,27 @@ class Reference:
         s, y = block.pairs[-1]
         return bfgs_inverse_hessian(block.pairs, s @ y / (y @ y), n)
 
-    def _observe(self, block: _Block, theta: Vector, g: Vector) -> None:
+    def _observe(self, block: _Block, theta: Vector, g: Vector, present: npt.NDArray[np.bool_]) -> None:
         cfg = self.config
         decay = cfg.metric_beta
-        block.v = block.v + (1 - decay) / (1 - decay**self.steps) * (g**2 - block.v)
-        w = 1 / self.n if cfg.beta is None else 1.0 if self.steps == 1 else 1 - cfg.beta
-        self.r += (1 - w) * float(np.sum(((g - block.M_g) / self.root(block)) ** 2))
+        block.seen, block.n = block.seen + present, block.n + present
+        steps, n = np.maximum(block.seen, 1), np.maximum(block.n, 1)
+        w_v = np.where(present, (1 - decay) / (1 - decay**steps), 0.0)
+        w = 1 / n if cfg.beta is None else np.where(steps == 1, 1.0, 1 - cfg.beta)
+        w = np.where(present, w, 0.0)
+        block.v = block.v + w_v * (g**2 - block.v)
+        off = np.where(present, (g - block.M_g) / self.root(block), 0.0)
+        self.r += float(np.sum((1 - w) * off**2))
         for (s, _), seen in zip(block.pairs, block.noise, strict=True):
             seen.append(float(s @ (g / self.root(block))))
         block.M_theta = block.M_theta + w * (theta - block.M_theta)
         block.M_g = block.M_g + w * (g - block.M_g)
 
     def _pair(self, block: _Block) -> tuple[Vector, Vector]:
-        if block.P_theta is None or block.P_g is None:
-            return np.zeros_like(block.v), np.zeros_like(block.v)
+        known = (block.n > 0) & (block.n_P > 0)
         root = self.root(block)
-        return root * (block.M_theta - block.P_theta), (block.M_g - block.P_g) / root
+        s, y = root * (block.M_theta - block.P_theta), (block.M_g - block.P_g) / root
+        return np.where(known, s, 0.0), np.where(known, y, 0.0)
 
     def _spread(self) -> tuple[float, float]:
         """Variance of ``M_g - P_g`` in units of one gradient's, and degrees of freedom of `r`."""
@@ -178,9 +211,13 @@ class Reference:
                     block.pairs.append((s, y_hat))
                     block.noise.append([])
                     del block.pairs[: -cfg.history_size], block.noise[: -cfg.history_size]
-            block.P_theta, block.P_g = block.M_theta, block.M_g
+            turned = block.n > 0
+            block.P_theta = np.where(turned, block.M_theta, block.P_theta)
+            block.P_g = np.where(turned, block.M_g, block.P_g)
+            block.n_P, block.n = np.where(turned, block.n, block.n_P), np.zeros_like(block.n)
             if cfg.beta is None:
-                block.M_theta, block.M_g = np.zeros_like(s), np.zeros_like(s)
+                block.M_theta = np.where(turned, 0.0, block.M_theta)
+                block.M_g = np.where(turned, 0.0, block.M_g)
         self.n_P, self.n = self.n, 0
         self.r_P, self.r = self.r, 0.0
         self.pending = False
@@ -195,11 +232,16 @@ class Reference:
             return min((sigma_H - 1) / (mu - 1), tau_0)
         return tau_0
 
-    def _directions(self, thetas: Sequence[Vector], grads: Sequence[Vector]) -> list[Vector]:
+    def _directions(
+        self,
+        thetas: Sequence[Vector],
+        grads: Sequence[Vector],
+        present: Sequence[npt.NDArray[np.bool_]],
+    ) -> list[Vector]:
         cfg = self.config
         with_pairs = [block for block in self.blocks if block.pairs]
         directions = []
-        for block, g in zip(self.blocks, grads, strict=True):
+        for block, g, own in zip(self.blocks, grads, present, strict=True):
             g_metric: Any = g / self.root(block) if cfg.uses_metric else g
             if block.pairs:
                 d = self.inverse_hessian(block) @ g_metric
@@ -208,7 +250,7 @@ class Reference:
                 d = float(np.mean(gammas)) * g_metric
             else:
                 d = g_metric
-            directions.append(d / self.root(block) if cfg.uses_metric else d)
+            directions.append(np.where(own, d / self.root(block) if cfg.uses_metric else d, 0.0))
         norm = float(np.sqrt(sum(d @ d for d in directions)))
         if cfg.step_length == "none" or norm == 0:
             cap = cfg.caps_first_step and not with_pairs
@@ -216,7 +258,7 @@ class Reference:
         if cfg.step_length == "unit":
             return [d / norm for d in directions]
         if not with_pairs:
-            theta, dim = np.concatenate(thetas), sum(len(g) for g in grads)
+            theta, dim = np.concatenate(thetas)[np.concatenate(present)], sum(len(g) for g in grads)
             part = min(0.01 * 1.5 ** (self.steps - 1), 0.3)
             length = part * max(np.linalg.norm(theta), 0.01 * np.sqrt(dim))
             return [d * (length / norm) for d in directions]

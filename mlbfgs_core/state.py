@@ -14,12 +14,14 @@ from .kernels import Kernels
 
 __all__ = [
     "LEAF_ARRAYS",
+    "LEAF_COUNTS",
     "LEAF_DTYPES",
     "Array",
     "MemoryPlan",
     "State",
     "accumulation_dtype",
     "init",
+    "layout",
     "plan_memory",
 ]
 
@@ -112,6 +114,8 @@ class State(NamedTuple):
 
 LEAF_ARRAYS = State._fields[:6]
 """Names of the fields that hold one parameter-sized array per leaf."""
+LEAF_COUNTS = State._fields[6:9]
+"""Names of the fields that hold one number per leaf."""
 
 
 class MemoryPlan(NamedTuple):
@@ -180,7 +184,7 @@ def init(
         raise ValueError(msg)
     device = next(iter(devices.values()), None)
     arrays: dict[str, list[Array]] = {}
-    for name, index, shape, dtype in _layout(config, leaves, blocks):
+    for name, index, shape, dtype in layout(config, leaves, blocks):
         if not hasattr(xp, dtype):
             msg = f"`history_dtype` must be a dtype of {xp.__name__}, got {dtype!r}"
             raise ValueError(msg)
@@ -232,7 +236,7 @@ def plan_memory(config: Config, leaves: Sequence[Array], blocks: Blocks | None =
     """
     blocks = _check(config, leaves, blocks)
     kinds = {"history": 0, "averages": 0, "metric": 0, "coefficients": 0}
-    for name, index, shape, dtype in _layout(config, leaves, blocks):
+    for name, index, shape, dtype in layout(config, leaves, blocks):
         kind = (
             "coefficients"
             if index is None
@@ -257,7 +261,7 @@ def dtype_name(leaf: Array) -> str:
     return str(leaf.dtype).rpartition(".")[2]
 
 
-def _layout(
+def layout(
     config: Config, leaves: Sequence[Array], blocks: Blocks
 ) -> Iterator[tuple[str, int | None, tuple[int, ...], str]]:
     """Name, leaf (None: none), shape and dtype of every array of the state: its one definition."""

@@ -1,5 +1,6 @@
 """mL-BFGS for JAX: optax transformations."""
 
+from .checkpoint import load_state, save_state
 from .transform import MLBFGSState, mlbfgs, scale_by_mlbfgs
 
-__all__ = ["MLBFGSState", "mlbfgs", "scale_by_mlbfgs"]
+__all__ = ["MLBFGSState", "load_state", "mlbfgs", "save_state", "scale_by_mlbfgs"]

@@ -15,12 +15,12 @@ from jax import lax
 
 import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks, BlockSpec
-from mlbfgs_core.config import check_real
+from mlbfgs_core.config import check_real, is_zero
 from mlbfgs_core.state import LEAF_DTYPES, accumulation_dtype, dtype_name
 
 from .kernels import JaxKernels
 
-__all__ = ["MLBFGSState", "mlbfgs", "scale_by_mlbfgs"]
+__all__ = ["MLBFGSState", "as_real", "from_real", "mlbfgs", "path_names", "scale_by_mlbfgs"]
 
 _Factory = TypeVar("_Factory", bound=Callable[..., Any])
 _COMPLEX = {"complex64": "float32", "complex128": "float64"}
@@ -134,7 +134,7 @@ def scale_by_mlbfgs(
         if all(grad is None for grad in given):
             return updates, state
         grads = [
-            None if grad is None else _real(grad).astype(accumulation_dtype(leaf))
+            None if grad is None else as_real(grad).astype(accumulation_dtype(leaf))
             for grad, leaf in zip(given, tree.leaves, strict=True)
         ]
         directions, after = core.step(
@@ -148,7 +148,7 @@ def scale_by_mlbfgs(
             when_due=_if,
         )
         result = [
-            None if grad is None else _like(direction, jnp.asarray(grad))
+            None if grad is None else from_real(direction, jnp.asarray(grad))
             for direction, grad in zip(directions, given, strict=True)
         ]
         return tree.treedef.unflatten(result), MLBFGSState(*tree.folded(after, config))
@@ -235,12 +235,12 @@ def mlbfgs(
     for name, value in numbers.items():
         if name == "momentum" or not callable(value):
             check_real(name, value)
-    still = isinstance(momentum, (int, float)) and momentum == 0
     return _guarded(
         optax.chain(
             scale_by_mlbfgs(blocks=blocks, **settings),
-            optax.identity() if still else optax.trace(momentum),
-            optax.add_decayed_weights(weight_decay, mask),
+            optax.identity() if is_zero(momentum) else optax.trace(momentum),
+            # A decay of zero would still make a NaN of an infinite parameter.
+            optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
         )
     )
@@ -282,14 +282,14 @@ class _Tree(NamedTuple):
     def of(cls, params: optax.Params, blocks: BlockSpec) -> _Tree:
         """Flatten parameters; without any, as in a tree of placeholders, there are no blocks."""
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-        names = _names([path for path, _ in paths])
+        names = path_names([path for path, _ in paths])
         for name, (_, leaf) in zip(names, paths, strict=True):
             dtype = dtype_name(leaf) if hasattr(leaf, "dtype") else type(leaf).__name__
             if dtype not in (*LEAF_DTYPES, *_COMPLEX):
                 rule = "must be floating-point or complex arrays (see optax.masked for the others)"
                 msg = f"`params` {rule}, got {dtype} at {name!r}"
                 raise TypeError(msg)
-        leaves = [_real(leaf) for _, leaf in paths]
+        leaves = [as_real(leaf) for _, leaf in paths]
         return cls(treedef, leaves, core.partition(names, blocks) if names else None)
 
     def folded(self, state: core.State, config: core.Config) -> core.State:
@@ -306,7 +306,7 @@ class _Tree(NamedTuple):
         )
 
 
-def _names(paths: Sequence[tuple[Any, ...]]) -> list[str]:
+def path_names(paths: Sequence[tuple[Any, ...]]) -> list[str]:
     """Keys joined by dots; without the attribute `value` of a variable, which NNX shows to `init` only."""
     children = Counter(path[:-1] for path in paths)
     boxed = jax.tree_util.GetAttrKey("value")
@@ -327,7 +327,7 @@ def _if(predicate: Any, part: Callable[[Any], Any], operand: Any) -> Any:
     return lax.cond(predicate, part, lambda same: same, operand)
 
 
-def _real(leaf: Any) -> Any:
+def as_real(leaf: Any) -> Any:
     """A leaf as an array of JAX (unless it is abstract), a complex one as pairs of reals."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         dtype = _COMPLEX.get(dtype_name(leaf))
@@ -336,11 +336,11 @@ def _real(leaf: Any) -> Any:
     return leaf if dtype_name(leaf) not in _COMPLEX else jnp.stack([jnp.real(leaf), jnp.imag(leaf)], axis=-1)
 
 
-def _like(direction: Any, grad: Any) -> Any:
-    """Pairs of reals as a gradient's dtype."""
-    if jnp.iscomplexobj(grad):
-        direction = lax.complex(direction[..., 0], direction[..., 1])
-    return direction.astype(grad.dtype)
+def from_real(values: Any, leaf: Any) -> Any:
+    """The inverse of `as_real`, in the dtype of a leaf."""
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        values = lax.complex(values[..., 0], values[..., 1])
+    return values.astype(leaf.dtype)
 
 
 def _widened(tree: Any) -> Any:

@@ -18,19 +18,31 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
-from mlbfgs_core.state import dtype_name
+from mlbfgs_core.state import LEAF_COUNTS, dtype_name
 
-__all__ = ["Bound", "Flags", "Leaf", "Member", "Memory", "bind", "forget_misfits", "plan_leaves", "store"]
+__all__ = [
+    "Bound",
+    "Flags",
+    "Leaf",
+    "Member",
+    "Memory",
+    "as_real",
+    "bind",
+    "coefficients",
+    "entry_numbers",
+    "forget_misfits",
+    "plan_leaves",
+    "store",
+]
 
 Memory = dict[Tensor, dict[str, Any]]
 
-_LEAF_COUNTS = ("leaf_steps", "leaf_window", "leaf_prev_window")
 _COEFFICIENTS = tuple(name for name in core.State._fields if name not in core.LEAF_ARRAYS)
 _UNIT_REALS = ("scatter", "prev_scatter", "signal_to_noise", "length")
 _PER_UNIT = (
     "step", "skipped", "accepted", "window", "prev_window", "pending", "due", *_UNIT_REALS,
 )  # fmt: skip
-_PER_BLOCK = tuple(name for name in _COEFFICIENTS if name not in (*_LEAF_COUNTS, *_PER_UNIT, "size"))
+_PER_BLOCK = tuple(name for name in _COEFFICIENTS if name not in (*LEAF_COUNTS, *_PER_UNIT, "size"))
 
 # Parameters of fewer values are laid side by side, in leaves of at most so many values.
 _SMALL = {"cpu": 2**16}
@@ -54,7 +66,7 @@ class Member(NamedTuple):
     @classmethod
     def of(cls, name: str, param: Tensor, group: dict[str, Any]) -> Member:
         """With the layout of the parameter."""
-        real = _real(param)
+        real = as_real(param)
         order = tuple(sorted(range(real.ndim), key=lambda axis: -real.stride(axis)))
         return cls(name, param, group, tuple(real.shape), order, real.permute(order).is_contiguous())
 
@@ -65,7 +77,7 @@ class Member(NamedTuple):
 
     def flat(self, tensor: Tensor) -> Tensor:
         """A tensor like the parameter (or several: more axes in front), as one axis in memory order."""
-        tensor = _real(tensor)
+        tensor = as_real(tensor)
         lead = tensor.ndim - len(self.order)
         order = (*range(lead), *(lead + axis for axis in self.order))
         return tensor.permute(order).reshape((*tensor.shape[:lead], self.size))
@@ -112,7 +124,7 @@ class Leaf(NamedTuple):
 
     def real_params(self) -> list[Tensor]:
         """The parameters' values as reals; writing to them writes to the parameters."""
-        return self.params() if self.plain else [_real(param.detach()) for param in self.params()]
+        return self.params() if self.plain else [as_real(param.detach()) for param in self.params()]
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor per member (or several: more axes in front) as a flat one."""
@@ -157,7 +169,7 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
     on this step does not share with who has none.
     """
     known = [m.param for m in members if "history" in memory.get(m.param, ())]
-    rows = [torch.stack([torch.as_tensor(memory[p][n]) for n in _LEAF_COUNTS]) for p in known]
+    rows = [torch.stack([torch.as_tensor(memory[p][n]) for n in LEAF_COUNTS]) for p in known]
     counts = dict(zip(known, map(tuple, torch.stack(rows).tolist()), strict=True)) if rows else {}
     leaves: list[Leaf] = []
     leaf_blocks = []
@@ -244,28 +256,47 @@ def bind(
         if leaf.group["momentum"] != 0 or any("momentum_buffer" in entry for entry in entries):
             momentum[-1] = torch.zeros_like(values["mean_params"][-1])
             _copy_known("momentum_buffer", leaf, entries, momentum[-1])
-    everyone = [param for own in params for param in own]
-
-    def carried(name: str, carriers: Sequence[Tensor], default: Tensor) -> Tensor:
-        first = next((memory[param][name] for param in carriers if name in memory[param]), default)
-        return torch.as_tensor(first).to(default)
-
     for name in core.LEAF_ARRAYS:
         values[name] = tuple(values[name])
-    for name in _LEAF_COUNTS:
-        values[name] = torch.stack([carried(name, own, getattr(fresh, name)[0]) for own in params])
-    for name in _PER_BLOCK:
-        default = getattr(fresh, name)[0]
-        values[name] = torch.stack(
-            [carried(name, [p for i in block for p in params[i]], default) for block in blocks]
-        )
-    for name in _PER_UNIT:
-        values[name] = carried(name, everyone, getattr(fresh, name)).clone()
+    values.update(coefficients(fresh, params, blocks, memory))
     sizes = [float(sum(like[i].numel() for i in block)) for block in blocks]
     values["size"] = torch.tensor(sizes, dtype=values["gamma"].dtype, device=values["gamma"].device)
     bound = Bound(core.State(**values), torch.stack([values[name] for name in _UNIT_REALS]), momentum)
     _make_views(bound, leaves, blocks, names, memory, first_label)
     return bound
+
+
+def coefficients(
+    fresh: core.State, params: Sequence[Sequence[Tensor]], blocks: Blocks, memory: Memory
+) -> dict[str, Tensor]:
+    """The fields of a state that are not parameter-sized, but for the size, from the first parameter of
+    each leaf, block or of all that carries them; else as in a fresh state. `params` gives each leaf's."""
+
+    def carried(name: str, carriers: Sequence[Tensor], default: Tensor) -> Tensor:
+        first = next((memory[param][name] for param in carriers if name in memory.get(param, ())), default)
+        return torch.as_tensor(first).to(default)
+
+    values = {}
+    for name in LEAF_COUNTS:
+        values[name] = torch.stack([carried(name, own, getattr(fresh, name)[0]) for own in params])
+    for name in _PER_BLOCK:
+        default = getattr(fresh, name)[0]
+        carriers = [[param for i in block for param in params[i]] for block in blocks]
+        values[name] = torch.stack([carried(name, own, default) for own in carriers])
+    everyone = [param for own in params for param in own]
+    for name in _PER_UNIT:
+        values[name] = carried(name, everyone, getattr(fresh, name)).clone()
+    return values
+
+
+def entry_numbers(state: core.State, leaf: int, block: int, label: int) -> dict[str, Any]:
+    """What a parameter's dictionary holds beside arrays of its own size."""
+    return {
+        **{name: getattr(state, name)[leaf] for name in LEAF_COUNTS},
+        **{name: getattr(state, name)[block] for name in _PER_BLOCK},
+        **{name: getattr(state, name) for name in _PER_UNIT},
+        "block": label,
+    }
 
 
 def store(bound: core.State, new: core.State) -> None:
@@ -306,7 +337,8 @@ class Flags:
         return bool(check), bool(due)
 
 
-def _real(tensor: Tensor) -> Tensor:
+def as_real(tensor: Tensor) -> Tensor:
+    """A view, with a last axis of length 2 where the tensor is complex."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -334,10 +366,7 @@ def _make_views(
             for place, member in enumerate(leaves[i].members):
                 entry = memory[member.param]
                 entry.update({name: view[place] for name, view in views.items()})
-                entry.update({name: getattr(state, name)[i] for name in _LEAF_COUNTS})
-                entry.update({name: getattr(state, name)[number] for name in _PER_BLOCK})
-                entry.update({name: getattr(state, name) for name in _PER_UNIT})
-                entry["block"] = first_label + number
+                entry.update(entry_numbers(state, i, number, first_label + number))
 
 
 def _fits(config: core.Config, member: Member, entry: dict[str, Any]) -> bool:

@@ -76,6 +76,10 @@ class TorchKernels(core.Kernels):
         """The tile of a history as a matrix of 2m rows, in the history's own dtype."""
         return history[(slice(None), slice(None), *tile)].flatten(0, 1)
 
+    def finite(self, x: Tensor) -> Tensor:
+        """`x` with zeros for what is not finite."""
+        return _finite(x, out=None)
+
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner product, of full precision inside `torch.autocast` too, unlike `matmul`."""
         return torch.dot(a, b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from functools import lru_cache
@@ -16,7 +17,8 @@ from mlbfgs_core.blocks import Blocks, BlockSpec
 from mlbfgs_core.config import check_real
 from mlbfgs_core.state import LEAF_DTYPES
 
-from .binding import Flags, Leaf, Member, Memory, bind, forget_misfits, plan_leaves, store
+from .binding import Flags, Leaf, Member, Memory, as_real, bind, forget_misfits, plan_leaves, store
+from .checkpoint import restore, take
 from .kernels import TorchKernels
 
 __all__ = ["MLBFGS"]
@@ -236,6 +238,70 @@ class MLBFGS(Optimizer):
                 if isinstance(value, Tensor):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
         self._forget_units()
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Write parameters, state and momentum to a file that the adapters for other frameworks read too.
+
+        Parameters
+        ----------
+        path : path-like
+            A file, by convention ``*.safetensors``; one that exists is replaced once the new one is whole.
+
+        Raises
+        ------
+        OSError, ImportError
+            As `mlbfgs_core.save_state`.
+
+        Notes
+        -----
+        Parameters are known by their names: pass ``model.named_parameters()``. Buffers of the model,
+        hyperparameters and schedulers are not in the file. Waits for the device.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/run.safetensors"
+        >>> model = torch.nn.Linear(3, 1)
+        >>> MLBFGS(model.named_parameters()).save_state(path)
+        >>> core.load_state(path)[0].names
+        ('weight', 'bias')
+        """
+        core.save_state(path, [self._snapshot(part) for part in self._partitions()])
+
+    @torch.no_grad()
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a file of `save_state`, whichever adapter has written it.
+
+        Parameters
+        ----------
+        path : path-like
+
+        Raises
+        ------
+        ValueError
+            A damaged file, or one of other parameters, blocks, shapes or dtypes; nothing has changed then.
+        OSError, ImportError
+            As `mlbfgs_core.load_state`.
+
+        Notes
+        -----
+        Sets the parameters' values too. Hyperparameters and settings stay those of this optimizer.
+        """
+        parts = self._partitions()
+        loaded = core.load_state(path, [self._snapshot(part) for part in parts])
+        label, restored = 0, []
+        for part, snapshot in zip(parts, loaded, strict=True):
+            restored += restore(snapshot, part.members, label)
+            label += len(part.blocks)
+        for param, value, entry in restored:
+            as_real(param.detach()).copy_(value)
+            self.state[param] = entry
+            if not entry:
+                del self.state[param]
+        self._forget_units()
+
+    def _snapshot(self, part: _Partition) -> core.Snapshot:
+        return take(part.config, part.members, part.blocks, self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_blocks": self._blocks}

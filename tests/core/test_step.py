@@ -90,6 +90,37 @@ def test_core_equals_the_reference_step_by_step(xp, name, rng):
     assert max(kept) > 0
 
 
+@pytest.mark.parametrize("name", ["default", "fit", "paper"])
+@given(rng=generators)
+def test_missing_gradients_and_non_finite_parameters_equal_the_reference(xp, name, rng):
+    """A leaf without a gradient keeps still; a parameter that is not finite spoils no other."""
+    config, steps = config_of(name, update_every=6), 24
+    x, gradient = noisy_quadratic(rng, 11, steps)
+    reference = Reference(config, SIZES)
+    state = core.init(config, split(x, SHAPES, xp), BLOCKS, xp)
+    edges = np.cumsum([0, *(int(np.prod(shape)) for shape in SHAPES)])
+    for t in range(steps):
+        present, theta = np.ones(11, dtype=bool), x.copy()
+        leaf = 2 if t % 4 == 1 or t > 14 else 1 if t % 7 == 3 else None
+        if leaf is not None:
+            present[edges[leaf] : edges[leaf + 1]] = False
+        theta[3] = (np.nan, np.inf, -np.inf, x[3])[min(t // 5, 3)]
+        g = gradient(t, x)
+        grads = [None if i == leaf else grad for i, grad in enumerate(split(g, SHAPES, xp))]
+        update, state = core.step(config, state, split(theta, SHAPES, xp), grads, blocks=BLOCKS)
+        parts = [part[ORDER] for part in (theta, g, present)]
+        expected = np.concatenate(reference.step(*([part[:10], part[10:]] for part in parts)))[
+            np.argsort(ORDER)
+        ]
+        if leaf is not None:
+            assert update[leaf] is None
+            update[leaf] = split(np.zeros(11), SHAPES, xp)[leaf]
+        assert relative(join(update), expected) < 1e-6
+        x = x - 0.1 * expected
+    assert int(state.skipped) == 0
+    assert max(int(pairs) for pairs in to_numpy(state.pairs)) > 0
+
+
 @pytest.mark.parametrize("name", ["default", "fixed", "ema, adaptive"])
 @given(rng=generators)
 def test_masked_refresh_equals_no_refresh(xp, name, rng):

@@ -1,0 +1,185 @@
+"""Runs in JAX written to and read from the neutral checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import mlbfgs_core as core
+from mlbfgs_core.blocks import BlockSpec
+
+from .transform import MLBFGSState, as_real, from_real, path_names
+
+__all__ = ["load_state", "save_state"]
+
+
+def save_state(
+    path: str | os.PathLike[str], params: optax.Params, state: optax.OptState, *, blocks: BlockSpec = "all"
+) -> None:
+    """Write parameters, curvature and momentum to a file that the adapters for other frameworks read too.
+
+    Parameters
+    ----------
+    path : path-like
+        A file, by convention ``*.safetensors``; one that exists is replaced once the new one is whole.
+    params : tree of arrays
+    state : tree
+        Of `mlbfgs`, or of any chain that holds one `MLBFGSState` and at most one `optax.TraceState`.
+    blocks : {"all", "layer", "parameter"} or callable
+        As given to `mlbfgs`.
+
+    Raises
+    ------
+    ValueError
+        A state that is not of these parameters and blocks.
+    OSError, ImportError
+        As `mlbfgs_core.save_state`.
+
+    Notes
+    -----
+    Parameters are known by their paths in the tree, joined by dots. Not for use inside `jit`; waits for
+    the device. Schedules and every other part of the state are not in the file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from mlbfgs_jax import mlbfgs
+    >>> path = tempfile.mkdtemp() + "/run.safetensors"
+    >>> params, tx = {"w": jnp.ones(3)}, mlbfgs(0.1)
+    >>> save_state(path, params, tx.init(params))
+    >>> restored, state = load_state(path, params, tx.init(params))
+    >>> restored["w"]
+    Array([1., 1., 1.], dtype=float32)
+    """
+    snapshot, traces = _snapshot(params, state, blocks)
+    buffers = _named(traces[0].trace) if traces else {}
+    momentum = [
+        as_real(buffers[name]).astype(mean.dtype) if name in buffers else None
+        for name, mean in zip(snapshot.names, snapshot.state.mean_params, strict=True)
+    ]
+    core.save_state(path, [snapshot._replace(momentum=tuple(momentum))])
+
+
+def load_state(
+    path: str | os.PathLike[str], params: optax.Params, state: optax.OptState, *, blocks: BlockSpec = "all"
+) -> tuple[optax.Params, optax.OptState]:
+    """Go on from a file of `save_state`, whichever adapter has written it.
+
+    Parameters
+    ----------
+    path : path-like
+    params, state : trees
+        Of the run that is to be resumed, such as ``params, tx.init(params)``, which give structure, shapes,
+        dtypes and placement. May be abstract (``jax.eval_shape(tx.init, params)``).
+    blocks : {"all", "layer", "parameter"} or callable
+        As given to `mlbfgs`.
+
+    Returns
+    -------
+    params, state : trees
+        New arrays; what the file does not hold is as given. Counts of schedules inside `mlbfgs` are those
+        of the accepted steps.
+
+    Raises
+    ------
+    ValueError
+        A damaged file, or one of other parameters, blocks, shapes or dtypes.
+    OSError, ImportError
+        As `mlbfgs_core.load_state`.
+
+    Examples
+    --------
+    See `save_state`.
+    """
+    wanted, _ = _snapshot(params, state, blocks)
+    (snapshot,) = core.load_state(path, [wanted])
+    values = dict(zip(snapshot.names, snapshot.params, strict=True))
+    buffers = dict(zip(snapshot.names, snapshot.momentum, strict=True))
+
+    def part(old: Any) -> Any:
+        if isinstance(old, MLBFGSState):
+            return _state_like(old, snapshot.state)
+        if isinstance(old, optax.TraceState):
+            return old._replace(trace=_map_named(buffer, old.trace))
+        if _is_count(old):
+            return old._replace(count=_placed(old.count, snapshot.state.step))
+        return old
+
+    def buffer(name: str, leaf: Any) -> Any:
+        found = buffers.get(name)
+        return jnp.zeros_like(leaf) if found is None else _placed(leaf, found)
+
+    def value(name: str, leaf: Any) -> Any:
+        return _placed(leaf, values[name]) if name in values else leaf
+
+    return _map_named(value, params), jax.tree.map(part, state, is_leaf=_is_part)
+
+
+def _snapshot(
+    params: optax.Params, state: optax.OptState, blocks: BlockSpec
+) -> tuple[core.Snapshot, list[optax.TraceState]]:
+    """The run but for the momentum, and the parts of the state that hold that."""
+    parts = [part for part in jax.tree.leaves(state, is_leaf=_is_part) if _is_part(part)]
+    found = [part for part in parts if isinstance(part, MLBFGSState)]
+    traces = [part for part in parts if isinstance(part, optax.TraceState)]
+    if len(found) != 1 or len(traces) > 1:
+        rule = "must hold one MLBFGSState and at most one TraceState"
+        msg = f"`state` {rule}, got {len(found)} and {len(traces)}"
+        raise ValueError(msg)
+    own = found[0]
+    names = tuple(_named(own.mean_params))
+    partition = core.partition(names, blocks)
+    if len(partition) != own.gamma.shape[0]:
+        msg = f"`blocks` must give the state's {own.gamma.shape[0]} blocks, got {len(partition)}"
+        raise ValueError(msg)
+    values = _named(params)
+    missing = [name for name in names if name not in values]
+    if missing:
+        msg = f"`params` must hold the parameters of the state, got none of the name {missing[0]!r}"
+        raise ValueError(msg)
+    fields = {
+        name: tuple(_named(value).values()) if name in core.LEAF_ARRAYS else value
+        for name, value in own._asdict().items()
+    }
+    leaves = tuple(as_real(values[name]) for name in names)
+    return core.Snapshot(names, partition, core.State(**fields), leaves, (None,) * len(names)), traces
+
+
+def _is_part(node: Any) -> bool:
+    return isinstance(node, (MLBFGSState, optax.TraceState)) or _is_count(node)
+
+
+def _is_count(node: Any) -> bool:
+    """Whether a state is that of a schedule, of the rate or of weight decay, which only counts steps."""
+    return getattr(node, "_fields", ()) == ("count",)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by their names."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return dict(zip(path_names([path for path, _ in paths]), (leaf for _, leaf in paths), strict=True))
+
+
+def _map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(tree), [function(*pair) for pair in _named(tree).items()])
+
+
+def _state_like(old: MLBFGSState, new: core.State) -> MLBFGSState:
+    fields = {}
+    for name, value in old._asdict().items():
+        leaves, treedef = jax.tree.flatten(value)
+        found = getattr(new, name) if name in core.LEAF_ARRAYS else [getattr(new, name)]
+        fields[name] = treedef.unflatten(map(_placed, leaves, found))
+    return MLBFGSState(**fields)
+
+
+def _placed(leaf: Any, values: Any) -> jax.Array:
+    """Values of the file in the place of a leaf: with its dtype, and on its devices."""
+    array = from_real(jnp.array(values), leaf)  # a copy, which may be donated
+    placed = isinstance(leaf, jax.Array) and leaf.committed
+    return jax.device_put(array, leaf.sharding) if placed else array

@@ -1,0 +1,96 @@
+"""PyTorch's dictionaries per parameter as a neutral snapshot, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+from torch import Tensor
+
+import mlbfgs_core as core
+from mlbfgs_core.blocks import Blocks
+
+from .binding import Member, Memory, as_real, coefficients, entry_numbers
+
+__all__ = ["restore", "take"]
+
+
+def take(config: core.Config, members: Sequence[Member], blocks: Blocks, memory: Memory) -> core.Snapshot:
+    """What these parameters and their dictionaries hold; arrays share memory with them where they can.
+
+    Parameters that never had a gradient count as fresh ones, and take no memory.
+    """
+    like = [torch.empty(m.shape, dtype=as_real(m.param.detach()).dtype, device="meta") for m in members]
+    template = core.init(config, like, blocks, xp=xp)
+    fresh = core.init(config, [torch.empty(0, dtype=tensor.dtype) for tensor in like], xp=xp)
+    values: dict[str, Any] = dict(coefficients(fresh, [[m.param] for m in members], blocks, memory))
+    values["size"] = torch.tensor(
+        [float(sum(members[i].size for i in block)) for block in blocks], dtype=values["gamma"].dtype
+    )
+    values = {name: _to_numpy(value) for name, value in values.items()}
+    for name in core.LEAF_ARRAYS:
+        pairs = zip(members, getattr(template, name), strict=bool(getattr(template, name)))
+        values[name] = tuple(_held(memory.get(m.param, {}).get(name), tensor) for m, tensor in pairs)
+    buffers = [memory.get(member.param, {}).get("momentum_buffer") for member in members]
+    return core.Snapshot(
+        names=tuple(member.name for member in members),
+        blocks=blocks,
+        state=core.State(**values),
+        params=tuple(_to_numpy(as_real(member.param.detach())) for member in members),
+        momentum=tuple(None if buffer is None else _to_numpy(buffer) for buffer in buffers),
+    )
+
+
+def restore(
+    snapshot: core.Snapshot, members: Sequence[Member], first_label: int
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+    """Each parameter, its new value as reals, and its new dictionary; nothing is written yet."""
+    numbers = {
+        name: value if name in core.LEAF_ARRAYS else torch.from_numpy(np.array(value))
+        for name, value in snapshot.state._asdict().items()
+    }
+    state = core.State(**numbers)
+    used = snapshot.state.leaf_steps > 0
+    if not used.any() and snapshot.state.skipped > 0:
+        used = ~used  # somebody has to carry the count
+    block_of = {leaf: number for number, block in enumerate(snapshot.blocks) for leaf in block}
+    for i, (member, buffer) in enumerate(zip(members, snapshot.momentum, strict=True)):
+        device, entry = member.param.device, {}
+        if used[i]:
+            arrays = {name: getattr(state, name)[i] for name in core.LEAF_ARRAYS if getattr(state, name)}
+            entry = {name: _to_torch(array).to(device) for name, array in arrays.items()}
+            label = first_label + block_of[i]
+            entry.update(
+                {
+                    name: value.to(device, copy=True) if isinstance(value, Tensor) else value
+                    for name, value in entry_numbers(state, i, block_of[i], label).items()
+                }
+            )
+        if buffer is not None:
+            entry["momentum_buffer"] = _to_torch(buffer).to(device)
+        yield member.param, _to_torch(snapshot.params[i]), entry
+
+
+def _held(tensor: Tensor | None, template: Tensor) -> Any:
+    if tensor is not None:
+        return _to_numpy(tensor)
+    zero = _to_numpy(torch.zeros((), dtype=template.dtype))
+    return np.broadcast_to(zero, tuple(template.shape))
+
+
+def _to_numpy(tensor: Tensor) -> Any:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    import ml_dtypes
+
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _to_torch(array: Any) -> Tensor:
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(np.array(array.view(np.int16))).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))

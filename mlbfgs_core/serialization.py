@@ -1,0 +1,267 @@
+"""One neutral, versioned checkpoint: saved in one framework, resumed in another.
+
+A file is of the safetensors format: arrays, and a header of text. Nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .config import Config
+from .snapshot import Snapshot, arrays_by_name, check_layout, check_names, matched, shape_settings
+from .state import LEAF_ARRAYS, State, layout
+
+__all__ = ["load_state", "save_state"]
+
+Array = Any
+StrPath = str | os.PathLike[str]
+FORMAT, VERSION = "mlbfgs", 1
+"""The header's one entry, and the version of what it tells."""
+_NO_DIGEST = "0" * 64
+"""Stands in the header while the file is hashed."""
+_DTYPES = {
+    "BOOL": "bool",
+    "I32": "int32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+
+
+def save_state(path: StrPath, snapshots: Sequence[Snapshot]) -> None:
+    """Write a checkpoint that every adapter can read; the file is either the old one or the new one.
+
+    Parameters
+    ----------
+    path : path-like
+        A file; one that exists is replaced once the new one is whole and on the disk.
+    snapshots : sequence of Snapshot
+        Of arrays that `numpy.asarray` takes.
+
+    Raises
+    ------
+    ValueError
+        Names, blocks and arrays that do not belong together.
+    OSError
+        The file cannot be written, for instance because the disk is full. The old one is untouched.
+    ImportError
+        Without the package safetensors.
+
+    Notes
+    -----
+    Writes the state, the parameters and the momentum, without leaves that never had a gradient, and reads
+    the file once for its SHA-256. A process killed in the middle leaves a hidden temporary file beside, which
+    is never read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from mlbfgs_core import Config, init
+    >>> x = np.ones(3)
+    >>> path = Path(tempfile.mkdtemp()) / "run.safetensors"
+    >>> save_state(path, [Snapshot(("x",), ((0,),), init(Config(), [x]), (x,), (None,))])
+    >>> load_state(path)[0].params
+    (array([1., 1., 1.]),)
+    """
+    safetensors = _safetensors()
+    if not snapshots:
+        msg = "`snapshots` must hold at least one, got none"
+        raise ValueError(msg)
+    arrays: dict[str, Array] = {}
+    parts = []
+    for number, snapshot in enumerate(snapshots):
+        config = shape_settings(snapshot.state)
+        check_names(snapshot.names, snapshot.blocks, "`snapshots`")
+        own = dict(arrays_by_name(snapshot))
+        check_layout(config, snapshot.names, snapshot.blocks, own, "`snapshots`")
+        arrays.update({f"{number}/{name}": np.asarray(array, order="C") for name, array in own.items()})
+        parts.append(
+            {
+                "names": snapshot.names,
+                "blocks": snapshot.blocks,
+                "history_size": config.history_size,
+                "history_dtype": config.history_dtype,
+                "metric": config.uses_metric,
+            }
+        )
+    header = {FORMAT: json.dumps({"version": VERSION, "sha256": _NO_DIGEST, "parts": parts})}
+    target = Path(path).resolve()
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode
+        safetensors.numpy.save_file(arrays, str(partial), header)
+        with partial.open("r+b") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            start = file.read(8 + int.from_bytes(file.read(8), "little")).find(_NO_DIGEST.encode())
+            file.seek(8 + start)
+            file.write(digest.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(mode)  # that of any new file; safetensors makes it private
+        partial.replace(target)
+    except safetensors.SafetensorError as error:
+        msg = f"cannot write {target}: {error}"
+        raise OSError(msg) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync_folder(target.parent)
+
+
+def load_state(path: StrPath, like: Sequence[Snapshot] | None = None) -> list[Snapshot]:
+    """Read a checkpoint, after all of it has been checked.
+
+    Parameters
+    ----------
+    path : path-like
+        A file that `save_state` or an adapter has written.
+    like : sequence of Snapshot, optional
+        What is to be resumed: the file must hold the same names, blocks, shapes and dtypes, and the result
+        has their order. Only shapes and dtypes of its arrays are read, so they may be abstract.
+
+    Returns
+    -------
+    list of Snapshot
+        NumPy arrays that may be read-only. A leaf that never had a gradient has arrays of zeros.
+
+    Raises
+    ------
+    ValueError
+        A file that is truncated, damaged, of a newer version, of another format, or of another model.
+    OSError
+        The file cannot be read.
+    ImportError
+        Without the package safetensors; or, for bfloat16 arrays, without ml-dtypes.
+
+    Notes
+    -----
+    Holds the file's content twice while it reads. The checksum finds damage, not forgery; but no content
+    is ever executed, and memory is bounded by the file's size.
+
+    Examples
+    --------
+    See `save_state`.
+    """
+    found = _read(path)
+    if like is None:
+        return found
+    where = f"`path` ({os.fspath(path)})"
+    if len(found) != len(like):
+        msg = f"{where} must hold {len(like)} sets of parameters with a state of their own, got {len(found)}"
+        raise ValueError(msg)
+    return [matched(found, wanted, where) for wanted in like]
+
+
+def _read(path: StrPath) -> list[Snapshot]:
+    safetensors = _safetensors()
+    data = Path(path).read_bytes()
+    try:
+        content = dict(safetensors.deserialize(data))
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        header = json.loads(metadata.get(FORMAT, "null"))
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise _refusal(path, f"must be a whole safetensors file, got: {error}") from error
+    if not isinstance(header, dict):
+        raise _refusal(path, f"must be a checkpoint of {FORMAT}, got a file that tells {sorted(metadata)}")
+    if header.get("version") != VERSION:
+        rule = f"must be of version {VERSION} of the format, which this release reads"
+        raise _refusal(path, f"{rule}, got {header.get('version')!r}: a newer release of mlbfgs may read it")
+    if not _is_intact(data, 8 + length, str(header.get("sha256"))):
+        raise _refusal(path, "must have the content of its checksum: it is damaged")
+    del data
+    try:
+        arrays = {name: _as_numpy(entry) for name, entry in content.items()}
+        result = [_parse(part, f"{number}/", arrays) for number, part in enumerate(header["parts"])]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _refusal(path, f"must hold what its header tells, got: {error!r}") from error
+    if arrays or not result:
+        raise _refusal(path, f"must hold what its header tells, got more: {sorted(arrays)[:3]}")
+    return result
+
+
+def _is_intact(data: bytes, end: int, digest: str) -> bool:
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        return False
+    start = data.find(digest.encode(), 0, end)
+    hashed = hashlib.sha256(memoryview(data)[:start])
+    hashed.update(_NO_DIGEST.encode())
+    hashed.update(memoryview(data)[start + len(_NO_DIGEST) :])
+    return hashed.hexdigest() == digest
+
+
+def _parse(part: dict[str, Any], prefix: str, arrays: dict[str, Array]) -> Snapshot:
+    """One snapshot; takes its arrays out of the dictionary."""
+    names, blocks = tuple(part["names"]), tuple(map(tuple, part["blocks"]))
+    check_names(names, blocks, "the header")
+    config = Config(
+        history_size=part["history_size"],
+        history_dtype=part["history_dtype"],
+        metric_power=0.5 if part["metric"] else 0.0,
+    )
+    own = {name[len(prefix) :]: arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
+    check_layout(config, names, blocks, own, "the file")
+    values: dict[str, Any] = {name: [] for name in LEAF_ARRAYS}
+    params = [own[f"params/{name}"] for name in names]
+    for field, index, shape, dtype in layout(config, params, blocks):
+        if index is None:
+            values[field] = own[field]
+        else:  # zeros without memory
+            zeros = np.broadcast_to(np.zeros((), _numpy_dtype(dtype)), shape)
+            values[field].append(own.get(f"{field}/{names[index]}", zeros))
+    state = State(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    momentum = tuple(own.get(f"momentum/{name}") for name in names)
+    return Snapshot(names, blocks, state, tuple(params), momentum)
+
+
+def _as_numpy(entry: dict[str, Any]) -> Array:
+    name = _DTYPES.get(entry["dtype"])
+    if name is None:
+        msg = f"unknown dtype {entry['dtype']}"
+        raise ValueError(msg)
+    return np.frombuffer(entry["data"], _numpy_dtype(name)).reshape(entry["shape"])
+
+
+def _numpy_dtype(name: str) -> Any:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        msg = "checkpoints need the package safetensors: python3 -m pip install 'mlbfgs[checkpoint]'"
+        raise ImportError(msg) from error
+    return safetensors
+
+
+def _refusal(path: StrPath, rule: str) -> ValueError:
+    return ValueError(f"`path` ({os.fspath(path)}) {rule}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system lets a folder be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

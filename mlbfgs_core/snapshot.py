@@ -1,0 +1,210 @@
+"""A run at rest: one core state with its names, parameters and momentum, and what makes two of them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .blocks import Blocks, validate_blocks
+from .config import Config
+from .state import LEAF_ARRAYS, LEAF_COUNTS, LEAF_DTYPES, State, dtype_name, layout
+
+__all__ = ["Snapshot", "arrays_by_name", "check_layout", "check_names", "matched", "shape_settings"]
+
+Array = Any
+
+
+class Snapshot(NamedTuple):
+    """One core state with all that belongs to it, as NumPy arrays; a checkpoint holds one or more."""
+
+    names: tuple[str, ...]
+    """A distinct name for each leaf; leaves are found again by it, in whatever order."""
+    blocks: Blocks
+    state: State
+    params: tuple[Array, ...]
+    """The leaves' values; a complex leaf is one of reals with a last axis of 2."""
+    momentum: tuple[Array | None, ...]
+    """Heavy-ball buffers, in the dtype of the averages; None where there is none."""
+
+    def mapped(
+        self,
+        rename: Callable[[str], str],
+        transform: Callable[[str, Array], Array] = lambda name, array: array,
+    ) -> Snapshot:
+        """The same run with other names and shapes, for a model that is written differently elsewhere.
+
+        Parameters
+        ----------
+        rename : callable
+            Maps a name to the new one.
+        transform : callable, optional
+            Maps a (new) name and an array to the array in the new shape. It is called for the leaf's
+            value, averages and momentum, and for its history, which has two axes more in front. It may
+            permute the leaf's axes (such as ``np.swapaxes(array, -1, -2)``), not mix values.
+
+        Returns
+        -------
+        Snapshot
+
+        Examples
+        --------
+        PyTorch's linear layer as Flax's dense one:
+
+        >>> from mlbfgs_core import Config, init
+        >>> weight = np.zeros((3, 8))
+        >>> run = Snapshot(("0.weight",), ((0,),), init(Config(), [weight]), (weight,), (None,))
+        >>> dense = run.mapped(lambda name: "Dense_0.kernel", lambda name, a: np.swapaxes(a, -1, -2))
+        >>> dense.names, dense.state.history[0].shape
+        (('Dense_0.kernel',), (2, 10, 8, 3))
+        """
+        names = tuple(map(rename, self.names))
+
+        def moved(arrays: Sequence[Array | None]) -> tuple[Any, ...]:
+            pairs = zip(names, arrays, strict=True)
+            return tuple(None if array is None else transform(name, array) for name, array in pairs)
+
+        fields = {name: moved(value) for name, value in _leaf_fields(self.state)}
+        return Snapshot(
+            names, self.blocks, self.state._replace(**fields), moved(self.params), moved(self.momentum)
+        )
+
+
+def arrays_by_name(snapshot: Snapshot) -> Iterator[tuple[str, Array]]:
+    """The arrays of a file by their names in it, without those of leaves that never had a gradient."""
+    for name, value in zip(snapshot.state._fields, snapshot.state, strict=True):
+        if name not in LEAF_ARRAYS:
+            yield name, value
+    seen = np.asarray(snapshot.state.leaf_steps) > 0
+    for name, values in _leaf_fields(snapshot.state):
+        for leaf, value, used in zip(snapshot.names, values, seen, strict=True):
+            if used:
+                yield f"{name}/{leaf}", value
+    for leaf, param, buffer in zip(snapshot.names, snapshot.params, snapshot.momentum, strict=True):
+        yield f"params/{leaf}", param
+        if buffer is not None:
+            yield f"momentum/{leaf}", buffer
+
+
+def _leaf_fields(state: State) -> Iterator[tuple[str, Sequence[Array]]]:
+    """Names and arrays of the parameter-sized fields that the settings ask for."""
+    for name in LEAF_ARRAYS:
+        if getattr(state, name):
+            yield name, getattr(state, name)
+
+
+def check_names(names: Sequence[str], blocks: Blocks, where: str) -> None:
+    """Raise ValueError unless the names are distinct strings and the blocks a partition of them."""
+    if not names or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+        msg = f"{where} must have distinct names, got {names!r}"
+        raise ValueError(msg)
+    if not all(type(index) is int for block in blocks for index in block):
+        msg = f"{where} must have blocks of ints, got {blocks!r}"
+        raise ValueError(msg)
+    validate_blocks(blocks, len(names))
+
+
+def check_layout(
+    config: Config, names: Sequence[str], blocks: Blocks, arrays: dict[str, Array], where: str
+) -> None:
+    """Raise unless the arrays are those of a state of these leaves."""
+    params = [arrays[f"params/{name}"] for name in names]
+    wanted = {}
+    for name, param in zip(names, params, strict=True):
+        if dtype_name(param) not in LEAF_DTYPES:
+            msg = f"{where} must hold parameters of the dtypes {LEAF_DTYPES}, got {param.dtype} for {name!r}"
+            raise ValueError(msg)
+        wanted[f"params/{name}"] = tuple(param.shape), dtype_name(param)
+    steps = np.asarray(arrays["leaf_steps"])
+    if steps.shape != (len(names),):
+        msg = f"{where} must hold for 'leaf_steps' {len(names)} numbers, got an array of shape {steps.shape}"
+        raise ValueError(msg)
+    used = steps > 0
+    for field, index, shape, dtype in layout(config, params, blocks):
+        if index is None:
+            wanted[field] = shape, dtype
+        elif used[index]:
+            wanted[f"{field}/{names[index]}"] = shape, dtype
+        if field == "mean_params" and index is not None and f"momentum/{names[index]}" in arrays:
+            wanted[f"momentum/{names[index]}"] = shape, dtype
+    got = {name: (tuple(array.shape), dtype_name(array)) for name, array in arrays.items()}
+    for name in sorted({*wanted, *got}):
+        if wanted.get(name) != got.get(name):
+            msg = f"{where} must hold for {name!r} {_told(wanted.get(name))}, got {_told(got.get(name))}"
+            raise ValueError(msg)
+
+
+def _told(kind: tuple[tuple[int, ...], str] | None) -> str:
+    return "nothing" if kind is None else f"{kind[1]} of shape {kind[0]}"
+
+
+def matched(found: Sequence[Snapshot], wanted: Snapshot, where: str) -> Snapshot:
+    """The snapshot with the names of the wanted one, in its order of leaves and blocks.
+
+    Raises ValueError where there is none, or one of other blocks, shapes or dtypes.
+    """
+    same = [snapshot for snapshot in found if set(snapshot.names) == set(wanted.names)]
+    if not same:
+        here, there = set(wanted.names), {name for snapshot in found for name in snapshot.names}
+        told = f"without {sorted(here - there)[:3]} and with {sorted(there - here)[:3]} in addition"
+        msg = f"{where} must hold the parameters that are to be resumed, got some {told}"
+        raise ValueError(msg)
+    snapshot = same[0]
+    place = [snapshot.names.index(name) for name in wanted.names]
+    got_blocks, want_blocks = _named_blocks(snapshot), _named_blocks(wanted)
+    if sorted(got_blocks) != sorted(want_blocks):
+        msg = f"{where} must have the blocks {want_blocks[:2]}, ..., got {got_blocks[:2]}, ..."
+        raise ValueError(msg)
+    order = [got_blocks.index(block) for block in want_blocks]
+    fields: dict[str, Any] = {}
+    for name, value in zip(State._fields, snapshot.state, strict=True):
+        if name in LEAF_ARRAYS:
+            fields[name] = tuple(value[i] for i in place) if value else ()
+        elif value.ndim:
+            fields[name] = value[place] if name in LEAF_COUNTS else value[order]
+    result = Snapshot(
+        wanted.names,
+        wanted.blocks,
+        snapshot.state._replace(**fields),
+        tuple(snapshot.params[i] for i in place),
+        tuple(snapshot.momentum[i] for i in place),
+    )
+    _check_same(result, wanted, where)
+    return result
+
+
+def _named_blocks(snapshot: Snapshot) -> list[list[str]]:
+    return [sorted(snapshot.names[i] for i in block) for block in snapshot.blocks]
+
+
+def _check_same(found: Snapshot, wanted: Snapshot, where: str) -> None:
+    """Raise unless both have parameters and state of the same shapes and dtypes."""
+    settings = [bool(snapshot.state.moment) for snapshot in (wanted, found)]
+    if settings[0] != settings[1]:
+        told = ["metric_power > 0" if metric else "metric_power=0" for metric in settings]
+        msg = f"{where} must be of a run with {told[0]}, got one with {told[1]}"
+        raise ValueError(msg)
+    pairs = [("params", found.params, wanted.params)]
+    pairs += [(name, getattr(found.state, name), getattr(wanted.state, name)) for name in LEAF_ARRAYS]
+    for field, got, want in pairs:
+        for name, one, other in zip(found.names if want else (), got, want, strict=True):
+            kinds = [(tuple(array.shape), dtype_name(array)) for array in (one, other)]
+            if kinds[0] != kinds[1]:
+                told = [_told(kind) for kind in kinds]
+                msg = f"{where} must hold for '{field}/{name}' {told[1]}, got {told[0]}"
+                raise ValueError(msg)
+
+
+def shape_settings(state: State) -> Config:
+    """Settings with the same layout as those of a state."""
+    dtypes = {dtype_name(history) for history in state.history}
+    own = all(
+        dtype_name(history) == dtype_name(mean)
+        for history, mean in zip(state.history, state.mean_params, strict=True)
+    )
+    return Config(
+        history_size=state.gram.shape[-1] // 2,
+        history_dtype=None if own else next(iter(dtypes)),
+        metric_power=0.5 if state.moment else 0.0,
+    )
