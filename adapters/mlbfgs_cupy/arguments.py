@@ -1,0 +1,191 @@
+"""What a user hands over: parameters and gradients in one array, a sequence or a mapping; numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import is_cupy_array
+
+from mlbfgs_core.config import check_real
+from mlbfgs_core.state import LEAF_DTYPES, accumulation_dtype, dtype_name
+
+from .backends import backend_of
+
+__all__ = ["Structure", "check_number"]
+
+Array = Any
+_COMPLEX = ("complex64", "complex128")
+
+
+class Structure(NamedTuple):
+    """Parameters with their names, and the form in which they came."""
+
+    form: str
+    """"array", "sequence" or "mapping"."""
+    names: tuple[str, ...]
+    arrays: tuple[Array, ...]
+
+    @classmethod
+    def of(cls, params: Any) -> Structure:
+        """Of checked parameters.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Something else than writable NumPy or CuPy arrays of a known dtype, or none at all.
+        """
+        if isinstance(params, Mapping):
+            form, names, arrays = "mapping", tuple(params), tuple(params.values())
+            for name in names:
+                if not isinstance(name, str):
+                    msg = f"`params` must have strings as names, got {name!r}"
+                    raise TypeError(msg)
+        elif _is_array(params):
+            form, names, arrays = "array", ("param0",), (params,)
+        elif isinstance(params, Iterable) and not isinstance(params, (str, bytes)) and not _foreign(params):
+            form, arrays = "sequence", tuple(params)
+            names = tuple(f"param{i}" for i in range(len(arrays)))
+        else:
+            rule = "must be a NumPy or CuPy array, a sequence or a mapping of such arrays"
+            msg = f"`params` {rule}, got {type(params).__name__}"
+            raise TypeError(msg)
+        if not arrays:
+            msg = "`params` must hold at least one array, got none"
+            raise ValueError(msg)
+        seen: dict[int, str] = {}
+        for name, array in zip(names, arrays, strict=True):
+            _check_param(name, array)
+            if seen.setdefault(id(array), name) != name:
+                msg = f"`params` must be distinct, got one array as {seen[id(array)]!r} and {name!r}"
+                raise ValueError(msg)
+        return cls(form, names, arrays)
+
+    @property
+    def params(self) -> Any:
+        """The parameters in the form in which they came."""
+        if self.form == "array":
+            return self.arrays[0]
+        return (
+            list(self.arrays) if self.form == "sequence" else dict(zip(self.names, self.arrays, strict=True))
+        )
+
+    def gradients(self, grads: Any) -> list[Array | None]:
+        """One checked gradient or None for each parameter.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Gradients of another form, or one that does not fit its parameter.
+        """
+        pairs = zip(self.names, self.arrays, self._listed(grads), strict=True)
+        return [_checked_gradient(name, param, grad) for name, param, grad in pairs]
+
+    def _listed(self, grads: Any) -> list[Array | None]:
+        if self.form == "array":
+            return [grads]
+        if self.form == "mapping":
+            if not isinstance(grads, Mapping):
+                msg = f"`grads` must be a mapping with the parameters' names, got {type(grads).__name__}"
+                raise TypeError(msg)
+            for name in self.names:
+                if name not in grads:
+                    msg = f"`grads` must hold a gradient or None for every parameter, got none for {name!r}"
+                    raise ValueError(msg)
+            for name in grads:
+                if name not in self.names:
+                    msg = f"`grads` must hold the parameters' names only, got {name!r}"
+                    raise ValueError(msg)
+            return [grads[name] for name in self.names]
+        rule = f"must be a sequence of {len(self.names)}, one for each parameter"
+        if isinstance(grads, Mapping) or _is_array(grads) or not isinstance(grads, Iterable):
+            msg = f"`grads` {rule}, got {type(grads).__name__}"
+            raise TypeError(msg)
+        listed = list(grads)
+        if len(listed) != len(self.names):
+            msg = f"`grads` {rule}, got {len(listed)}"
+            raise ValueError(msg)
+        return listed
+
+
+def check_number(name: str, value: Any) -> Any:
+    """A checked learning rate (a number or a 0-d array), momentum or weight decay (numbers).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Something else, or a number out of range.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if _is_array(value):
+        if name != "lr" or value.ndim != 0 or value.dtype.kind not in "fiu":
+            msg = f"`{name}` must be a number, got an array of shape {value.shape} and dtype {value.dtype}"
+            raise TypeError(msg)
+        if isinstance(value, np.ndarray):
+            check_real(name, float(value))
+        return value
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        msg = f"`{name}` must be a number, got {value!r}"
+        raise TypeError(msg)
+    check_real(name, value)
+    return value
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, np.ndarray) or is_cupy_array(x)
+
+
+def _foreign(x: Any) -> bool:
+    """Whether it is an array or a tensor of another library, over which one could iterate."""
+    return hasattr(x, "dtype") and hasattr(x, "shape")
+
+
+def _check_param(name: str, array: Any) -> None:
+    if not _is_array(array):
+        msg = f"`params` must be NumPy or CuPy arrays, got {type(array).__name__} for {name!r}"
+        raise TypeError(msg)
+    if dtype_name(array) not in (*LEAF_DTYPES, *_COMPLEX):
+        rule = f"must be of one of the dtypes {(*LEAF_DTYPES, *_COMPLEX)}"
+        msg = f"`params` {rule}, got {array.dtype} for {name!r}"
+        raise TypeError(msg)
+    read_only = isinstance(array, np.ndarray) and not array.flags.writeable
+    steps = zip(array.strides, array.shape, strict=True)
+    overlaps = array.size > 0 and any(stride == 0 and length > 1 for stride, length in steps)
+    if read_only or overlaps:
+        kind = "a read-only array" if read_only else "a broadcast view"
+        msg = f"`params` must be arrays that can be updated in place, got {kind} for {name!r}"
+        raise ValueError(msg)
+
+
+def _checked_gradient(name: str, param: Array, grad: Any) -> Array | None:
+    if grad is None:
+        return None
+    if isinstance(grad, np.generic) and isinstance(param, np.ndarray):
+        grad = np.asarray(grad)  # what NumPy makes of a 0-d result
+    if not _is_array(grad) or isinstance(grad, np.ndarray) != isinstance(param, np.ndarray):
+        kind = "NumPy" if isinstance(param, np.ndarray) else "CuPy"
+        msg = f"`grads` must hold a {kind} array or None for {name!r}, got {type(grad).__module__}."
+        msg += type(grad).__name__
+        raise TypeError(msg)
+    place = backend_of(param)
+    if backend_of(grad) is not place:
+        msg = f"`grads` must lie on {place} for {name!r}, got an array on {backend_of(grad)}"
+        raise ValueError(msg)
+    if grad.shape != param.shape:
+        msg = f"`grads` must have the shape {param.shape} for {name!r}, got {grad.shape}"
+        raise ValueError(msg)
+    if grad.dtype != param.dtype:
+        _check_dtype(name, param, grad)
+    return grad
+
+
+def _check_dtype(name: str, param: Array, grad: Array) -> None:
+    """Raise TypeError unless a gradient of another dtype has that of its parameter's averages."""
+    allowed = [dtype_name(param)]
+    if dtype_name(param) not in (*_COMPLEX, accumulation_dtype(param)):
+        allowed.append(accumulation_dtype(param))
+    if dtype_name(grad) not in allowed:
+        msg = f"`grads` must be of the dtype {' or '.join(allowed)} for {name!r}, got {grad.dtype}"
+        raise TypeError(msg)

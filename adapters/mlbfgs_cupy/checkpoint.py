@@ -1,0 +1,210 @@
+"""An optimizer's memory as a flat dictionary of arrays, numbers and strings, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import is_cupy_array
+
+import mlbfgs_core as core
+from mlbfgs_core.state import LEAF_COUNTS, accumulation_dtype, dtype_name
+
+from .layout import Array, real
+from .unit import Unit
+
+__all__ = ["Loaded", "check_shapes", "decode", "encode"]
+
+_NUMBERS = ("lr", "momentum", "weight_decay")
+_BUFFER = "momentum_buffer"
+_COEFFICIENTS = tuple(name for name in core.State._fields if name not in (*core.LEAF_ARRAYS, *LEAF_COUNTS))
+
+Groups = list[tuple[int, ...]]
+
+
+class Loaded(NamedTuple):
+    """What a dictionary holds."""
+
+    config: core.Config
+    numbers: dict[str, Any]
+    parts: list[tuple[core.State, list[Array] | None, Groups]]
+    """For each unit what `Unit.restore` takes."""
+
+
+def check_shapes(argument: str, new: core.Config, units: Sequence[Unit]) -> None:
+    """Raise ValueError where settings ask for a state of other shapes or dtypes than the units'."""
+    owns = {accumulation_dtype(real(member.array)) for unit in units for member in unit.members}
+
+    def fixed(config: core.Config) -> dict[str, Any]:
+        dtypes = sorted({config.history_dtype or own for own in owns})
+        return {
+            "history_size": config.history_size,
+            "history_dtype": ", ".join(dtypes),
+            "metric_power > 0": config.uses_metric,
+        }
+
+    kept = fixed(units[0].config)
+    for name, value in fixed(new).items():
+        if value != kept[name]:
+            msg = (
+                f"`{argument}` must keep {name} at {kept[name]}, which fixes the state's arrays, got {value}"
+            )
+            raise ValueError(msg)
+
+
+def encode(units: Sequence[Unit], numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of all that the units remember, under flat names."""
+    config = units[0].config
+    result: dict[str, Any] = {
+        name: value.copy() if hasattr(value, "dtype") else value for name, value in numbers.items()
+    }
+    result["settings"] = json.dumps(vars(config), default=float)
+    for number, unit in enumerate(units):
+        state, momentum = unit.export()
+        named = {name: getattr(state, name) for name in _leaf_fields(config)}
+        if momentum is not None:
+            named[_BUFFER] = momentum
+        arrays = {
+            f"{field}/{name}": x for field in named for name, x in zip(unit.names, named[field], strict=True)
+        }
+        arrays |= {f"unit{number}/{name}": getattr(state, name) for name in _COEFFICIENTS}
+        with unit.backend.on():
+            result |= {name: unit.backend.asarray(array).copy() for name, array in arrays.items()}
+        result[f"unit{number}/blocks"] = json.dumps(_named(unit, unit.blocks))
+        result[f"unit{number}/leaves"] = json.dumps(_named(unit, unit.groups))
+    return result
+
+
+def decode(given: Mapping[str, Any], units: Sequence[Unit]) -> Loaded:
+    """What a dictionary holds for these units, all of it checked.
+
+    Raises
+    ------
+    TypeError
+        It is no mapping.
+    ValueError
+        An entry is missing, unknown, or of another shape or dtype than the units' own.
+    """
+    if not isinstance(given, Mapping):
+        msg = f"`state_dict` must be a mapping, got {type(given).__name__}"
+        raise TypeError(msg)
+    given = {name: given[name] for name in given}
+    config = _config(given)
+    check_shapes("state_dict", config, units)
+    buffers = any(name.startswith(f"{_BUFFER}/") for name in given)
+    kinds: dict[str, Any] = {}
+    for number, unit in enumerate(units):
+        kinds |= _kinds(number, unit, config, buffers)
+    texts = [f"unit{number}/{word}" for number in range(len(units)) for word in ("blocks", "leaves")]
+    expected = {"settings", *_NUMBERS, *texts, *kinds}
+    for name in sorted(expected ^ set(given)):
+        rule, got = ("hold", "no such entry") if name in expected else ("not hold", "that entry")
+        msg = f"`state_dict` must {rule} {name!r}, got {got}"
+        raise ValueError(msg)
+    for name, kind in kinds.items():
+        _check(name, given[name], kind)
+    numbers = {name: _number(given[name]) for name in _NUMBERS}
+    if numbers["momentum"] and not buffers:
+        msg = f"`state_dict` must hold buffers for a momentum of {numbers['momentum']!r}, got none"
+        raise ValueError(msg)
+    return Loaded(config, numbers, [_part(i, unit, config, given, buffers) for i, unit in enumerate(units)])
+
+
+def _part(
+    number: int, unit: Unit, config: core.Config, given: Mapping[str, Any], buffers: bool
+) -> tuple[core.State, list[Array] | None, Groups]:
+    """What `Unit.restore` takes."""
+    blocks = _listed(given, f"unit{number}/blocks")
+    if [sorted(block) for block in blocks] != [sorted(block) for block in _named(unit, unit.blocks)]:
+        msg = f"`state_dict` must be of the blocks {_named(unit, unit.blocks)}, got {blocks}"
+        raise ValueError(msg)
+    leaves = _listed(given, f"unit{number}/leaves")
+    kind = {
+        unit.names[i]: (n, unit.members[i].array.dtype) for n, block in enumerate(unit.blocks) for i in block
+    }
+    once = sorted(name for leaf in leaves for name in leaf) == sorted(unit.names)
+    if not once or any(len({kind[name] for name in leaf}) != 1 for leaf in leaves):
+        rule = "hold each parameter once, beside others of its block and dtype,"
+        msg = f"`state_dict` must {rule} in 'unit{number}/leaves', got {leaves}"
+        raise ValueError(msg)
+    fields: dict[str, Any] = {name: given[f"unit{number}/{name}"] for name in _COEFFICIENTS}
+    fields["moment"] = ()
+    for field in _leaf_fields(config):
+        fields[field] = tuple(given[f"{field}/{name}"] for name in unit.names)
+    with unit.backend.on():
+        for name in LEAF_COUNTS:
+            fields[name] = unit.backend.xp.stack([unit.backend.asarray(count) for count in fields[name]])
+    place = {name: index for index, name in enumerate(unit.names)}
+    momentum = [given[f"{_BUFFER}/{name}"] for name in unit.names] if buffers else None
+    return core.State(**fields), momentum, [tuple(place[name] for name in leaf) for leaf in leaves]
+
+
+def _kinds(number: int, unit: Unit, config: core.Config, buffers: bool) -> dict[str, tuple[Any, str]]:
+    """Shape and dtype of each of a unit's arrays."""
+    state, _ = unit.export()
+    kinds = {f"unit{number}/{name}": _kind(getattr(state, name)) for name in _COEFFICIENTS}
+    for member in unit.members:
+        own = accumulation_dtype(real(member.array))
+        for field in (*_leaf_fields(config), *([_BUFFER] if buffers else [])):
+            kind = (member.shape, own)
+            if field == "history":
+                kind = ((2, config.history_size, *member.shape), config.history_dtype or own)
+            kinds[f"{field}/{member.name}"] = ((), "int32") if field in LEAF_COUNTS else kind
+    return kinds
+
+
+def _leaf_fields(config: core.Config) -> list[str]:
+    """Fields of the state with one array or count for each leaf."""
+    return [name for name in (*core.LEAF_ARRAYS, *LEAF_COUNTS) if name != "moment" or config.uses_metric]
+
+
+def _named(unit: Unit, groups: Sequence[Sequence[int]]) -> list[list[str]]:
+    return [[unit.names[i] for i in group] for group in groups]
+
+
+def _text(given: Mapping[str, Any], name: str) -> str:
+    if name not in given:
+        msg = f"`state_dict` must hold {name!r}, got no such entry"
+        raise ValueError(msg)
+    value = given[name]
+    return value if isinstance(value, str) else str(np.asarray(value).item())
+
+
+def _listed(given: Mapping[str, Any], name: str) -> list[list[str]]:
+    text = _text(given, name)
+    try:
+        return [[str(word) for word in group] for group in json.loads(text)]
+    except (TypeError, ValueError) as error:
+        msg = f"`state_dict` must hold lists of names as {name!r}, got {text!r}"
+        raise ValueError(msg) from error
+
+
+def _config(given: Mapping[str, Any]) -> core.Config:
+    text = _text(given, "settings")
+    try:
+        settings = json.loads(text)
+        return core.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    except (AttributeError, TypeError, ValueError) as error:
+        msg = f"`state_dict` must hold valid 'settings', got {text!r}"
+        raise ValueError(msg) from error
+
+
+def _number(value: Any) -> Any:
+    """A Python number, but a CuPy array as it is."""
+    return value.copy() if is_cupy_array(value) else np.asarray(value).item()
+
+
+def _kind(array: Array) -> tuple[tuple[int, ...], str]:
+    return tuple(array.shape), dtype_name(array)
+
+
+def _check(name: str, value: Any, kind: tuple[tuple[int, ...], str]) -> None:
+    if not (isinstance(value, (np.ndarray, np.generic)) or is_cupy_array(value)):
+        msg = f"`state_dict` must hold an array as {name!r}, got {type(value).__name__}"
+        raise ValueError(msg)
+    if _kind(value) != kind:
+        rule = f"must hold {name!r} of the shape {kind[0]} and the dtype {kind[1]}"
+        msg = f"`state_dict` {rule}, got {tuple(value.shape)} and {dtype_name(value)}"
+        raise ValueError(msg)

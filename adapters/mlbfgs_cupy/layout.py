@@ -1,0 +1,143 @@
+"""Parameters as the core sees them: flat leaves of real values, in the order in which they lie in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace
+
+from mlbfgs_core.blocks import Blocks
+
+__all__ = ["Array", "Leaf", "Member", "pack", "real"]
+
+Array = Any
+
+# Parameters of few values lie side by side in leaves of about so many values at most.
+_LARGEST_PACK = 2**26
+
+
+def real(array: Array) -> Array:
+    """A complex array of any strides as pairs of reals along a new last axis, a view; a real one itself."""
+    return array[..., None].view(array.real.dtype) if array.dtype.kind == "c" else array
+
+
+class Like(NamedTuple):
+    """What the core must know of a leaf to allocate its state."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Member(NamedTuple):
+    """A parameter, and how it lies in memory."""
+
+    name: str
+    array: Array
+    shape: tuple[int, ...]
+    """Of the real values: a complex parameter has a last axis of 2."""
+    order: tuple[int, ...]
+    """Axes from the largest stride to the smallest."""
+    inverse: tuple[int, ...]
+    """The permutation that undoes `order`."""
+    plain: bool
+    """Whether the parameter is real and its axes lie in their order."""
+    dense: bool
+    """Whether `flat` of the parameter is a view."""
+    size: int
+    """Number of real values."""
+
+    @classmethod
+    def of(cls, name: str, array: Array) -> Member:
+        """With the layout of the parameter."""
+        view = real(array)
+        axes = tuple(range(view.ndim))
+        order = tuple(sorted(axes, key=lambda axis: -view.strides[axis]))
+        inverse = tuple(sorted(axes, key=order.__getitem__))
+        plain, dense = view is array and order == axes, view.transpose(order).flags.c_contiguous
+        return cls(name, array, view.shape, order, inverse, plain, dense, math.prod(view.shape))
+
+    def flat(self, array: Array) -> Array:
+        """An array like the parameter (or several: more axes in front), as one axis in memory order."""
+        array = array if self.plain else real(array)
+        lead = array.ndim - len(self.order)
+        if not self.plain:
+            array = array.transpose((*range(lead), *(lead + axis for axis in self.order)))
+        return array.reshape((*array.shape[:lead], self.size))
+
+    def shaped(self, flat: Array) -> Array:
+        """The inverse of `flat`, a view."""
+        lead = flat.shape[:-1]
+        if self.plain:
+            return flat.reshape((*lead, *self.shape))
+        spread = flat.reshape((*lead, *(self.shape[axis] for axis in self.order)))
+        return spread.transpose((*range(len(lead)), *(len(lead) + axis for axis in self.inverse)))
+
+
+class Leaf(NamedTuple):
+    """One leaf of the core: parameters of one block and dtype, side by side."""
+
+    indices: tuple[int, ...]
+    members: tuple[Member, ...]
+
+    @classmethod
+    def of(cls, members: Sequence[Member], indices: Sequence[int]) -> Leaf:
+        """Of the members at these indices."""
+        return cls(tuple(indices), tuple(members[i] for i in indices))
+
+    @property
+    def is_view(self) -> bool:
+        """Whether `gather` of the parameters is their own memory."""
+        return len(self.members) == 1 and self.members[0].dense
+
+    def like(self) -> Like:
+        """Shape and dtype of the leaf."""
+        return Like((sum(member.size for member in self.members),), real(self.members[0].array).dtype)
+
+    def params(self) -> Array:
+        """The parameters' values."""
+        return self.gather([member.array for member in self.members])
+
+    def gather(self, arrays: Sequence[Array]) -> Array:
+        """One array per member (or several: more axes in front) as a flat one."""
+        flats = [member.flat(array) for member, array in zip(self.members, arrays, strict=True)]
+        return flats[0] if len(flats) == 1 else array_namespace(*flats).concat(flats, axis=-1)
+
+    def cut(self, flat: Array) -> list[Array]:
+        """Each member's part of a flat array, itself flat; views."""
+        parts, start = [], 0
+        for member in self.members:
+            parts.append(flat[..., start : start + member.size])
+            start += member.size
+        return parts
+
+    def spread(self, flat: Array) -> list[Array]:
+        """Each member's part of a flat array, in the member's shape; views."""
+        return [m.shaped(part) for m, part in zip(self.members, self.cut(flat), strict=True)]
+
+    def write(self, flat: Array) -> None:
+        """Put a flat array's values into the parameters."""
+        for member, part in zip(self.members, self.spread(flat), strict=True):
+            target = member.array if member.plain else real(member.array)
+            target[...] = part
+
+
+def pack(
+    members: Sequence[Member], blocks: Blocks, kinds: Sequence[Hashable], small: int
+) -> list[tuple[int, ...]]:
+    """Groups of members for the leaves, block after block: those of at most `small` values lie together
+    with others of their kind."""
+    groups: list[tuple[int, ...]] = []
+    for block in blocks:
+        packs: dict[Hashable, list[int]] = {}
+        filled: dict[Hashable, int] = {}
+        for index in block:
+            kind, size = kinds[index], members[index].size
+            if size > small:
+                packs["alone", index] = [index]
+                continue
+            packs.setdefault((kind, filled.get(kind, 0) // _LARGEST_PACK), []).append(index)
+            filled[kind] = filled.get(kind, 0) + size
+        groups += map(tuple, packs.values())
+    return groups

@@ -1,0 +1,328 @@
+"""`MLBFGS` for parameters held in arrays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+import mlbfgs_core as core
+from mlbfgs_core.blocks import Blocks, BlockSpec
+
+from . import checkpoint
+from .arguments import Structure, check_number
+from .backends import backend_of
+from .layout import Member
+from .unit import Unit
+
+__all__ = ["MLBFGS"]
+
+
+class MLBFGS:
+    """mL-BFGS: quasi-Newton training from momentum-averaged curvature pairs.
+
+    Parameters
+    ----------
+    params : array, sequence of arrays or mapping of names to arrays
+        NumPy or CuPy arrays of any shape and strides, of float16, bfloat16, float32, float64, complex64
+        or complex128, which `step` updates in place. Without names they are "param0", "param1", ...
+    lr : float or 0-d array
+        Length of a step, before momentum, with the default ``step_length="unit"``.
+    momentum : float, optional
+        Heavy-ball momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and
+        "fit") 0.
+    weight_decay : float
+        Parameters shrink by ``lr * weight_decay`` per step, as in AdamW.
+    blocks : {"all", "layer", "parameter"} or callable
+        Which parameters share curvature; a callable maps a parameter's name to a label.
+    maximize : bool
+        Climb instead of descending.
+    **settings
+        Settings of `mlbfgs_core.Config` by name: `history_size`, `update_every`, `preset`, ...
+
+    Attributes
+    ----------
+    params : array, list of arrays or dict
+        The arrays that were given.
+    lr, momentum, weight_decay
+        May be assigned between steps.
+    units : tuple of Unit
+        One core state for each device that holds parameters.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Settings out of range; no parameters, or some that are not arrays of these dtypes or cannot be
+        written to.
+
+    Notes
+    -----
+    A step whose gradients hold a NaN or an infinity changes nothing; `diagnostics` counts it. Complex
+    parameters count as pairs of reals. Memory with default settings: ``(2 * history_size + 6) * 4`` bytes
+    per float32 parameter, and 4 more during a step (12 for a parameter that is small or not contiguous);
+    `mlbfgs_core.plan_memory` gives the exact figure without the momentum's array. No step
+    waits for a GPU, but for the first after a start, a load or a change of `config`; with parameters in
+    several places each step waits, since a NaN in one of them skips the step of all.
+
+    References
+    ----------
+    Niu et al., TMLR 2023, arXiv:2307.13744. Difference from the paper: see `mlbfgs_core.Config`;
+    ``preset="paper"`` is the published method.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.asarray([3.0, 4.0])
+    >>> opt = MLBFGS(x, lr=0.5)
+    >>> opt.step(2 * x)
+    >>> round(float(np.linalg.norm(x - [3.0, 4.0])), 6)
+    0.5
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 0.1,
+        momentum: float | None = None,
+        weight_decay: float = 0.0,
+        *,
+        blocks: BlockSpec = "all",
+        maximize: bool = False,
+        **settings: Unpack[core.Settings],
+    ) -> None:
+        config = core.Config(**settings)
+        if not isinstance(maximize, bool):
+            msg = f"`maximize` must be a bool, got {maximize!r}"
+            raise TypeError(msg)
+        numbers = {
+            "lr": lr,
+            "momentum": core.preset_momentum(config.preset) if momentum is None else momentum,
+            "weight_decay": weight_decay,
+        }
+        numbers = {name: check_number(name, value) for name, value in numbers.items()}
+        structure = Structure.of(params)
+        self._form(structure, core.partition(structure.names, blocks), config, maximize)
+        self.lr, self.momentum, self.weight_decay = numbers.values()
+
+    def _form(self, structure: Structure, blocks: Blocks, config: core.Config, maximize: bool) -> None:
+        """One unit for each place where parameters lie, each with its own part of the blocks."""
+        self._structure, self._blocks, self._maximize = structure, blocks, maximize
+        self._momentum = 0.0
+        places: dict[Any, list[int]] = {}
+        for index, array in enumerate(structure.arrays):
+            places.setdefault(backend_of(array), []).append(index)
+        self._places = list(places.values())
+        units = []
+        for backend, indices in places.items():
+            members = [Member.of(structure.names[i], structure.arrays[i]) for i in indices]
+            place = {index: new for new, index in enumerate(indices)}
+            own = [tuple(place[i] for i in block if i in place) for block in blocks]
+            units.append(Unit(backend, config, members, tuple(block for block in own if block)))
+        self.units = tuple(units)
+
+    @property
+    def params(self) -> Any:
+        """The parameters, in the form in which they were given."""
+        return self._structure.params
+
+    @property
+    def lr(self) -> Any:
+        """Learning rate."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: Any) -> None:
+        self._lr = check_number("lr", value)
+
+    @property
+    def momentum(self) -> float:
+        """Heavy-ball momentum; its buffers are allocated once it is not zero."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float) -> None:
+        self._momentum = check_number("momentum", value)
+        if self._momentum != 0:
+            for unit in self.units:
+                unit.remember_momentum()
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled weight decay."""
+        return self._weight_decay
+
+    @weight_decay.setter
+    def weight_decay(self, value: float) -> None:
+        self._weight_decay = check_number("weight_decay", value)
+
+    @property
+    def config(self) -> core.Config:
+        """All settings. New ones hold from the next step on; they may not change the state's shapes.
+
+        Raises
+        ------
+        ValueError
+            From an assignment: another `history_size` or `history_dtype`, or `metric_power` from or to 0.
+        """
+        return self.units[0].config
+
+    @config.setter
+    def config(self, config: core.Config) -> None:
+        if not isinstance(config, core.Config):
+            msg = f"`config` must be a Config, got {type(config).__name__}"
+            raise TypeError(msg)
+        checkpoint.check_shapes("config", config, self.units)
+        for unit in self.units:
+            unit.config = config
+
+    def step(self, grads: Any) -> None:
+        """Take one step: update the parameters in place.
+
+        Parameters
+        ----------
+        grads : array, sequence or mapping
+            In the form of the parameters. Each gradient has the shape and the dtype of its parameter (or
+            float32 for one of half precision) and lies beside it; None for a parameter that keeps still.
+            They are not written to.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Gradients that do not fit the parameters, before anything has changed.
+
+        Notes
+        -----
+        With gradients of None only, nothing happens, and nothing is counted.
+        """
+        given = self._structure.gradients(grads)
+        work = []
+        for unit, indices in zip(self.units, self._places, strict=True):
+            own = [given[i] for i in indices]
+            if any(grad is not None for grad in own):
+                work.append((unit, unit.project(own, self._maximize)))
+        verdict = None if len(work) <= 1 else all(bool(part.seen.finite) for _, part in work)
+        for unit, part in work:
+            finite = part.seen.finite if verdict is None else unit.constant(verdict)
+            unit.advance(part, finite, self._lr, self._momentum, self._weight_decay)
+
+    def diagnostics(self) -> list[core.Diagnostics]:
+        """Figures of the last step, one record for each device; reading a value may wait for it."""
+        return [unit.diagnostics() for unit in self.units]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the parameters, under flat names; see `load_state_dict`.
+
+        Returns
+        -------
+        dict
+            Copies: arrays of the parameters' library, numbers and strings, so that
+            ``numpy.savez(file, **opt.state_dict())`` (or ``cupy.savez``) stores it. "history/NAME" is of
+            the shape ``(2, m, *shape)``, the averages, "moment/NAME" and "momentum_buffer/NAME" are of the
+            parameter's shape (with a last axis of 2 for a complex one); "unit0/FIELD" are the fields of
+            `mlbfgs_core.State` for the first device; "lr", "momentum", "weight_decay" and "settings" are
+            the hyperparameters.
+        """
+        numbers = {"lr": self._lr, "momentum": self._momentum, "weight_decay": self._weight_decay}
+        return checkpoint.encode(self.units, numbers)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict` of an optimizer with the same parameters and blocks.
+
+        Parameters
+        ----------
+        state_dict : mapping
+            From `state_dict`, or what ``numpy.load`` made of it; NumPy arrays are moved to the parameters'
+            device. The hyperparameters and settings in it replace this optimizer's.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A state of other parameters, blocks or settings that fix shapes. Nothing has changed then.
+
+        Notes
+        -----
+        With the same parameters the run continues bit for bit.
+        """
+        loaded = checkpoint.decode(state_dict, self.units)
+        numbers = {name: check_number(name, value) for name, value in loaded.numbers.items()}
+        for unit, part in zip(self.units, loaded.parts, strict=True):
+            unit.restore(*part)
+        self.config = loaded.config
+        self.lr, self.momentum, self.weight_decay = numbers.values()
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Write parameters, state and momentum to a file that the adapters for other frameworks read too.
+
+        Parameters
+        ----------
+        path : path-like
+            A file, by convention ``*.safetensors``; one that exists is replaced once the new one is whole.
+
+        Raises
+        ------
+        OSError, ImportError
+            As `mlbfgs_core.save_state`.
+
+        Notes
+        -----
+        Parameters are known by their names. Hyperparameters are not in the file. Waits for the device.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import numpy as np
+        >>> path = tempfile.mkdtemp() + "/run.safetensors"
+        >>> MLBFGS({"x": np.ones(3)}).save_state(path)
+        >>> core.load_state(path)[0].names
+        ('x',)
+        """
+        core.save_state(path, [unit.snapshot() for unit in self.units])
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a file of `save_state`, whichever adapter has written it.
+
+        Parameters
+        ----------
+        path : path-like
+
+        Raises
+        ------
+        ValueError
+            A damaged file, or one of other parameters, blocks, shapes or dtypes; nothing has changed then.
+        OSError, ImportError
+            As `mlbfgs_core.load_state`.
+
+        Notes
+        -----
+        Sets the parameters' values too. Hyperparameters and settings stay those of this optimizer.
+        """
+        loaded = core.load_state(path, [unit.snapshot() for unit in self.units])
+        for unit, snapshot in zip(self.units, loaded, strict=True):
+            unit.resume(snapshot)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "structure": self._structure,
+            "blocks": self._blocks,
+            "config": self.config,
+            "maximize": self._maximize,
+            "numbers": (self._lr, self._momentum, self._weight_decay),
+            "parts": [(*unit.export(), unit.groups) for unit in self.units],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._form(state["structure"], state["blocks"], state["config"], state["maximize"])
+        for unit, part in zip(self.units, state["parts"], strict=True):
+            unit.restore(*part)
+        self.lr, self.momentum, self.weight_decay = state["numbers"]
+
+    def __repr__(self) -> str:
+        sizes = [sum(member.size for member in unit.members) for unit in self.units]
+        places = [unit.backend for unit in self.units]
+        held = ", ".join(f"{n:,} values on {place}" for n, place in zip(sizes, places, strict=True))
+        usual = vars(core.Config(preset=self.config.preset))
+        words = {"lr": self._lr, "momentum": self._momentum, "weight_decay": self._weight_decay}
+        words |= {name: value for name, value in vars(self.config).items() if value != usual[name]}
+        if self.config.preset is not None:
+            words["preset"] = self.config.preset
+        return f"MLBFGS({held}; {', '.join(f'{name}={value}' for name, value in words.items())})"

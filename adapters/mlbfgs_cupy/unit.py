@@ -1,0 +1,303 @@
+"""One core state over the parameters in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import mlbfgs_core as core
+from mlbfgs_core.blocks import Blocks
+from mlbfgs_core.state import LEAF_COUNTS
+
+from .backends import Backend, CudaFlags, HostFlags, as_numpy
+from .layout import Array, Leaf, Member, pack, real
+
+__all__ = ["Unit", "Work"]
+
+
+class Work(NamedTuple):
+    """A step of a unit between its two halves."""
+
+    params: list[Array]
+    grads: list[Array | None]
+    seen: core.Observation
+
+
+class Unit:
+    """The core's state, and the momentum, of parameters in one place.
+
+    Attributes
+    ----------
+    backend : Host or Cuda
+    members : tuple of Member
+        The parameters with their names and layouts.
+    blocks : tuple of tuples of int
+        Indices of members.
+    """
+
+    def __init__(self, backend: Backend, config: core.Config, members: Sequence[Member], blocks: Blocks):
+        self.backend = backend
+        self.members = tuple(members)
+        self.blocks = blocks
+        self._config = config
+        self._momentum: list[Array] | None = None
+        self._flags: HostFlags | CudaFlags | None = None
+        self._sent = False
+        self._lay(pack(members, blocks, [member.array.dtype for member in members], backend.small))
+        with backend.on():
+            like = [leaf.like() for leaf in self._leaves]
+            self._state = core.init(config, like, self._leaf_blocks, kernels=backend.kernels)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parameters."""
+        return tuple(member.name for member in self.members)
+
+    @property
+    def params(self) -> tuple[Array, ...]:
+        """The parameters."""
+        return tuple(member.array for member in self.members)
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """Indices of the members that lie side by side in one leaf of the core."""
+        return [leaf.indices for leaf in self._leaves]
+
+    @property
+    def config(self) -> core.Config:
+        """The settings; new ones hold from the next step on."""
+        return self._config
+
+    @config.setter
+    def config(self, config: core.Config) -> None:
+        self._config = config
+        self._sent = False
+
+    def diagnostics(self) -> core.Diagnostics:
+        """Figures of the last step."""
+        with self.backend.on():
+            return core.diagnostics(self._state)
+
+    def constant(self, value: bool) -> Array:
+        """A 0-d array beside the parameters."""
+        with self.backend.on():
+            return self.backend.xp.full((), value, dtype=self.backend.xp.bool)
+
+    def remember_momentum(self) -> None:
+        """Allocate the momentum's buffers, unless they are there."""
+        if self._momentum is None:
+            with self.backend.on():
+                self._momentum = [self.backend.xp.zeros_like(mean) for mean in self._state.mean_params]
+
+    def project(self, grads: Sequence[Array | None], maximize: bool) -> Work:
+        """The first half of a step, which changes nothing."""
+        self._split([grad is None for grad in grads])
+        with self.backend.on():
+            params = [leaf.params() for leaf in self._leaves]
+            given = [_gathered(leaf, grads, maximize) for leaf in self._leaves]
+            seen = core.project(
+                self._config,
+                self._state,
+                params,
+                given,
+                blocks=self._leaf_blocks,
+                kernels=self.backend.kernels,
+            )
+        return Work(params, given, seen)
+
+    def advance(self, work: Work, finite: Array, lr: Any, momentum: float, weight_decay: float) -> None:
+        """The second half of a step, without effect where `finite` (0-d) is false."""
+        xp, kernels = self.backend.xp, self.backend.kernels
+        with self.backend.on():
+            check, due = self._asked()
+            updates, factor, self._state = core.unscaled_step(
+                self._config,
+                self._state,
+                work.params,
+                work.grads,
+                blocks=self._leaf_blocks,
+                kernels=kernels,
+                when_check=check,
+                when_due=due,
+                observation=work.seen._replace(finite=finite),
+            )
+            self._ask()
+            for index, (leaf, param, update) in enumerate(
+                zip(self._leaves, work.params, updates, strict=True)
+            ):
+                if update is None:
+                    continue
+                kernels.descend(
+                    param,
+                    update,
+                    xp.astype(factor, update.dtype, copy=False),
+                    None if self._momentum is None else self._momentum[index],
+                    self.backend.rate(lr, update.dtype),
+                    momentum,
+                    weight_decay,
+                    finite,
+                )
+                if not leaf.is_view:
+                    leaf.write(param)
+
+    def export(self) -> tuple[core.State, list[Array] | None]:
+        """The state and the momentum with one leaf for each parameter, in the order of its axes.
+
+        Returns
+        -------
+        state : State
+            A complex parameter has a last axis of 2. Arrays are views of this unit's own.
+        momentum : list of arrays or None
+            One buffer for each parameter; None where there is no momentum.
+        """
+        fields: dict[str, Any] = {name: self._spread(getattr(self._state, name)) for name in core.LEAF_ARRAYS}
+        place = {index: number for number, leaf in enumerate(self._leaves) for index in leaf.indices}
+        with self.backend.on():
+            for name in LEAF_COUNTS:
+                counts = getattr(self._state, name)
+                fields[name] = self.backend.xp.stack([counts[place[i], ...] for i in range(len(place))])
+        momentum = None if self._momentum is None else list(self._spread(self._momentum))
+        return self._state._replace(**fields), momentum
+
+    def restore(
+        self,
+        state: core.State,
+        momentum: Sequence[Array] | None,
+        groups: Sequence[tuple[int, ...]] | None = None,
+    ) -> None:
+        """Continue from what `export` gave, of a unit with the same parameters, blocks and settings.
+
+        Parameters
+        ----------
+        state, momentum
+            Arrays of NumPy or CuPy, which are copied.
+        groups : sequence of tuples of int, optional
+            That unit's `groups`; by default parameters that have been observed equally often lie together.
+        """
+        backend = self.backend
+        with backend.on():
+            if groups is None:
+                counts = zip(*(getattr(state, name).tolist() for name in LEAF_COUNTS), strict=True)
+                kinds = [(m.array.dtype, own) for m, own in zip(self.members, counts, strict=True)]
+                groups = pack(self.members, self.blocks, kinds, backend.small)
+            self._lay(groups)
+            fields: dict[str, Any] = {name: self._gathered(getattr(state, name)) for name in core.LEAF_ARRAYS}
+            first = [leaf.indices[0] for leaf in self._leaves]
+            for name in state._fields:
+                if name in LEAF_COUNTS:
+                    counts = backend.asarray(getattr(state, name))
+                    fields[name] = backend.xp.stack([counts[i, ...] for i in first])
+                elif name not in fields:
+                    fields[name] = backend.asarray(getattr(state, name)).copy()
+            self._state = core.State(**fields)
+            self._momentum = None if momentum is None else list(self._gathered(momentum))
+        self._sent = False
+
+    def snapshot(self) -> core.Snapshot:
+        """The parameters and what is remembered of them, on the host; views where they lie there."""
+
+        def on_host(field: Any) -> Any:
+            return tuple(map(as_numpy, field)) if isinstance(field, tuple) else as_numpy(field)
+
+        with self.backend.on():
+            state, momentum = self.export()
+            return core.Snapshot(
+                names=self.names,
+                blocks=self.blocks,
+                state=core.State(*map(on_host, state)),
+                params=tuple(as_numpy(real(member.array)) for member in self.members),
+                momentum=(None,) * len(self.members) if momentum is None else on_host(tuple(momentum)),
+            )
+
+    def resume(self, snapshot: core.Snapshot) -> None:
+        """Continue from a `snapshot` of the same names, blocks, shapes and dtypes, in this order."""
+        momentum = None
+        if self._momentum is not None:
+            pairs = zip(snapshot.momentum, snapshot.state.mean_params, strict=True)
+            momentum = [np.zeros(mean.shape, mean.dtype) if m is None else m for m, mean in pairs]
+        self.restore(snapshot.state, momentum)
+        with self.backend.on():
+            for member, value in zip(self.members, snapshot.params, strict=True):
+                real(member.array)[...] = self.backend.asarray(value)
+
+    def _lay(self, groups: Sequence[tuple[int, ...]]) -> None:
+        """Form a leaf of each group, and the blocks of leaves."""
+        block_of = {index: number for number, block in enumerate(self.blocks) for index in block}
+        self._leaves = [Leaf.of(self.members, group) for group in groups]
+        numbers = [block_of[group[0]] for group in groups]
+        self._leaf_blocks: Blocks = tuple(
+            tuple(i for i, own in enumerate(numbers) if own == number) for number in range(len(self.blocks))
+        )
+
+    def _split(self, missing: Sequence[bool]) -> None:
+        """Part members with a gradient from those without, in leaves that hold both."""
+        parts = [_parted(leaf.indices, missing) for leaf in self._leaves]
+        if all(len(groups) == 1 for groups in parts):
+            return
+        xp, leaves = self.backend.xp, self._leaves
+
+        def divided(arrays: Sequence[Array]) -> list[Array]:
+            result = []
+            for leaf, array, groups in zip(leaves, arrays, parts, strict=True):
+                if len(groups) == 1:
+                    result.append(array)
+                    continue
+                own = dict(zip(leaf.indices, leaf.cut(array), strict=True))
+                result += [xp.concat([own[i] for i in group], axis=-1) for group in groups]
+            return result
+
+        with self.backend.on():
+            fields: dict[str, Any] = {}
+            for name in core.LEAF_ARRAYS:
+                arrays = getattr(self._state, name)
+                fields[name] = tuple(divided(arrays)) if arrays else ()
+            repeated = [number for number, groups in enumerate(parts) for _ in groups]
+            for name in LEAF_COUNTS:
+                counts = getattr(self._state, name)
+                fields[name] = xp.stack([counts[number, ...] for number in repeated])
+            self._state = self._state._replace(**fields)
+            if self._momentum is not None:
+                self._momentum = divided(self._momentum)
+        self._lay([tuple(group) for groups in parts for group in groups])
+
+    def _spread(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        """One array per leaf as one per member."""
+        own: dict[int, Array] = {}
+        for leaf, array in zip(self._leaves, arrays, strict=False):  # there may be none of the metric
+            own.update(zip(leaf.indices, leaf.spread(array), strict=True))
+        return tuple(own[i] for i in range(len(own)))
+
+    def _gathered(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        """One array per member as one per leaf, each a contiguous copy."""
+        given = [self.backend.asarray(array) for array in arrays]
+        if not given:
+            return ()
+        return tuple(leaf.gather([given[i] for i in leaf.indices]).copy() for leaf in self._leaves)
+
+    def _asked(self) -> tuple[bool, bool]:
+        """Whether this step makes a check and takes a pair."""
+        if not self._sent:
+            self._ask()
+        return self._flags.read()
+
+    def _ask(self) -> None:
+        """Let the state say what the next step is to do."""
+        if self._flags is None:
+            self._flags = self.backend.flags()
+        self._flags.send(core.upcoming(self._config, self._state))
+        self._sent = True
+
+
+def _parted(indices: Sequence[int], missing: Sequence[bool]) -> list[list[int]]:
+    groups = [[i for i in indices if missing[i] == flag] for flag in (False, True)]
+    return [group for group in groups if group]
+
+
+def _gathered(leaf: Leaf, grads: Sequence[Array | None], maximize: bool) -> Array | None:
+    own = [grads[i] for i in leaf.indices]
+    if own[0] is None:
+        return None
+    flat = leaf.gather(own)
+    return -flat if maximize else flat

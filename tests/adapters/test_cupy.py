@@ -1,0 +1,762 @@
+"""`mlbfgs_cupy.MLBFGS` on NumPy arrays follows the readable twin, wherever its parameters lie in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import array_api_strict
+import ml_dtypes
+import numpy as np
+import pytest
+
+import mlbfgs_core as core
+from mlbfgs_core.reference import Reference
+from mlbfgs_cupy import MLBFGS
+from mlbfgs_cupy.backends import Host
+
+FAST = {"check_every": 1, "history_size": 4}
+SETTINGS = {
+    "default": {},
+    "every step": FAST,
+    "fixed": {"adaptive": False, "update_every": 3},
+    "fit": {"preset": "fit", "update_every": 6},
+    "lbfgs": {"preset": "lbfgs"},
+    "paper": {"preset": "paper", "update_every": 4},
+}
+SHAPES = {"hidden.weight": (5, 4), "hidden.bias": (5,), "scale": (), "none": (0, 3)}
+DIM = 26
+
+
+class Problem:
+    """A quadratic in many parameters, with noise in its gradients that belongs to the step."""
+
+    def __init__(self, steps=24, dtype="float64"):
+        rng = np.random.default_rng(0)
+        self.dtype = dtype
+        self.start = {name: rng.normal(size=shape).astype(dtype) for name, shape in SHAPES.items()}
+        curvature = np.geomspace(0.05, 5, DIM)
+        self.curvature = dict(zip(SHAPES, self.cut(curvature), strict=True))
+        self.noise = [
+            dict(zip(SHAPES, self.cut(0.01 * own), strict=True)) for own in rng.normal(size=(steps, DIM))
+        ]
+
+    @staticmethod
+    def cut(flat):
+        parts = np.split(flat, np.cumsum([int(np.prod(shape)) for shape in SHAPES.values()])[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, SHAPES.values(), strict=True)]
+
+    def params(self, lay=np.copy):
+        return {name: lay(x) for name, x in self.start.items()}
+
+    def grads(self, step, params):
+        return {
+            name: np.asarray(self.curvature[name] * x + self.noise[step][name]).astype(x.dtype)
+            for name, x in params.items()
+        }
+
+    def train(self, optimizer, start=0, stop=None):
+        """Steps of the optimizer; its parameters, as one vector."""
+        for step in range(start, len(self.noise) if stop is None else stop):
+            optimizer.step(self.grads(step, optimizer.params))
+        return flat(optimizer.params)
+
+
+def flat(params):
+    values = params.values() if isinstance(params, dict) else params
+    return np.concatenate([np.ravel(x) for x in values])
+
+
+def follow(config, problem, steps, lr, momentum, decay, skip=()):
+    """The readable twin, with momentum and decay by hand."""
+    twin, x = Reference(config, [DIM]), flat(problem.start).astype(float)
+    velocity = np.zeros(DIM)
+    for step in range(steps):
+        grad = flat(problem.curvature) * x + flat(problem.noise[step])
+        if step in skip:
+            continue
+        (direction,) = twin.step([x], [grad])
+        velocity = momentum * velocity + direction
+        rate = lr(step) if callable(lr) else lr
+        x = x * (1 - rate * decay) - rate * velocity
+    return x
+
+
+def contents(optimizer, but=()):
+    """Everything that an optimizer remembers and its parameters, as bytes."""
+    memory = {name: np.asarray(value).tobytes() for name, value in optimizer.state_dict().items()}
+    arrays = {f"param/{name}": x.tobytes() for name, x in optimizer.params.items()}
+    return {name: x for name, x in {**memory, **arrays}.items() if name not in but}
+
+
+VERDICT = ("unit0/skipped", "unit0/accepted", "unit0/due")
+"""What a skipped step changes: its count, and what the state says of the last step."""
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("momentum", "decay"), [(0.9, 0.01), (0.0, 0.0)])
+def test_trajectory_is_that_of_the_readable_twin(name, momentum, decay):
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, momentum, decay, **SETTINGS[name])
+    expected = follow(core.Config(**SETTINGS[name]), problem, 24, 0.05, momentum, decay)
+    np.testing.assert_allclose(problem.train(optimizer), expected, rtol=1e-8, atol=1e-10)
+    assert optimizer.diagnostics()[0].pairs[0] > 0
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_trajectory_is_that_of_the_torch_optimizer(name):
+    import torch
+
+    import mlbfgs_torch
+
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, weight_decay=0.1, **SETTINGS[name])
+    params = {name: torch.nn.Parameter(torch.asarray(x)) for name, x in problem.params().items()}
+    other = mlbfgs_torch.MLBFGS(params.items(), 0.05, weight_decay=0.1, **SETTINGS[name])
+    for step in range(24):
+        for name_, grad in problem.grads(step, {n: p.detach().numpy() for n, p in params.items()}).items():
+            params[name_].grad = torch.asarray(grad)
+        other.step()
+    expected = flat({name: param.detach().numpy() for name, param in params.items()})
+    np.testing.assert_allclose(problem.train(optimizer), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_an_array_a_sequence_and_a_mapping_give_the_same_run():
+    curvature, results = np.geomspace(0.1, 4, 9), []
+    for wrap in (lambda x: x, lambda x: [x], lambda x: (x,), lambda x: {"x": x}):
+        x = np.linspace(1, 2, 9)
+        optimizer = MLBFGS(wrap(x), 0.05, **FAST)
+        for _ in range(12):
+            optimizer.step(wrap(curvature * x))
+        results.append(x)
+        assert type(optimizer.params) is (list if isinstance(wrap(x), tuple) else type(wrap(x)))
+    assert all(np.array_equal(x, results[0]) for x in results)
+
+
+def fortran(x):
+    """A copy with the first axis innermost."""
+    return x.copy(order="F")
+
+
+def every_second(x):
+    """A view of every second value of a larger array."""
+    around = np.full((*(2 * n for n in x.shape), 2), 7, x.dtype)
+    view = around[(*(slice(None, None, 2) for _ in x.shape), 0, ...)]
+    view[...] = x
+    return view
+
+
+def backwards(x):
+    """A view with negative strides."""
+    turn = (*(slice(None, None, -1) for _ in x.shape), ...)
+    return x[turn].copy()[turn]
+
+
+@pytest.mark.parametrize("lay", [fortran, every_second, backwards])
+@pytest.mark.parametrize("small", [0, 2**16])
+def test_parameters_of_any_strides_are_updated_in_place(monkeypatch, lay, small):
+    monkeypatch.setattr(Host, "small", small)
+    problem = Problem()
+    params = problem.params(lay)
+    expected = problem.train(MLBFGS(problem.params(), 0.05, weight_decay=0.1, **FAST))
+    around = {name: x.base.copy() for name, x in params.items() if lay is every_second}
+    optimizer = MLBFGS(dict(params), 0.05, weight_decay=0.1, **FAST)
+    problem.train(optimizer)
+    assert all(optimizer.params[name] is x for name, x in params.items())
+    np.testing.assert_allclose(flat(params), expected, rtol=1e-9, atol=1e-11)
+    for name, before in around.items():
+        changed = params[name].base != before
+        assert changed.sum() == params[name].size
+
+
+@pytest.mark.parametrize("lay", [fortran, every_second, backwards])
+def test_gradients_of_any_strides_are_read_right_and_not_written_to(lay):
+    problem = Problem()
+    expected = problem.train(MLBFGS(problem.params(), 0.05, maximize=True, **FAST), stop=10)
+    optimizer = MLBFGS(problem.params(), 0.05, maximize=True, **FAST)
+    for step in range(10):
+        grads = {n: lay(g) for n, g in problem.grads(step, optimizer.params).items()}
+        before = {name: grad.copy() for name, grad in grads.items()}
+        for grad in grads.values():
+            grad.flags.writeable = False
+        optimizer.step(grads)
+        assert all(np.array_equal(grads[name], grad) for name, grad in before.items())
+    assert np.array_equal(flat(optimizer.params), expected)
+
+
+@pytest.mark.parametrize("blocks", ["all", "parameter"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_small_parameters_side_by_side_give_the_same_trajectory(monkeypatch, blocks, name):
+    def run():
+        problem = Problem()
+        optimizer = MLBFGS(problem.params(), 0.05, blocks=blocks, **SETTINGS[name])
+        return problem.train(optimizer), len(optimizer.units[0].groups)
+
+    together, few = run()
+    monkeypatch.setattr(Host, "small", -1)
+    apart, many = run()
+    assert (few, many) == ((1, 4) if blocks == "all" else (4, 4))
+    np.testing.assert_allclose(together, apart, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16])
+def test_half_precision_is_rounded_once(dtype):
+    rng = np.random.default_rng(0)
+    x, grad = rng.normal(size=1000).astype(dtype), (0.01 * rng.normal(size=1000)).astype(dtype)
+    assert np.linalg.norm(grad.astype(float)) < 1  # so that the first direction of L-BFGS is the gradient
+    lr, decay = 0.3, 0.2
+    wide, step = x.astype("float32"), grad.astype("float32")
+    once = (wide * np.float32(1 - lr * decay) - step * np.float32(lr)).astype(dtype)
+    twice = (wide * np.float32(1 - lr * decay)).astype(dtype).astype("float32") - step * np.float32(lr)
+    optimizer = MLBFGS(x, lr, 0.0, decay, preset="lbfgs")
+    optimizer.step(grad)
+    assert np.array_equal(x, once)
+    assert not np.array_equal(x, twice.astype(dtype))
+    assert optimizer.state_dict()["mean_params/param0"].dtype == np.float32
+
+
+def test_half_precision_takes_gradients_in_float32():
+    x = np.ones(3, dtype="float16")
+    MLBFGS(x, 0.5).step(np.asarray([3, 0, 4], dtype="float32"))
+    assert x[1] == 1
+    assert x.dtype == "float16"
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize("lay", [np.copy, every_second, fortran])
+def test_complex_parameters_are_pairs_of_reals(dtype, lay):
+    rng = np.random.default_rng(0)
+    real = np.dtype(dtype).char.lower()
+    starts = [rng.normal(size=(*shape, 2)).astype(real) for shape in ((3, 4), (), (0, 2), (5,))]
+    as_complex = [lay(np.ascontiguousarray(x).view(dtype)[..., 0]) for x in starts]
+    as_real = [x.copy() for x in starts]
+    complex_run, real_run = MLBFGS(as_complex, 0.05, **FAST), MLBFGS(as_real, 0.05, **FAST)
+    for step in range(14):
+        complex_run.step([(step % 3 + 1) * x for x in as_complex])
+        real_run.step([(step % 3 + 1) * x for x in as_real])
+    for one, other in zip(as_complex, as_real, strict=True):
+        bound = 1e3 * np.finfo(real).eps
+        np.testing.assert_allclose(np.stack([one.real, one.imag], axis=-1), other, rtol=bound, atol=bound)
+        assert one.dtype == dtype
+    assert complex_run.state_dict()["history/param0"].shape == (2, 4, 3, 4, 2)
+
+
+def test_several_dtypes_share_a_block():
+    rng = np.random.default_rng(0)
+    start, curvature = rng.normal(size=(3, 5)), np.geomspace(0.1, 3, 15).reshape(3, 5)
+    dtypes = ("float64", "float32", "float16")
+
+    def rounded(x):
+        return [part.astype(dtype) for part, dtype in zip(x.reshape(3, 5), dtypes, strict=True)]
+
+    def grads(params):
+        return [(c * x).astype(x.dtype) for c, x in zip(curvature, params, strict=True)]
+
+    params = rounded(start)
+    optimizer = MLBFGS(params, 0.05, **FAST)
+    twin, x, velocity = Reference(core.Config(**FAST), [15]), flat(params).astype(float), np.zeros(15)
+    for _ in range(10):
+        optimizer.step(grads(params))
+        (direction,) = twin.step([x], [flat(grads(rounded(x))).astype(float)])
+        velocity = 0.9 * velocity + direction
+        x = flat(rounded(x - 0.05 * velocity)).astype(float)
+    np.testing.assert_allclose(flat(params), x, atol=2 * np.finfo("float16").eps)
+    assert optimizer.diagnostics()[0].pairs.shape == (1,)
+    memory = optimizer.state_dict()
+    assert [memory[f"history/param{i}"].dtype for i in range(3)] == ["float64", "float32", "float32"]
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [0, 1, 6, 7])
+@pytest.mark.parametrize("name", ["default", "every step", "lbfgs"])
+def test_a_non_finite_gradient_changes_nothing_but_a_count_and_the_run_is_that_without_it(poison, at, name):
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, 0.9, 0.1, **SETTINGS[name])
+    for step in range(12):
+        grads = problem.grads(step, optimizer.params)
+        if step == at:
+            grads["hidden.bias"][2] = poison
+            before = contents(optimizer, VERDICT)
+            with np.errstate(all="raise"):
+                optimizer.step(grads)
+            assert contents(optimizer, VERDICT) == before
+            assert optimizer.diagnostics()[0].skipped == 1
+        else:
+            optimizer.step(grads)
+    expected = follow(core.Config(**SETTINGS[name]), problem, 12, 0.05, 0.9, 0.1, skip=(at,))
+    np.testing.assert_allclose(flat(optimizer.params), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_non_finite_parameter_stays_and_does_not_spoil_the_others(name, bad):
+    problem = Problem()
+    params = problem.params()
+    params["hidden.weight"][1, 2] = bad
+    problem.start["hidden.weight"][1, 2] = 0  # the twin's is zero, has no gradient, and so stays
+
+    def grads(step, values):
+        result = Problem.grads(problem, step, values)
+        result["hidden.weight"][1, 2] = 0
+        return result
+
+    problem.grads = grads
+    expected = problem.train(MLBFGS(problem.params(), 0.05, weight_decay=0.1, **SETTINGS[name]))
+    optimizer = MLBFGS(params, 0.05, weight_decay=0.1, **SETTINGS[name])
+    result = problem.train(optimizer)
+    np.testing.assert_array_equal(params["hidden.weight"][1, 2], bad)
+    np.testing.assert_allclose(np.delete(result, 6), np.delete(expected, 6), rtol=1e-9, atol=1e-11)
+    assert optimizer.diagnostics()[0].pairs[0] > 0
+
+
+def test_a_parameter_without_a_gradient_keeps_still_and_the_others_go_their_way():
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, weight_decay=0.1, **FAST)
+    twin = MLBFGS(
+        {name: problem.params()[name] for name in ("hidden.weight", "scale")}, 0.05, weight_decay=0.1, **FAST
+    )
+    for step in range(12):
+        grads = problem.grads(step, optimizer.params)
+        twin.step({name: grads[name] for name in twin.params})
+        optimizer.step({**grads, "hidden.bias": None, "none": None})
+    assert np.array_equal(optimizer.params["hidden.bias"], problem.start["hidden.bias"])
+    for name, x in twin.params.items():
+        np.testing.assert_allclose(optimizer.params[name], x, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("absent", list(SHAPES))
+@pytest.mark.parametrize("blocks", ["all", "layer"])
+def test_a_gradient_that_comes_and_goes_parts_a_leaf_once_and_loses_nothing(monkeypatch, absent, blocks):
+    def run():
+        problem = Problem()
+        optimizer, groups = MLBFGS(problem.params(), 0.05, 0.9, 0.1, blocks=blocks, **FAST), []
+        for step in range(24):
+            grads = problem.grads(step, optimizer.params)
+            missing = {3: absent, 8: absent, 11: "scale", 12: "hidden.bias", 15: absent}.get(step)
+            before = optimizer.params[missing].copy() if missing else None
+            memory = optimizer.state_dict()
+            optimizer.step({**grads, missing: None} if missing else grads)
+            if missing:
+                assert np.array_equal(optimizer.params[missing], before)
+                for name in (f"momentum_buffer/{missing}", f"moment/{missing}"):
+                    assert np.array_equal(optimizer.state_dict()[name], memory[name])
+            groups.append(len(optimizer.units[0].groups))
+        return flat(optimizer.params), groups
+
+    together, groups = run()
+    monkeypatch.setattr(Host, "small", -1)
+    apart, _ = run()
+    assert groups[3] == groups[10] == groups[2] + 1
+    np.testing.assert_allclose(together, apart, rtol=1e-8, atol=1e-10)
+
+
+def test_a_step_without_any_gradient_is_none():
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), weight_decay=0.1, **FAST)
+    problem.train(optimizer, stop=5)
+    before = contents(optimizer)
+    optimizer.step(dict.fromkeys(SHAPES))
+    assert contents(optimizer) == before
+    single = np.ones(3)
+    MLBFGS(single).step(None)
+    assert np.array_equal(single, np.ones(3))
+
+
+def test_schedules_assign_the_numbers_between_steps():
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), **FAST)
+
+    def rate(step):
+        return 0.05 * (1 + np.cos(np.pi * step / 12)) / 2
+
+    for step in range(12):
+        optimizer.lr = rate(step)
+        optimizer.step(problem.grads(step, optimizer.params))
+    expected = follow(core.Config(**FAST), problem, 12, rate, 0.9, 0.0)
+    np.testing.assert_allclose(flat(optimizer.params), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_learning_rate_may_be_a_0d_array_that_changes():
+    problem, rate = Problem(), np.asarray(0.0)
+    optimizer = MLBFGS(problem.params(), rate, **FAST)
+    assert optimizer.lr is rate
+    for step in range(12):
+        rate[...] = 0.01 * step
+        optimizer.step(problem.grads(step, optimizer.params))
+    expected = follow(core.Config(**FAST), problem, 12, lambda step: 0.01 * step, 0.9, 0.0)
+    np.testing.assert_allclose(flat(optimizer.params), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_step_with_a_rate_of_zero_is_a_normal_step():
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.0, weight_decay=0.1, **FAST)
+    problem.train(optimizer, stop=4)
+    assert np.array_equal(flat(optimizer.params), flat(problem.start))
+    assert optimizer.diagnostics()[0].step == 4
+    assert optimizer.state_dict()["momentum_buffer/hidden.weight"].any()
+
+
+def test_momentum_is_allocated_once_it_is_not_zero():
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, 0.0, **FAST)
+    problem.train(optimizer, stop=6)
+    assert "momentum_buffer/scale" not in optimizer.state_dict()
+    optimizer.momentum = 0.5
+    assert not optimizer.state_dict()["momentum_buffer/scale"].any()
+    problem.train(optimizer, 6)
+    twin, x, velocity = Reference(core.Config(**FAST), [DIM]), flat(problem.start), np.zeros(DIM)
+    for step in range(24):
+        (direction,) = twin.step([x], [flat(problem.curvature) * x + flat(problem.noise[step])])
+        velocity = direction + (0.5 * velocity if step > 6 else 0)
+        x = x - 0.05 * velocity
+    np.testing.assert_allclose(flat(optimizer.params), x, rtol=1e-8, atol=1e-10)
+
+
+def test_maximize_climbs_as_minimizing_the_negative_descends():
+    results = []
+    for sign, maximize in ((1.0, False), (-1.0, True)):
+        problem = Problem()
+        optimizer = MLBFGS(problem.params(), 0.05, maximize=maximize, **FAST)
+        for step in range(12):
+            optimizer.step({n: sign * g for n, g in problem.grads(step, optimizer.params).items()})
+        results.append(flat(optimizer.params))
+    assert np.array_equal(*results)
+
+
+def test_new_settings_hold_from_the_next_step_on():
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, adaptive=False, update_every=1000)
+    problem.train(optimizer, stop=6)
+    optimizer.config = core.Config(adaptive=False, update_every=3)
+    problem.train(optimizer, 6, 7)
+    assert optimizer.diagnostics()[0].window == 0
+    assert optimizer.config.update_every == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"history_size": 3}, "history_size at 10, .*, got 3"),
+        ({"history_dtype": "float32"}, "history_dtype at float64, .*, got float32"),
+        ({"metric_power": 0.0}, "metric_power > 0 at True, .*, got False"),
+    ],
+)
+def test_settings_that_would_change_the_shapes_are_refused(settings, words):
+    optimizer = MLBFGS(np.ones(3))
+    with pytest.raises(ValueError, match="`config` must keep " + words):
+        optimizer.config = core.Config(**settings)
+    assert optimizer.config == core.Config()
+    optimizer.config = core.Config(history_dtype="float64")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "count"), [("all", 1), ("layer", 2), ("parameter", 4), (lambda name: "bias" in name, 2)]
+)
+def test_blocks_partition_named_parameters(blocks, count):
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, blocks=blocks, **FAST)
+    problem.train(optimizer, stop=8)
+    (record,) = optimizer.diagnostics()
+    assert record.pairs.shape == (count,)
+    assert (np.delete(record.pairs, 3) if count == 4 else record.pairs).all()
+
+
+def saved(optimizer, path):
+    """A state as NumPy stores and loads it, without pickle."""
+    np.savez(path, **optimizer.state_dict())
+    return np.load(path, allow_pickle=False)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("lay", [np.copy, fortran, every_second])
+def test_a_state_goes_through_a_file_and_the_run_continues_bit_for_bit(tmp_path, name, lay):
+    problem = Problem(dtype="float32")
+    optimizer = MLBFGS(problem.params(lay), 0.05, weight_decay=0.1, **SETTINGS[name])
+    for step in range(11):
+        grads = problem.grads(step, optimizer.params)
+        optimizer.step(
+            {n: None if (step, n) in ((3, "scale"), (5, "hidden.bias")) else g for n, g in grads.items()}
+        )
+    loaded = saved(optimizer, tmp_path / "state.npz")
+    fixed = {key: SETTINGS[name][key] for key in ("history_size", "preset") if key in SETTINGS[name]}
+    resumed = MLBFGS(problem.params(lay), 1.0, 0.5, 0.7, **fixed)
+    problem.train(resumed, stop=3)
+    for param, kept in zip(resumed.params.values(), optimizer.params.values(), strict=True):
+        param[...] = kept
+    resumed.load_state_dict(loaded)
+    assert (resumed.lr, resumed.momentum, resumed.weight_decay) == (0.05, optimizer.momentum, 0.1)
+    assert resumed.config == optimizer.config
+    assert contents(resumed) == contents(optimizer)
+    assert np.array_equal(problem.train(resumed, 11), problem.train(optimizer, 11))
+
+
+def test_a_state_dict_is_a_copy():
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, **FAST)
+    problem.train(optimizer, stop=6)
+    state = optimizer.state_dict()
+    before = copy.deepcopy(state)
+    problem.train(optimizer, 6)
+    assert all(np.array_equal(value, before[name]) for name, value in state.items())
+    assert {type(value) for value in state.values()} == {np.ndarray, str, float}
+
+
+@pytest.mark.parametrize("small", [-1, 2**16])
+def test_a_loaded_state_is_a_copy(monkeypatch, small):
+    monkeypatch.setattr(Host, "small", small)
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, **FAST)
+    problem.train(optimizer, stop=6)
+    state = optimizer.state_dict()
+    resumed = MLBFGS(copy.deepcopy(optimizer.params), 0.05, **FAST)
+    resumed.load_state_dict(state)
+    for value in state.values():
+        if isinstance(value, np.ndarray):
+            value[...] = 0
+    assert np.array_equal(problem.train(resumed, 6), problem.train(optimizer, 6))
+
+
+def changed(**entries):
+    return lambda state: {**state, **entries}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda state: {k: v for k, v in state.items() if k != "history/scale"},
+            "must hold 'history/scale', got no",
+        ),
+        (lambda state: {k: v for k, v in state.items() if k != "settings"}, "must hold 'settings', got no"),
+        (lambda state: {k: v for k, v in state.items() if k != "momentum"}, "must hold 'momentum', got no"),
+        (changed(**{"history/other": np.ones(3)}), "must not hold 'history/other'"),
+        (
+            changed(**{"moment/scale": np.ones(3)}),
+            r"'moment/scale' of the shape \(\) and the dtype float64, got \(3,\)",
+        ),
+        (changed(**{"mean_grads/scale": np.float32(0)}), r"got \(\) and float32"),
+        (changed(**{"unit0/gram": 3.0}), "must hold an array as 'unit0/gram', got float"),
+        (changed(**{"unit0/blocks": '[["scale"]]'}), "must be of the blocks"),
+        (changed(**{"unit0/leaves": '[["scale"]]'}), "must hold each parameter once"),
+        (
+            changed(**{"unit0/leaves": '[["scale", "hidden.weight"], ["hidden.bias", "none"]]'}),
+            "beside others of its block",
+        ),
+        (changed(**{"unit0/leaves": "[3]"}), "must hold lists of names as 'unit0/leaves'"),
+        (changed(settings="{"), "must hold valid 'settings', got '{'"),
+        (changed(settings='{"beta": 3}'), "must hold valid 'settings'"),
+        (changed(settings=json.dumps({"history_size": 3})), "must keep history_size at 4"),
+        (changed(lr=-1.0), "`lr` must be finite and >= 0, got -1.0"),
+    ],
+)
+def test_a_refused_state_changes_nothing(damage, words):
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, blocks="layer", **FAST)
+    problem.train(optimizer, stop=6)
+    state = optimizer.state_dict()
+    problem.train(optimizer, 6, 9)
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(damage(state))
+    assert contents(optimizer) == before
+    problem.train(optimizer, 9)
+
+
+def test_a_state_without_momentum_is_refused_only_where_momentum_is_asked_for():
+    optimizer = MLBFGS(np.ones(3), momentum=0.0)
+    state = optimizer.state_dict()
+    MLBFGS(np.ones(3)).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"must hold buffers for a momentum of 0\.9, got none"):
+        optimizer.load_state_dict({**state, "momentum": 0.9})
+    with pytest.raises(TypeError, match="`state_dict` must be a mapping, got list"):
+        optimizer.load_state_dict([])
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("lay", [np.copy, fortran])
+def test_copies_are_independent_and_continue_like_the_original(duplicate, lay):
+    problem = Problem(dtype="float32")
+    optimizer = MLBFGS(problem.params(lay), 0.05, blocks=lambda name: name == "scale", **FAST)
+    problem.train(optimizer, stop=9)
+    params, twin = duplicate((optimizer.params, optimizer))
+    before = contents(twin)
+    expected = problem.train(optimizer, 9)
+    assert contents(twin) == before
+    assert all(twin.params[name] is x for name, x in params.items())
+    assert np.array_equal(problem.train(twin, 9), expected)
+
+
+def test_a_unit_gives_and_takes_its_content_in_the_order_of_axes():
+    problem = Problem()
+    units = []
+    for lay in (np.copy, fortran):
+        optimizer = MLBFGS(problem.params(lay), 0.05, blocks="layer", **FAST)
+        problem.train(optimizer, stop=9)
+        units += optimizer.units
+    (one, one_momentum), (other, other_momentum) = (unit.export() for unit in units)
+    assert units[0].names == tuple(SHAPES)
+    assert units[0].blocks == ((0, 1), (2, 3))
+    assert [x.shape for x in one.mean_params] == list(SHAPES.values())
+    for name in core.LEAF_ARRAYS:
+        for a, b in zip(getattr(one, name), getattr(other, name), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(flat(one_momentum), flat(other_momentum), rtol=1e-9, atol=1e-11)
+    third = MLBFGS(problem.params(every_second), 0.05, blocks="layer", **FAST)
+    third.units[0].restore(one, one_momentum)
+    state, momentum = third.units[0].export()
+    assert all(np.array_equal(a, b) for a, b in zip(state.history, one.history, strict=True))
+    assert np.array_equal(flat(momentum), flat(one_momentum))
+    assert not np.shares_memory(state.history[0], one.history[0])
+
+
+@pytest.mark.parametrize("stop", range(6, 12))
+def test_a_unit_continues_from_what_it_takes(stop):
+    problem = Problem()
+    optimizer, other = (MLBFGS(problem.params(), 0.05, blocks="layer", **FAST) for _ in range(2))
+    problem.train(optimizer, stop=stop)
+    problem.train(other, stop=3)
+    for name, x in other.params.items():
+        x[...] = optimizer.params[name]
+    other.units[0].restore(*optimizer.units[0].export())
+    assert np.array_equal(problem.train(other, stop), problem.train(optimizer, stop))
+
+
+def test_memory_is_what_was_planned():
+    params = Problem(dtype="float32").params()
+    state = MLBFGS(params, momentum=0.0).state_dict()
+    plan = core.plan_memory(core.Config(), list(params.values()))
+    held = {name: value.nbytes for name, value in state.items() if name.split("/")[0] in core.LEAF_ARRAYS}
+    assert sum(held.values()) == plan.history + plan.averages + plan.metric
+
+
+def test_the_package_needs_no_cupy():
+    code = "import sys, numpy as np, mlbfgs_cupy as m; m.MLBFGS(np.ones(2)).step(np.ones(2))"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'cupy' not in sys.modules"], check=True)
+
+
+def test_its_representation_tells_size_place_and_what_is_not_usual():
+    optimizer = MLBFGS([np.ones(3), np.ones((2, 1000))], 0.2, preset="fit", history_size=5)
+    assert repr(optimizer) == (
+        "MLBFGS(2,003 values on the host; lr=0.2, momentum=0.0, weight_decay=0.0, history_size=5, preset=fit)"
+    )
+
+
+def read_only(x):
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "words"),
+    [
+        ([], ValueError, "`params` must hold at least one array, got none"),
+        ({}, ValueError, "at least one array, got none"),
+        (3.0, TypeError, "must be a NumPy or CuPy array, a sequence or a mapping of such arrays, got float"),
+        ("abc", TypeError, "got str"),
+        (array_api_strict.ones(3), TypeError, "got Array"),
+        ([array_api_strict.ones(3)], TypeError, "must be NumPy or CuPy arrays, got Array for 'param0'"),
+        ({"w": [1.0]}, TypeError, "got list for 'w'"),
+        ({"w": np.float64(1)}, TypeError, "got float64 for 'w'"),
+        ({"w": np.ones(3, dtype=int)}, TypeError, "must be of one of the dtypes .*, got int64 for 'w'"),
+        ({"w": np.ones(3, dtype=">f8")}, TypeError, "got >f8 for 'w'"),
+        ({1: np.ones(3)}, TypeError, "must have strings as names, got 1"),
+        ({"w": read_only(np.ones(3))}, ValueError, "updated in place, got a read-only array for 'w'"),
+        (
+            np.lib.stride_tricks.as_strided(np.ones(3), (4, 3), (0, 8)),
+            ValueError,
+            "broadcast view for 'param0'",
+        ),
+        ([np.ones(3)] * 2, ValueError, "must be distinct, got one array as 'param0' and 'param1'"),
+    ],
+)
+def test_bad_parameters_are_refused(params, error, words):
+    with pytest.raises(error, match=words):
+        MLBFGS(params)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"lr": -1.0}, ValueError, "`lr` must be finite and >= 0, got -1.0"),
+        ({"lr": np.float32(-1)}, ValueError, "`lr` must be finite and >= 0, got -1.0"),
+        ({"lr": np.asarray(np.nan)}, ValueError, "`lr`"),
+        ({"lr": "0.1"}, TypeError, "`lr` must be a number, got '0.1'"),
+        ({"lr": True}, TypeError, "`lr` must be a number, got True"),
+        ({"lr": np.ones(1)}, TypeError, r"`lr` must be a number, got an array of shape \(1,\)"),
+        ({"momentum": 1.0}, ValueError, r"`momentum` must be in \[0, 1\), got 1.0"),
+        ({"momentum": np.asarray(0.5)}, TypeError, "`momentum` must be a number, got an array"),
+        ({"weight_decay": -0.1}, ValueError, "`weight_decay` must be finite and >= 0, got -0.1"),
+        ({"maximize": 1}, TypeError, "`maximize` must be a bool, got 1"),
+        ({"history_size": 0}, ValueError, "`history_size` must be >= 1, got 0"),
+        ({"history_dtype": "bfloat16"}, ValueError, "`history_dtype`"),
+        ({"preset": "best"}, ValueError, "`preset`"),
+        ({"eps": 1e-8}, TypeError, "unknown setting `eps`"),
+        ({"blocks": "layer"}, ValueError, "`blocks`='layer' needs names with dots"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        MLBFGS(np.ones(2), **arguments)
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
+def test_a_bad_number_is_refused_when_it_is_assigned(name):
+    optimizer = MLBFGS(np.ones(2))
+    before = getattr(optimizer, name)
+    with pytest.raises(ValueError, match=f"`{name}` must be .*, got -1.0"):
+        setattr(optimizer, name, -1.0)
+    assert getattr(optimizer, name) == before
+    with pytest.raises(TypeError, match="`config` must be a Config, got dict"):
+        optimizer.config = {}
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "words"),
+    [
+        ([np.ones(2)], TypeError, "`grads` must be a mapping with the parameters' names, got list"),
+        (np.ones(2), TypeError, "got ndarray"),
+        ({"a": np.ones(2)}, ValueError, "a gradient or None for every parameter, got none for 'b'"),
+        ({"a": None, "b": None, "c": None}, ValueError, "must hold the parameters' names only, got 'c'"),
+        ({"a": np.ones(2), "b": np.ones(4)}, ValueError, r"the shape \(3,\) for 'b', got \(4,\)"),
+        ({"a": np.ones(2), "b": np.ones(3, "float32")}, TypeError, "dtype float64 for 'b', got float32"),
+        ({"a": np.ones(2), "b": np.ones(3, complex)}, TypeError, "dtype float64 for 'b', got complex128"),
+        (
+            {"a": np.ones(2), "b": [1.0, 1.0, 1.0]},
+            TypeError,
+            "a NumPy array or None for 'b', got builtins.list",
+        ),
+        (
+            {"a": np.ones(2), "b": array_api_strict.ones(3)},
+            TypeError,
+            "a NumPy array or None for 'b', got array_api",
+        ),
+    ],
+)
+def test_bad_gradients_are_refused_before_anything_changes(grads, error, words):
+    params = {"a": np.ones(2), "b": np.ones(3)}
+    optimizer = MLBFGS(params)
+    optimizer.step({"a": np.ones(2), "b": np.ones(3)})
+    before = contents(optimizer)
+    with pytest.raises(error, match=words):
+        optimizer.step(grads)
+    assert contents(optimizer) == before
+
+
+@pytest.mark.parametrize(
+    ("grads", "words"),
+    [
+        ([np.ones(2)], "must be a sequence of 2, one for each parameter, got 1"),
+        (np.ones((2, 2)), "must be a sequence of 2, one for each parameter, got ndarray"),
+        ({"param0": np.ones(2)}, "must be a sequence of 2, one for each parameter, got dict"),
+        (None, "must be a sequence of 2, one for each parameter, got NoneType"),
+    ],
+)
+def test_gradients_in_a_sequence_are_counted(grads, words):
+    with pytest.raises((TypeError, ValueError), match="`grads` " + words):
+        MLBFGS([np.ones(2), np.ones(2)]).step(grads)
