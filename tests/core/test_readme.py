@@ -6,17 +6,21 @@ import re
 from pathlib import Path
 
 import numpy as np
+import scipy.optimize
 import torch
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_python_blocks_of_the_readme_run():
-    names = {"torch": torch, "model": torch.nn.Linear(2, 1)}
-    assert run_blocks(ROOT / "README.md", names) == 3
+    names = {"torch": torch, "model": torch.nn.Linear(2, 1), "scipy": scipy, "x0": np.zeros(2)}
+    names |= {"weight": np.ones((2, 2)), "gradient": np.ones((2, 2))}
+    assert run_blocks(ROOT / "README.md", names) == 5
     assert np.all(np.abs(names["x"]) < 1e-2)
     assert type(names["optimizer"]).__name__ == "MLBFGS"
     assert callable(names["tx"].update)
+    np.testing.assert_allclose(names["weight"], 0.95)
+    np.testing.assert_allclose(names["result"].x, 1.0, atol=1e-4)
 
 
 def test_python_blocks_of_the_pytorch_page_run():
@@ -34,6 +38,22 @@ def test_python_blocks_of_the_jax_page_run():
     np.testing.assert_allclose(names["minimum"], 1.0, atol=1e-3)
     assert names["losses"].shape == (64, 50)
     assert np.all(np.isfinite(names["losses"]))
+
+
+def test_python_blocks_of_the_arrays_page_run():
+    names = {}
+    assert run_blocks(ROOT / "docs" / "arrays.md", names) == 2
+    assert int(names["optimizer"].diagnostics()[0].step) == 100
+    assert int(names["optimizer"].diagnostics()[0].pairs[0]) > 0
+
+
+def test_python_blocks_of_the_checkpoints_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    assert run_blocks(ROOT / "docs" / "checkpoints.md", names) == 4
+    assert int(names["state"][0].step) == int(names["resumed"].diagnostics()[0].step) == 101
+    np.testing.assert_allclose(names["params"]["weight"], names["array"], atol=1e-5)
+    assert names["core"].load_state("dense.safetensors")[0].params[0].shape == (3, 8)
 
 
 def run_blocks(path, names):
