@@ -56,6 +56,13 @@ def test_python_blocks_of_the_checkpoints_page_run(tmp_path, monkeypatch):
     assert names["core"].load_state("dense.safetensors")[0].params[0].shape == (3, 8)
 
 
+def test_python_blocks_of_the_scipy_page_run():
+    names = {}
+    assert run_blocks(ROOT / "docs" / "scipy.md", names) == 2
+    np.testing.assert_allclose(names["result"].x, 1.0, atol=1e-6)
+    np.testing.assert_allclose(names["fit"].x, 1.0, atol=0.15)
+
+
 def run_blocks(path, names):
     blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:

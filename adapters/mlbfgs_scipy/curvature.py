@@ -1,0 +1,95 @@
+"""The core for one vector: directions on the way, and the inverse Hessian in the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse.linalg import LinearOperator
+
+import mlbfgs_core as core
+from mlbfgs_core.call import prepare
+
+from .objective import Evaluation, Vector
+
+__all__ = ["Curvature", "InverseHessian"]
+
+
+class Curvature:
+    """The core's state for one vector, and its steps."""
+
+    def __init__(self, config: core.Config, size: int) -> None:
+        self.config = config
+        self.size = size
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew, with a new state; the old one stays as it was."""
+        self.state = core.init(self.config, [np.zeros(self.size)], xp=xp)
+
+    def direction(self, point: Evaluation) -> Vector:
+        """What to subtract; a point enters the averages by it. Zero for a non-finite gradient."""
+        check, due = core.upcoming(self.config, self.state)
+        with np.errstate(invalid="ignore", over="ignore"):
+            update, self.state = core.step(
+                self.config,
+                self.state,
+                [point.x],
+                [point.grad],
+                when_check=bool(check),
+                when_due=bool(due),
+            )
+        return np.asarray(update[0])
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether any curvature is known."""
+        return bool(self.state.pairs[0] > 0)
+
+    def inverse_hessian(self) -> InverseHessian:
+        """The operator of the present state."""
+        return InverseHessian(self.config, self.state)
+
+
+class InverseHessian(LinearOperator):
+    """``H = Q (gamma I + B^T C B) Q`` of a state with one vector, symmetric and positive definite.
+
+    `Q` is the diagonal ``q^(-1/2)`` of the metric, and the identity where there is none. Before the first
+    pair `gamma` is 1.
+
+    Parameters
+    ----------
+    config : mlbfgs_core.Config
+    state : mlbfgs_core.State
+        Of one leaf of shape (n,). Not consumed; a later step may write to what the operator reads.
+
+    Notes
+    -----
+    Float64, shape (n, n). A product with a vector reads the history twice: ``4 m`` values per variable.
+    """
+
+    def __init__(self, config: core.Config, state: core.State) -> None:
+        history = state.history[0]
+        size = history.shape[-1]
+        super().__init__(np.dtype(np.float64), (size, size))
+        self._rows = np.asarray(history, dtype=np.float64).reshape(-1, size)
+        self._inner = state.operator[0]
+        self._gamma = state.gamma[0]
+        call = prepare(config, state, None, None, None)
+        (metric,) = call.metrics(state)
+        self._scale = np.ones(size) if metric is None else metric.inverse_root(call.kernels, ...)
+
+    def _matmat(self, X: npt.NDArray[Any]) -> Vector:
+        scaled = self._scale[:, None] * X
+        return self._scale[:, None] * (
+            self._gamma * scaled + self._rows.T @ (self._inner @ (self._rows @ scaled))
+        )
+
+    def _adjoint(self) -> InverseHessian:
+        return self
+
+    def todense(self) -> Vector:
+        """The matrix, of shape (n, n)."""
+        return self.matmat(np.eye(self.shape[0]))

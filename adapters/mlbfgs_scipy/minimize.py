@@ -1,0 +1,238 @@
+"""`minimize_mlbfgs`: the core as a `method` of `scipy.optimize.minimize`."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.optimize import OptimizeResult, OptimizeWarning
+
+from .curvature import Curvature
+from .objective import Evaluation, Objective, Vector
+from .options import IN_USERS_CODE, read_options
+from .run import Halts, descend, follow
+
+__all__ = ["minimize_mlbfgs"]
+
+
+def minimize_mlbfgs(
+    fun: Callable[..., Any],
+    x0: Any,
+    args: Any = (),
+    jac: Any = None,
+    hess: Any = None,
+    hessp: Any = None,
+    bounds: Any = None,
+    constraints: Any = (),
+    callback: Callable[..., Any] | None = None,
+    **options: Any,
+) -> OptimizeResult:
+    """L-BFGS for `scipy.optimize.minimize`: with line searches, or with given steps under noise.
+
+    Parameters
+    ----------
+    fun : callable
+        ``fun(x, *args)``, a number; with ``jac=True`` also the gradient.
+    x0 : (n,) array
+        Real. Not written to.
+    args : tuple
+        More arguments of `fun` and `jac`.
+    jac : callable, True, None or "2-point"
+        The gradient, ``jac(x, *args)`` of shape (n,). None and "2-point": forward differences with step
+        `eps`. (To a callable method SciPy hands None for every scheme of differences that it is given.)
+    hess, hessp : optional
+        Not used, with a warning.
+    bounds, constraints : optional
+        Refused.
+    callback : callable, optional
+        After each iteration ``callback(intermediate_result=OptimizeResult(x, fun))`` where this is the
+        name of its one argument, else ``callback(x)``. `StopIteration` ends the run.
+    **options
+        As `scipy.optimize.minimize` takes them in `options`: those below, and settings of
+        `mlbfgs_core.Config` by name: `history_size`, `preset`, ... The preset is "lbfgs", or "fit" with a
+        `learning_rate`.
+
+    Other Parameters
+    ----------------
+    tol : float, optional
+        `gtol`, where that is not given.
+    maxiter : int
+        Most iterations; by default 15000, or 1000 with a `learning_rate`.
+    gtol : float
+        The run ends where no component of the gradient is larger; by default 1e-5, and with a
+        `learning_rate` there is no such end.
+    ftol : float
+        The run ends where ``(f_k - f_{k+1}) / max(|f_k|, |f_{k+1}|, 1)`` is at most this; 0: no such end.
+    c1, c2 : float
+        Constants of the strong Wolfe conditions.
+    maxls : int
+        Most trials of one kind in a line search.
+    eps : float or (n,) array
+        Absolute step of the differences.
+    learning_rate : float or callable, optional
+        For noisy objectives: steps of this length (or its value at the iteration's number, from 0 on),
+        without a line search, as many as `maxiter` says. A non-finite gradient costs its step.
+    momentum : float, optional
+        With a `learning_rate`: heavy-ball momentum; by default that of the preset.
+    disp : bool
+        Print how the run ended; where it failed, warn.
+    return_all : bool
+        Put all iterates in the result's `allvecs`.
+
+    Returns
+    -------
+    scipy.optimize.OptimizeResult
+        `x`, `fun`, `jac`, `nit`, `nfev`, `njev`, `status`, `success` and `message` (see `Outcome`), and
+        `hess_inv`, an `InverseHessian`. Where a run with line searches fails, `x` is the lowest point that
+        it has seen; after steps of a given length, the last one, or the last where all was finite.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Bounds or constraints, options out of range, a complex start, and functions that do not return a
+        number and a gradient.
+
+    Warns
+    -----
+    OptimizeWarning
+        Unknown options, as SciPy's own methods warn.
+    RuntimeWarning
+        A Hessian, which is not used.
+
+    Notes
+    -----
+    With exact values this is textbook L-BFGS: a direction from the last `history_size` pairs, then
+    `scipy.optimize.line_search`, whose first trial is the whole direction (see `search`). Where a search
+    fails, the run moves to the lowest point that it has seen; if there is none, curvature is forgotten, and a
+    second search goes along the negative gradient. Beside the evaluations an iteration costs one to two
+    milliseconds for small `n`, where ``method="L-BFGS-B"`` has compiled code; for large `n` it moves about
+    ``8 * history_size`` values per variable. A value that is not finite counts as infinitely high.
+
+    Under noise `x` is the last iterate. The lowest value that was seen would be the luckiest draw of the
+    noise, not the best point; a `learning_rate` that falls makes the last iterate a good one.
+
+    References
+    ----------
+    Nocedal & Wright, Numerical Optimization, 2nd ed., algorithms 3.5 and 7.5.
+
+    Examples
+    --------
+    >>> from scipy.optimize import minimize, rosen, rosen_der
+    >>> result = minimize(rosen, [-1.2, 1.0], jac=rosen_der, method=minimize_mlbfgs)
+    >>> result.success, result.x.round(6)
+    (True, array([1., 1.]))
+
+    Under noise:
+
+    >>> noise = np.random.default_rng(0)
+    >>> def draw(x):
+    ...     return x @ x, 2 * x + 0.1 * noise.normal(size=x.size)
+    >>> result = minimize(
+    ...     draw,
+    ...     np.ones(3),
+    ...     jac=True,
+    ...     method=minimize_mlbfgs,
+    ...     options={"learning_rate": lambda k: 0.5 / (1 + k / 10), "maxiter": 200},
+    ... )
+    >>> bool(result.fun < 1e-2)
+    True
+    """
+    _check_what_is_not_used(bounds, constraints, hess, hessp)
+    checked = read_options(options)
+    x = _check_start(x0)
+    objective = Objective(fun, jac, args if isinstance(args, tuple) else (args,), checked.eps)
+    curvature = Curvature(checked.config, x.size)
+    path = [x.copy()]
+    run = descend if checked.learning_rate is None else follow
+    report = run(objective, x, curvature, checked, _halts(callback, path if checked.return_all else None))
+    result = OptimizeResult(
+        x=report.point.x,
+        fun=report.point.value,
+        jac=report.point.grad,
+        nit=report.iterations,
+        nfev=objective.nfev,
+        njev=objective.njev,
+        status=report.outcome.status,
+        success=report.outcome.success,
+        message=report.outcome.message,
+        hess_inv=curvature.inverse_hessian(),
+    )
+    if checked.return_all:
+        result["allvecs"] = path
+    if checked.disp:
+        _tell(result)
+    return result
+
+
+def _check_what_is_not_used(bounds: Any, constraints: Any, hess: Any, hessp: Any) -> None:
+    if bounds is not None:
+        msg = (
+            f"`bounds` must be None, got {bounds!r}: minimize_mlbfgs takes none, "
+            "method='L-BFGS-B' or 'trust-constr' does"
+        )
+        raise ValueError(msg)
+    if constraints is not None and np.size(constraints) > 0:
+        msg = (
+            f"`constraints` must be empty, got {constraints!r}: minimize_mlbfgs takes none, "
+            "method='trust-constr' does"
+        )
+        raise ValueError(msg)
+    unused = {"Hessian information (hess)": hess, "Hessian-vector product information (hessp)": hessp}
+    for name, given in unused.items():
+        if given is not None:
+            msg = f"Method minimize_mlbfgs does not use {name}."
+            warnings.warn(msg, RuntimeWarning, stacklevel=IN_USERS_CODE)
+
+
+def _check_start(x0: Any) -> Vector:
+    if np.iscomplexobj(x0):
+        msg = f"`x0` must be real, got {np.asarray(x0).dtype}: give real and imaginary parts side by side"
+        raise TypeError(msg)
+    x = np.array(x0, dtype=np.float64).ravel()
+    if x.size == 0:
+        msg = "`x0` must hold at least one number, got an empty array"
+        raise ValueError(msg)
+    return x
+
+
+def _halts(callback: Callable[..., Any] | None, path: list[Vector] | None) -> Halts:
+    """Records an iterate, and tells the callback of it in the form that its signature asks for."""
+    named = callback is not None and _takes_result(callback)
+
+    def halts(point: Evaluation) -> bool:
+        if path is not None:
+            path.append(point.x.copy())
+        if callback is None:
+            return False
+        try:
+            if named:
+                callback(intermediate_result=OptimizeResult(x=point.x.copy(), fun=point.value))
+            else:
+                callback(point.x.copy())
+        except StopIteration:
+            return True
+        return False
+
+    return halts
+
+
+def _takes_result(callback: Callable[..., Any]) -> bool:
+    try:
+        return set(inspect.signature(callback).parameters) == {"intermediate_result"}
+    except ValueError:  # a callable in C without a signature
+        return False
+
+
+def _tell(result: OptimizeResult) -> None:
+    """Say how a run ended, as SciPy's BFGS does."""
+    if result.success:
+        print(result.message)  # noqa: T201
+    else:
+        warnings.warn(result.message, OptimizeWarning, stacklevel=IN_USERS_CODE)
+    print(f"         Current function value: {result.fun:f}")  # noqa: T201
+    print(f"         Iterations: {result.nit:d}")  # noqa: T201
+    print(f"         Function evaluations: {result.nfev:d}")  # noqa: T201
+    print(f"         Gradient evaluations: {result.njev:d}")  # noqa: T201

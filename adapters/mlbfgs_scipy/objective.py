@@ -1,0 +1,159 @@
+"""The objective as a run sees it: checked, counted, each point evaluated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import approx_fprime
+
+__all__ = ["Evaluation", "Objective", "Vector"]
+
+Vector = npt.NDArray[np.float64]
+
+
+class Evaluation:
+    """A point, the objective's value there, and its gradient, which is formed when first asked for."""
+
+    def __init__(self, objective: Objective, x: Vector) -> None:
+        self._objective = objective
+        self.x = x
+        self.value, self._grad = objective.evaluate(x)
+
+    @property
+    def grad(self) -> Vector:
+        """The gradient, of shape (n,)."""
+        if self._grad is None:
+            self._grad = self._objective.differentiate(self)
+        return self._grad
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the value and, as far as it is known, the gradient are finite."""
+        return bool(np.isfinite(self.value)) and (self._grad is None or self.has_finite_grad)
+
+    @property
+    def has_finite_grad(self) -> bool:
+        """Whether the gradient is finite, and its square too, without which there is no direction."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return bool(np.isfinite(self.grad @ self.grad))
+
+    @property
+    def is_finite_with_grad(self) -> bool:
+        """Whether value and gradient are finite; the latter is formed only if the former is."""
+        return self.is_finite and self.has_finite_grad
+
+    def norm(self) -> float:
+        """The largest component of the gradient."""
+        return float(np.max(np.abs(self.grad)))
+
+
+class Objective:
+    """A user's functions, with their arguments.
+
+    Parameters
+    ----------
+    fun : callable
+        ``fun(x, *args)``, a number.
+    jac : callable, bool or None
+        ``jac(x, *args)``, of shape (n,). True: `fun` returns the value and the gradient. None or
+        "2-point": forward differences of `fun`.
+    args : tuple
+    eps : float or (n,) array
+        Absolute step of the differences.
+
+    Raises
+    ------
+    ValueError
+        A kind of derivative that is not one of these; from evaluations, values of a wrong size.
+    TypeError
+        From evaluations: complex values.
+    """
+
+    def __init__(self, fun: Callable[..., Any], jac: Any, args: tuple[Any, ...], eps: Any) -> None:
+        self._fun, self._jac, self._args, self._eps = fun, jac, args, eps
+        self._together = jac is True
+        both = _function_of_both(fun, jac)
+        if both is not None:
+            self._fun, self._together = both, True
+        elif not (callable(jac) or jac is None or isinstance(jac, bool) or jac == "2-point"):
+            rule = "must be callable, True, None or '2-point'"
+            msg = f"`jac` {rule}, got {jac!r}: give a function that forms the gradient by that scheme"
+            raise ValueError(msg)
+        self.nfev = 0
+        """Calls of `fun`, those for differences included."""
+        self.njev = 0
+        """Gradients: calls of `jac`, or of a `fun` that returns both, or sets of differences."""
+        self.best: Evaluation | None = None
+        """The lowest finite value so far."""
+        self._last: Evaluation | None = None
+
+    def at(self, x: Vector) -> Evaluation:
+        """The evaluation at a point; a second request in a row for the same point costs nothing."""
+        if self._last is None or not np.array_equal(self._last.x, x):
+            return self.anew(x)
+        return self._last
+
+    def anew(self, x: Vector) -> Evaluation:
+        """An evaluation at a point, whatever is known of it."""
+        self._last = Evaluation(self, x)
+        if self._last.is_finite and (self.best is None or self._last.value < self.best.value):
+            self.best = self._last
+        return self._last
+
+    def evaluate(self, x: Vector) -> tuple[float, Vector | None]:
+        """The value, and the gradient where it comes with it."""
+        self.nfev += 1
+        result = self._fun(x.copy(), *self._args)
+        if not self._together:
+            return _number(result), None
+        self.njev += 1
+        value, grad = result
+        return _number(value), _vector(grad, x.size)
+
+    def differentiate(self, point: Evaluation) -> Vector:
+        """The gradient at a point whose value is known."""
+        self.njev += 1
+        if callable(self._jac):
+            return _vector(self._jac(point.x.copy(), *self._args), point.x.size)
+
+        def value(x: Vector) -> float:
+            return point.value if np.array_equal(x, point.x) else self.evaluate(x)[0]
+
+        return np.asarray(approx_fprime(point.x, value, self._eps), dtype=np.float64)
+
+
+def _function_of_both(fun: Any, jac: Any) -> Callable[..., Any] | None:
+    """The user's function of value and gradient inside the pair of wrappers that `minimize` makes of it for
+    ``jac=True``.
+
+    They give a repeated point its old value, which is wrong where values are drawn anew, and hide what a call
+    costs.
+    """
+    is_pair = type(fun).__module__.startswith("scipy.") and getattr(jac, "__self__", None) is fun
+    wrapped = getattr(fun, "fun", None) if is_pair else None
+    return wrapped if callable(wrapped) else None
+
+
+def _number(value: Any) -> float:
+    array = np.asarray(value)
+    if array.size != 1:
+        msg = f"`fun` must return a single number, got an array of shape {array.shape}"
+        raise ValueError(msg)
+    if np.iscomplexobj(array):
+        msg = f"`fun` must return a real number, got {value!r}"
+        raise TypeError(msg)
+    return float(array.item())
+
+
+def _vector(value: Any, size: int) -> Vector:
+    array = np.asarray(value)
+    if array.size != size:
+        msg = f"`jac` must return as many numbers as `x0` has, {size}, got an array of shape {array.shape}"
+        raise ValueError(msg)
+    if np.iscomplexobj(array):
+        msg = f"`jac` must return real numbers, got an array of dtype {array.dtype}"
+        raise TypeError(msg)
+    return np.array(array, dtype=np.float64).ravel()
