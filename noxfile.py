@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests", "lint", "typing", "build"]
@@ -20,6 +22,31 @@ ONE_CORE = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
     "JAX_PLATFORMS": "cpu",
 }
+# For each backend alone: the extras that its users install, and tests that import no other framework.
+CORE = (
+    "tests/core/test_arguments.py",
+    "tests/core/test_step.py",
+    "tests/properties/test_averages.py",
+    "tests/properties/test_inverse_hessian.py",
+    "tests/properties/test_pairs.py",
+)
+NUMPY = (
+    "mlbfgs_core",
+    "adapters/mlbfgs_cupy",
+    "adapters/mlbfgs_scipy",
+    "tests/adapters/test_cupy.py",
+    "tests/adapters/test_cupy_kernels.py",
+    "tests/adapters/test_scipy.py",
+    "tests/core/test_serialization.py",
+)
+TORCH = ("adapters/mlbfgs_torch", "tests/adapters/test_torch.py", "tests/adapters/test_torch_kernels.py")
+JAX = ("adapters/mlbfgs_jax", "tests/adapters/test_jax.py")
+BACKENDS = {
+    "numpy": ("numpy,scipy", (*CORE, *NUMPY)),
+    "array_api_strict": ("scipy", CORE),
+    "torch": ("torch,scipy", (*CORE, *TORCH)),
+    "jax": ("jax,scipy", (*CORE, *JAX)),
+}
 
 
 def install(session: nox.Session, *packages: str, group: str | None = None) -> None:
@@ -31,8 +58,49 @@ def install(session: nox.Session, *packages: str, group: str | None = None) -> N
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test on NumPy, array-api-strict, PyTorch and JAX, without a GPU; arguments go to pytest."""
-    install(session, "-e", ".[jax,torch]", group="test")
+    install(session, "-e", ".[jax,scipy,torch]", group="test")
     session.run("pytest", "-n", "auto", *session.posargs, env=ONE_CORE)
+
+
+def declared(*lines: str) -> Iterator[Requirement]:
+    """Requirements as pyproject.toml declares them; those on the package itself are of its extras."""
+    for requirement in map(Requirement, lines):
+        if requirement.name != GROUPS["project"]["name"]:
+            yield requirement
+        for extra in requirement.extras:
+            yield from declared(*GROUPS["project"]["optional-dependencies"][extra])
+
+
+def oldest(requirement: Requirement) -> str:
+    """The requirement pinned to its lower bound."""
+    (bound,) = (part.version for part in requirement.specifier if part.operator == ">=")
+    return f"{requirement.name}=={bound}"
+
+
+def run_alone(session: nox.Session, backend: str, *, minimum: bool) -> None:
+    """Install one backend without the constraints file, and run its tests."""
+    extras, paths = BACKENDS[backend]
+    package = f"{GROUPS['project']['name']}[{extras}]"
+    tools = [
+        line for line in nox.project.dependency_groups(GROUPS, "test") if Requirement(line).name != "torch"
+    ]
+    wanted = declared(*GROUPS["project"]["dependencies"], package, *tools)
+    session.install("-e", f".[{extras}]", *(map(oldest, wanted) if minimum else map(str, wanted)))
+    session.run("pytest", "-n", "auto", f"--backends={backend}", *paths, *session.posargs, env=ONE_CORE)
+
+
+@nox.session
+@nox.parametrize("backend", list(BACKENDS))
+def minimums(session: nox.Session, backend: str) -> None:
+    """Test each backend alone, with the oldest versions that pyproject.toml allows."""
+    run_alone(session, backend, minimum=True)
+
+
+@nox.session
+@nox.parametrize("backend", list(BACKENDS))
+def newest(session: nox.Session, backend: str) -> None:
+    """Test each backend alone, with the newest versions that there are."""
+    run_alone(session, backend, minimum=False)
 
 
 @nox.session
@@ -71,6 +139,13 @@ def trainers(session: nox.Session, trainer: str) -> None:
 
 
 @nox.session
+def reliability(session: nox.Session) -> None:
+    """Kill runs, fill disks, run for long, and give other optimizers the same faults."""
+    install(session, "-e", ".[jax,scipy,torch]", group="test")
+    session.run("pytest", "-n", "auto", "tests/reliability", *session.posargs, env=ONE_CORE)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
     install(session, group="lint")
@@ -94,9 +169,10 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def benchmark(session: nox.Session) -> None:
-    """Time steps against their floor, PyTorch's optimizers and optax's; arguments go to the script."""
+    """Time steps against their floor, PyTorch's optimizers and optax's; arguments go to the first script."""
     install(session, ".[jax,torch]", group="benchmark")
     session.run("python", "benchmarks/step_cost.py", *session.posargs)
+    session.run("python", "benchmarks/array_steps.py")
 
 
 @nox.session
@@ -107,20 +183,34 @@ def line_search(session: nox.Session) -> None:
 
 
 @nox.session
+def minimize(session: nox.Session) -> None:
+    """Compare SciPy's L-BFGS-B with ours on the test functions of More, Garbow and Hillstrom."""
+    install(session, ".[jax,scipy]", group="benchmark")
+    session.run("python", "-m", "benchmarks.minimize", *session.posargs)
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Give the same faults to every optimizer, and print what is left of the runs."""
+    install(session, ".[jax,scipy,torch]", group="benchmark")
+    session.run("python", "benchmarks/faults.py", *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build the wheel, install it elsewhere, and import every package from there."""
     session.install("build")
     with tempfile.TemporaryDirectory() as folder:
         session.run("python", "-m", "build", "--outdir", folder, ".")
         (wheel,) = Path(folder).glob("*.whl")
-        install(session, f"{wheel}[jax,torch]")
+        install(session, f"{wheel}[jax,scipy,torch]")
         session.cd(folder)
-        for package in ("mlbfgs_core", "mlbfgs_jax", "mlbfgs_torch"):
+        for package in ("mlbfgs_core", "mlbfgs_cupy", "mlbfgs_jax", "mlbfgs_scipy", "mlbfgs_torch"):
             session.run("python", "-P", "-c", f"import {package}; print({package}.__file__)")
 
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """Test on a CUDA GPU; fails where there is none."""
-    install(session, "-e", ".[jax,torch]", group="test")
+    """Test CuPy, PyTorch and JAX on a CUDA GPU; fails where there is none."""
+    install(session, "-e", ".[cupy,jax,torch]", "jax[cuda12]", group="test")
     session.run("pytest", "tests/gpu", *session.posargs)

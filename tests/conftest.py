@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from importlib import import_module
+from importlib.metadata import version
 
-import array_api_compat.numpy
-import array_api_compat.torch
-import array_api_strict
-import jax
-import jax.numpy
 import pytest
 from array_api_extra.testing import patch_lazy_xp_functions
 from hypothesis import HealthCheck, Phase, settings
-
-jax.config.update("jax_enable_x64", True)
 
 # The `xp` fixture hands the same namespace to every example of a test, so its scope is no hazard.
 # Examples are seeds of generators, which shrinking makes no simpler.
@@ -26,15 +22,66 @@ settings.register_profile("default", max_examples=5, derandomize=True, **_common
 settings.register_profile("thorough", max_examples=200, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-BACKENDS = {
-    "numpy": array_api_compat.numpy,
-    "array_api_strict": array_api_strict,
-    "torch": array_api_compat.torch,
-    "jax": jax.numpy,
+NAMESPACES = {
+    "numpy": "array_api_compat.numpy",
+    "array_api_strict": "array_api_strict",
+    "torch": "array_api_compat.torch",
+    "jax": "jax.numpy",
 }
+BACKENDS = {}
+"""The namespaces that `--backends` names; no other is imported."""
 
 
-@pytest.fixture(params=BACKENDS)
+def _backends(text):
+    names = text.split(",")
+    if unknown := [name for name in names if name not in NAMESPACES]:
+        msg = f"must be names of {', '.join(NAMESPACES)}, got {', '.join(map(repr, unknown))}"
+        raise argparse.ArgumentTypeError(msg)
+    return names
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backends",
+        type=_backends,
+        default=list(NAMESPACES),
+        metavar="NAME,...",
+        help=f"import and test these backends only, and deselect the other tests: {','.join(NAMESPACES)}",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "backends(name, ...): the test needs these backends")
+    for name in config.getoption("backends"):
+        try:
+            BACKENDS[name] = import_module(NAMESPACES[name])
+        except ModuleNotFoundError as error:
+            msg = f"`--backends` must name what is installed, got {name}: {error}"
+            raise pytest.UsageError(msg) from error
+    if "jax" in BACKENDS:
+        import_module("jax").config.update("jax_enable_x64", True)
+
+
+def pytest_report_header():
+    return "backends: " + ", ".join(f"{name} {version(name)}" for name in BACKENDS)
+
+
+def pytest_collection_modifyitems(config, items):
+    groups = {True: [], False: []}
+    for item in items:
+        groups[_needs(item) <= BACKENDS.keys()].append(item)
+    items[:] = groups[True]
+    config.hook.pytest_deselected(items=groups[False])
+
+
+def _needs(item):
+    """The backends of a test: those of its marks, and the one of its `xp`."""
+    marked = {name for mark in item.iter_markers("backends") for name in mark.args}
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return marked | ({params["xp"]} if "xp" in params else set())
+
+
+@pytest.fixture(params=NAMESPACES)
 def xp(request):
     """Each backend in turn; under JAX the functions of `mlbfgs_core` run jitted."""
     namespace = BACKENDS[request.param]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import array_api_compat.torch as xp
 import torch
@@ -50,7 +51,8 @@ _DEVICE_SMALL = 2**23
 _LARGEST_PACK = 2**26
 
 
-class Member(NamedTuple):
+@dataclass(frozen=True, eq=False)  # a property of a named tuple cannot be traced by older compilers
+class Member:
     """A parameter, its group, and how it lies in memory."""
 
     name: str
@@ -90,17 +92,20 @@ class Member(NamedTuple):
         return spread.permute((*range(lead), *(lead + axis for axis in inverse)))
 
 
-class Leaf(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Leaf:
     """One leaf of the core: parameters of one group, block and dtype, side by side."""
 
     members: tuple[Member, ...]
     plain: bool
-    """Whether all members are real and lie in the order of their axes."""
+    """Whether all members are real, lie in the order of their axes, and have values."""
 
     @classmethod
     def of(cls, members: Sequence[Member]) -> Leaf:
         """Of these members, in this order."""
-        plain = (m.order == tuple(range(m.param.ndim)) and not m.param.is_complex() for m in members)
+        plain = (
+            m.order == tuple(range(m.param.ndim)) and not m.param.is_complex() and m.size > 0 for m in members
+        )
         return cls(tuple(members), all(plain))
 
     @property

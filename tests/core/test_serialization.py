@@ -9,6 +9,7 @@ import pickle
 import resource
 import sys
 
+import array_api_compat.numpy as xp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def go_on(config, snapshot, first, last):
     state = core.State(*map(writable, state))
     for step in range(first, last):
         update, state = core.step(
-            config, state, params, gradient(step, params), blocks=snapshot.blocks, kernels=Kernels(np)
+            config, state, params, gradient(step, params), blocks=snapshot.blocks, kernels=Kernels(xp)
         )
         for i, d in enumerate(update[:-1]):
             momentum[i] = np.asarray(0.9 * momentum[i] + d, dtype=d.dtype)
@@ -58,7 +59,7 @@ def start(settings, blocks="layer", dtypes=("float64", "float32", "float64", "fl
     params = tuple(
         np.asarray(rng.normal(size=shape), dtype=d) for shape, d in zip(SHAPES, dtypes, strict=True)
     )
-    state = core.init(config, params, partition, np)
+    state = core.init(config, params, partition, xp)
     momentum = (*(np.zeros_like(param) for param in params[:-1]), None)
     return config, core.Snapshot(NAMES, partition, state, params, momentum)
 

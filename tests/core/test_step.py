@@ -6,8 +6,6 @@ import threading
 import tracemalloc
 
 import array_api_compat.numpy as numpy_namespace
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,7 +18,7 @@ from tests.strategies import generators, schedules
 lazy_xp_modules = [core]
 
 SETTINGS = {
-    "default": {},
+    "default": {"update_every": 10},
     "fixed": {"adaptive": False, "update_every": 4},
     "paper": {"preset": "paper", "update_every": 3},
     "lbfgs": {"preset": "lbfgs"},
@@ -147,8 +145,12 @@ def test_what_the_host_foresees_equals_the_masked_step(xp, name, rng):
     assert int(state.pairs[0]) > 0
 
 
+@pytest.mark.backends("jax")
 @pytest.mark.parametrize("name", ["default", "lbfgs"])
 def test_deciding_on_the_device_equals_the_masked_step(name):
+    import jax
+    import jax.numpy as jnp
+
     config, steps = config_of(name), 20
     start, gradient = noisy_quadratic(np.random.default_rng(0), 11, steps)
 
@@ -425,7 +427,11 @@ def test_a_step_allocates_the_update_and_a_few_tiles(name, when):
     assert peak < x.nbytes + 60 * tile * 4 + 1e6
 
 
+@pytest.mark.backends("jax")
 def test_a_functional_backend_keeps_what_it_was_given():
+    import jax
+    import jax.numpy as jnp
+
     config, x = core.Config(), jnp.ones(5)
     state = core.init(config, [x])
     before = jax.tree.map(np.asarray, state)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,8 +64,13 @@ def test_matches_scipys_inverse_hessian_product_on_the_same_pairs(xp, rng):
     assert relative(operator_matrix(state_after(CONFIG, pairs, xp)), expected) < TOLERANCE
 
 
+@pytest.mark.backends("jax")
 @given(rng=generators)
 def test_every_step_matches_optax_scale_by_lbfgs(xp, rng):
+    import jax
+    import jax.numpy as jnp
+    import optax
+
     config = core.Config(preset="lbfgs", history_size=M)
     matrix, x = spd(rng, DIM), rng.normal(size=DIM)
     peer = optax.scale_by_lbfgs(memory_size=M)
@@ -122,10 +124,9 @@ def test_float32_matches_dense_float64_bfgs_at_every_ring_offset(xp, rng):
         assert relative(apply(config, state, gradient, xp, dtype="float32"), expected) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])  # the two that have bfloat16
+@pytest.mark.parametrize("xp", ["torch", "jax"], indirect=True)  # the two that have bfloat16
 @given(rng=generators)
-def test_bfloat16_history_matches_dense_bfgs_to_its_rounding(backend, rng):
-    xp = _namespace(backend)
+def test_bfloat16_history_matches_dense_bfgs_to_its_rounding(xp, rng):
     config = core.Config(history_size=M, history_dtype="bfloat16", **{**PLAIN, "min_cosine": 0.1})
     pairs, gradient = curvature_pairs(rng, 2 * M, 50, condition=10.0), rng.normal(size=50)
     for count in range(1, len(pairs) + 1):
@@ -221,9 +222,3 @@ def test_blocks_without_length_control_are_separate_optimizers(xp, rng):
         for part in (slice(0, 5), slice(5, 12))
     ]
     assert relative(together, np.concatenate(apart)) < TOLERANCE
-
-
-def _namespace(name):
-    from tests.conftest import BACKENDS
-
-    return BACKENDS[name]
