@@ -53,8 +53,8 @@ def save_state(
     >>> params, tx = {"w": jnp.ones(3)}, mlbfgs(0.1)
     >>> save_state(path, params, tx.init(params))
     >>> restored, state = load_state(path, params, tx.init(params))
-    >>> restored["w"]
-    Array([1., 1., 1.], dtype=float32)
+    >>> restored["w"].tolist()
+    [1.0, 1.0, 1.0]
     """
     snapshot, traces = _snapshot(params, state, blocks)
     buffers = _named(traces[0].trace) if traces else {}
