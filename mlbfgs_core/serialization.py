@@ -5,10 +5,13 @@ A file is of the safetensors format: arrays, and a header of text. Nothing in it
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +30,8 @@ Array = Any
 StrPath = str | os.PathLike[str]
 FORMAT, VERSION = "mlbfgs", 1
 """The header's one entry, and the version of what it tells."""
+ABANDONED_AFTER = 3600
+"""Seconds since the last write to a temporary file."""
 _NO_DIGEST = "0" * 64
 """Stands in the header while the file is hashed."""
 _DTYPES = {
@@ -61,8 +66,8 @@ def save_state(path: StrPath, snapshots: Sequence[Snapshot]) -> None:
     Notes
     -----
     Writes the state, the parameters and the momentum, without leaves that never had a gradient, and reads
-    the file once for its SHA-256. A process killed in the middle leaves a hidden temporary file beside, which
-    is never read.
+    the file once for its SHA-256. A process killed in the middle leaves a file ``.NAME.*.tmp`` beside, which
+    is never read, and which a later call removes once it is an hour old.
 
     Examples
     --------
@@ -97,6 +102,7 @@ def save_state(path: StrPath, snapshots: Sequence[Snapshot]) -> None:
         )
     header = {FORMAT: json.dumps({"version": VERSION, "sha256": _NO_DIGEST, "parts": parts})}
     target = Path(path).resolve()
+    _remove_abandoned(target)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         partial.touch(exist_ok=False)
@@ -253,6 +259,14 @@ def _safetensors() -> ModuleType:
 
 def _refusal(path: StrPath, rule: str) -> ValueError:
     return ValueError(f"`path` ({os.fspath(path)}) {rule}")
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what processes that were killed have left; one that lives writes more often than this."""
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # somebody else may have removed it
+            if time.time() - partial.stat().st_mtime > ABANDONED_AFTER:
+                partial.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import sys
+import time
 
 import array_api_compat.numpy as xp
 import ml_dtypes
@@ -341,6 +342,17 @@ def test_a_disk_that_is_full_in_the_middle_leaves_the_old_file_whole(run, saved)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(run, saved):
+    names = [".run.safetensors.a.tmp", ".run.safetensors.b.tmp", ".other.safetensors.a.tmp", "mine.tmp"]
+    old, fresh, other, mine = (saved.with_name(name) for name in names)
+    for path in (old, fresh, other, mine):
+        path.write_bytes(b"partial")
+        if path is not fresh:
+            os.utime(path, (0, time.time() - 2 * 3600))
+    core.save_state(saved, [run])
+    assert [path.exists() for path in (old, fresh, other, mine)] == [False, True, True, True]
 
 
 def test_a_link_is_followed_and_permissions_are_those_of_a_new_file(run, saved, tmp_path):
