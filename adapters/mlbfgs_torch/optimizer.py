@@ -266,7 +266,8 @@ class MLBFGS(Optimizer):
         >>> core.load_state(path)[0].names
         ('weight', 'bias')
         """
-        core.save_state(path, [self._snapshot(part) for part in self._partitions()])
+        parts = self._partitions()
+        core.save_state(path, [take(part.config, part.members, part.blocks, self.state) for part in parts])
 
     @torch.no_grad()
     def load_state(self, path: str | os.PathLike[str]) -> None:
@@ -288,7 +289,8 @@ class MLBFGS(Optimizer):
         Sets the parameters' values too. Hyperparameters and settings stay those of this optimizer.
         """
         parts = self._partitions()
-        loaded = core.load_state(path, [self._snapshot(part) for part in parts])
+        like = [take(part.config, part.members, part.blocks, {}) for part in parts]
+        loaded = core.load_state(path, like)
         label, restored = 0, []
         for part, snapshot in zip(parts, loaded, strict=True):
             restored += restore(snapshot, part.members, label)
@@ -299,9 +301,6 @@ class MLBFGS(Optimizer):
             if not entry:
                 del self.state[param]
         self._forget_units()
-
-    def _snapshot(self, part: _Partition) -> core.Snapshot:
-        return take(part.config, part.members, part.blocks, self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_blocks": self._blocks}
