@@ -156,7 +156,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typing(session: nox.Session) -> None:
     """Check the types of the core strictly."""
-    install(session, "-e", ".", group="typing")
+    install(session, "-e", ".[checkpoint]", group="typing")
     session.run("mypy")
 
 
