@@ -252,6 +252,17 @@ def test_a_state_goes_through_a_file_to_another_gpu_run_and_to_the_cpu(tmp_path)
     np.testing.assert_allclose(other.train(host, 9), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_run_saved_on_the_gpu_goes_on_in_numpy(tmp_path):
+    problem, other = OnDevice(), Problem()
+    optimizer = MLBFGS(problem.params(), LR, **FAST)
+    problem.train(optimizer, stop=9)
+    optimizer.save_state(tmp_path / "run.safetensors")
+    host = MLBFGS(other.params(), LR, **FAST)
+    host.load_state(tmp_path / "run.safetensors")
+    np.testing.assert_array_equal(flat(host.params), on_host(optimizer.params))
+    np.testing.assert_allclose(other.train(host, 9), problem.train(optimizer, 9), rtol=1e-9, atol=1e-11)
+
+
 def test_a_copy_is_independent():
     problem = OnDevice()
     optimizer = MLBFGS(problem.params(), LR, **FAST)
