@@ -20,8 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from .config import Config
-from .snapshot import Snapshot, arrays_by_name, check_layout, check_names, matched, shape_settings
+from .snapshot import (
+    Snapshot,
+    arrays_by_name,
+    check_layout,
+    check_names,
+    matched,
+    settings_of,
+    shape_settings,
+)
 from .state import LEAF_ARRAYS, State, layout
 
 __all__ = ["load_state", "save_state"]
@@ -86,7 +93,7 @@ def save_state(path: StrPath, snapshots: Sequence[Snapshot]) -> None:
     arrays: dict[str, Array] = {}
     parts = []
     for number, snapshot in enumerate(snapshots):
-        config = shape_settings(snapshot.state)
+        config = settings_of(snapshot.state)
         check_names(snapshot.names, snapshot.blocks, "`snapshots`")
         own = dict(arrays_by_name(snapshot))
         check_layout(config, snapshot.names, snapshot.blocks, own, "`snapshots`")
@@ -212,11 +219,7 @@ def _parse(part: dict[str, Any], prefix: str, arrays: dict[str, Array]) -> Snaps
     """One snapshot; takes its arrays out of the dictionary."""
     names, blocks = tuple(part["names"]), tuple(map(tuple, part["blocks"]))
     check_names(names, blocks, "the header")
-    config = Config(
-        history_size=part["history_size"],
-        history_dtype=part["history_dtype"],
-        metric_power=0.5 if part["metric"] else 0.0,
-    )
+    config = shape_settings(part["history_size"], part["history_dtype"], part["metric"])
     own = {name[len(prefix) :]: arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
     check_layout(config, names, blocks, own, "the file")
     values: dict[str, Any] = {name: [] for name in LEAF_ARRAYS}

@@ -11,7 +11,15 @@ from .blocks import Blocks, validate_blocks
 from .config import Config
 from .state import LEAF_ARRAYS, LEAF_COUNTS, LEAF_DTYPES, State, dtype_name, layout
 
-__all__ = ["Snapshot", "arrays_by_name", "check_layout", "check_names", "matched", "shape_settings"]
+__all__ = [
+    "Snapshot",
+    "arrays_by_name",
+    "check_layout",
+    "check_names",
+    "matched",
+    "settings_of",
+    "shape_settings",
+]
 
 Array = Any
 
@@ -196,15 +204,18 @@ def _check_same(found: Snapshot, wanted: Snapshot, where: str) -> None:
                 raise ValueError(msg)
 
 
-def shape_settings(state: State) -> Config:
-    """Settings with the same layout as those of a state."""
+def shape_settings(history_size: int, history_dtype: str | None, metric: bool) -> Config:
+    """Settings of which only what shapes a state is meant."""
+    return Config(history_size=history_size, history_dtype=history_dtype, metric_power=0.5 if metric else 0.0)
+
+
+def settings_of(state: State) -> Config:
+    """`shape_settings` with the layout of a state."""
     dtypes = {dtype_name(history) for history in state.history}
     own = all(
         dtype_name(history) == dtype_name(mean)
         for history, mean in zip(state.history, state.mean_params, strict=True)
     )
-    return Config(
-        history_size=state.gram.shape[-1] // 2,
-        history_dtype=None if own else next(iter(dtypes)),
-        metric_power=0.5 if state.moment else 0.0,
+    return shape_settings(
+        state.gram.shape[-1] // 2, None if own else next(iter(dtypes)), metric=bool(state.moment)
     )

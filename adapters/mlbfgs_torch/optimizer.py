@@ -297,9 +297,9 @@ class MLBFGS(Optimizer):
             label += len(part.blocks)
         for param, value, entry in restored:
             as_real(param.detach()).copy_(value)
-            self.state[param] = entry
-            if not entry:
-                del self.state[param]
+            self.state.pop(param, None)
+            if entry:
+                self.state[param] = entry
         self._forget_units()
 
     def __getstate__(self) -> dict[str, Any]:
