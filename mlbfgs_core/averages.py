@@ -47,6 +47,7 @@ def project(
     blocks: Blocks | None = None,
     kernels: Kernels | None = None,
     reduce: Reduce | None = None,
+    shares: Sequence[float] | None = None,
 ) -> Observation:
     """Everything a step must know of its gradient before it may write: one pass, one reduction.
 
@@ -57,7 +58,7 @@ def project(
         Not consumed.
     params, grads : sequence of arrays
         One per leaf; a gradient may be None.
-    blocks, kernels, reduce : optional
+    blocks, kernels, reduce, shares : optional
         As in `mlbfgs_core.step`.
 
     Returns
@@ -79,7 +80,7 @@ def project(
     >>> project(config, init(config, [x]), [x], [3 * x]).grad_square
     array([45.])
     """
-    call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
+    call = prepare(config, state, blocks, kernels, reduce, shares, params=params, grads=grads)
     return project_call(call, state, params, grads)
 
 
@@ -140,6 +141,7 @@ def observe(
     blocks: Blocks | None = None,
     kernels: Kernels | None = None,
     reduce: Reduce | None = None,
+    shares: Sequence[float] | None = None,
     observation: Observation | None = None,
     when: When = None,
 ) -> State:
@@ -152,7 +154,7 @@ def observe(
         Consumed.
     params, grads : sequence of arrays
         `theta` and the gradient at `theta`, both from before the update; a gradient may be None.
-    blocks, kernels, reduce : optional
+    blocks, kernels, reduce, shares : optional
         As in `mlbfgs_core.step`.
     observation : Observation, optional
         From `project` of the same arguments, which is called where it is not given.
@@ -183,7 +185,7 @@ def observe(
     >>> bool(state.due), state.mean_grads[0]
     (True, array([3., 6.]))
     """
-    call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
+    call = prepare(config, state, blocks, kernels, reduce, shares, params=params, grads=grads)
     if observation is None:
         observation = project_call(call, state, params, grads)
     return observe_call(call, state, params, grads, observation, when)

@@ -33,6 +33,7 @@ class Call(NamedTuple):
     blocks: Blocks
     kernels: Kernels
     reduce: Reduce
+    shares: Sequence[float] | None
     xp: Any
     dtype: Any
 
@@ -80,6 +81,12 @@ class Call(NamedTuple):
         """0-d bool: whether a leaf has been observed in this window and in the previous one."""
         return (state.leaf_window[leaf] > 0) & (state.leaf_prev_window[leaf] > 0)
 
+    def shared(self, part: Array, leaf: int) -> Array:
+        """What this shard adds of a leaf's inner products; a share of 0 keeps what is not finite."""
+        if self.shares is None or self.shares[leaf] == 1.0:
+            return part
+        return part * self.shares[leaf]
+
     def block_sums(self, parts: Sequence[Array | None]) -> Array:
         """Sum each block's parts (None: nothing) of shape (K,) or (): (B, K) or (B,)."""
         like = next(part for part in parts if part is not None)
@@ -89,7 +96,7 @@ class Call(NamedTuple):
             for leaf in block:
                 part = parts[leaf]
                 if part is not None:
-                    total = total + self.kernels.cast(part, self.dtype)
+                    total = total + self.kernels.cast(self.shared(part, leaf), self.dtype)
             sums.append(total)
         return self.xp.stack(sums)
 
@@ -100,6 +107,7 @@ def prepare(
     blocks: Blocks | None,
     kernels: Kernels | None,
     reduce: Reduce | None,
+    shares: Sequence[float] | None = None,
     **leaves: Sequence[Array | None] | None,
 ) -> Call:
     """Check the arguments of a verb and bundle them.
@@ -107,7 +115,8 @@ def prepare(
     Raises
     ------
     ValueError
-        A number of leaves, a shape or a partition that does not match the state, or no gradient at all.
+        A number of leaves or of shares, a shape or a partition that does not match the state, or no
+        gradient at all.
     TypeError
         A gradient whose dtype is neither its parameter's nor that of its averages.
     """
@@ -118,6 +127,9 @@ def prepare(
         validate_blocks(blocks, count)
     if len(blocks) != state.gamma.shape[0]:
         msg = f"`blocks` must be the state's {state.gamma.shape[0]} blocks, got {len(blocks)}"
+        raise ValueError(msg)
+    if shares is not None and len(shares) != count:
+        msg = f"`shares` must hold a number for each of {count} leaves, got {len(shares)}"
         raise ValueError(msg)
     for name, arrays in leaves.items():
         if arrays is not None:
@@ -133,7 +145,7 @@ def prepare(
         msg = f"`grads`[{index}] {rule}, got {grad.dtype}"
         raise TypeError(msg)
     xp = kernels.xp if kernels is not None else array_namespace(state.gamma)
-    return Call(config, blocks, kernels or Kernels(xp), reduce or _identity, xp, state.gamma.dtype)
+    return Call(config, blocks, kernels or Kernels(xp), reduce or _identity, shares, xp, state.gamma.dtype)
 
 
 def run_if(when: When, predicate: Array, part: Callable[[Any], Any], operand: Any) -> Any:

@@ -35,6 +35,7 @@ def step(
     blocks: Blocks | None = None,
     kernels: Kernels | None = None,
     reduce: Reduce | None = None,
+    shares: Sequence[float] | None = None,
     when_check: When = None,
     when_due: When = None,
     observation: Observation | None = None,
@@ -58,6 +59,9 @@ def step(
     reduce : callable, optional
         Sums an array of coefficients over all shards; by default the identity. Called once in a
         step, once more with a metric or a missing gradient, twice at a check, three times at a refresh.
+    shares : sequence of float, optional
+        For each leaf the part of its inner products that this shard adds, by default 1. Where several
+        shards hold copies of a leaf, their shares sum to 1: say, 1 on one of them and 0 on the others.
     when_check, when_due : None, bool or callable
         Who decides whether the check or the refresh runs. None: both always run, and what is not
         asked for is masked. A bool: the caller knows, for instance from `upcoming`. A function
@@ -105,7 +109,7 @@ def step(
     >>> int(state.pairs[0])
     3
     """
-    call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
+    call = prepare(config, state, blocks, kernels, reduce, shares, params=params, grads=grads)
     update, factor, state = _unscaled_step(call, state, params, grads, when_check, when_due, observation)
     return _scaled(call, grads, update, factor), state
 
@@ -119,6 +123,7 @@ def unscaled_step(
     blocks: Blocks | None = None,
     kernels: Kernels | None = None,
     reduce: Reduce | None = None,
+    shares: Sequence[float] | None = None,
     when_check: When = None,
     when_due: When = None,
     observation: Observation | None = None,
@@ -127,7 +132,7 @@ def unscaled_step(
 
     Parameters
     ----------
-    config, state, params, grads, blocks, kernels, reduce, when_check, when_due, observation
+    config, state, params, grads, blocks, kernels, reduce, shares, when_check, when_due, observation
         As in `step`.
 
     Returns
@@ -156,7 +161,7 @@ def unscaled_step(
     >>> round(float(np.linalg.norm(update[0] * factor)), 6)
     1.0
     """
-    call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
+    call = prepare(config, state, blocks, kernels, reduce, shares, params=params, grads=grads)
     return _unscaled_step(call, state, params, grads, when_check, when_due, observation)
 
 
@@ -199,6 +204,7 @@ def direction(
     blocks: Blocks | None = None,
     kernels: Kernels | None = None,
     reduce: Reduce | None = None,
+    shares: Sequence[float] | None = None,
 ) -> tuple[list[Array | None], State]:
     """The direction ``H g`` for any gradient, with the length that the settings ask for.
 
@@ -211,7 +217,7 @@ def direction(
         One per leaf, or None.
     params : sequence of arrays, optional
         Needed with ``step_length="clip"``, which begins relative to their norm.
-    blocks, kernels, reduce : optional
+    blocks, kernels, reduce, shares : optional
         As in `step`.
 
     Returns
@@ -238,7 +244,7 @@ def direction(
     >>> direction(config, init(config, [x]), [x])[0][0]
     array([0.6, 0.8])
     """
-    call = prepare(config, state, blocks, kernels, reduce, params=params, grads=grads)
+    call = prepare(config, state, blocks, kernels, reduce, shares, params=params, grads=grads)
     seen = project_call(call, state, params, grads, observed=True)
     update, factor, state = _direction(call, state, grads, seen)
     return _scaled(call, grads, update, factor), state

@@ -27,6 +27,7 @@ def refresh(
     blocks: Blocks | None = None,
     kernels: Kernels | None = None,
     reduce: Reduce | None = None,
+    shares: Sequence[float] | None = None,
 ) -> State:
     """Take the pair of this window and the previous one, and form the new inverse Hessian.
 
@@ -37,7 +38,7 @@ def refresh(
         As `observe` returned it. Consumed.
     due : bool or 0-d bool array
         Where false, the state stays as it is; ``state.due`` is what the schedule asks for.
-    blocks, kernels, reduce : optional
+    blocks, kernels, reduce, shares : optional
         As in `mlbfgs_core.step`.
 
     Returns
@@ -67,7 +68,7 @@ def refresh(
     >>> state.mu
     array([3.])
     """
-    call = prepare(config, state, blocks, kernels, reduce)
+    call = prepare(config, state, blocks, kernels, reduce, shares)
     due = call.xp.ones_like(state.due) & due
     return refresh_call(call, state, None, None, due)[0]
 

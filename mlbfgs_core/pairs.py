@@ -57,9 +57,12 @@ def products(call: Call, state: State, metrics: Sequence[Metric | None]) -> Pair
     for block in call.blocks:
         tiles: list[PairTile] = []
         for leaf in block:
-            tiles += call.kernels.pair_products(
-                call.means(state, leaf), metrics[leaf], call.valid(state, leaf)
-            )
+            tiles += [
+                PairTile(tile.s_scale, tile.y_scale, *(call.shared(x, leaf) for x in tile[2:]))
+                for tile in call.kernels.pair_products(
+                    call.means(state, leaf), metrics[leaf], call.valid(state, leaf)
+                )
+            ]
         columns = zip(*tiles, strict=True)
         parts = [xp.stack([xp.astype(x, call.dtype, copy=False) for x in column]) for column in columns]
         gathered.append(_add_scaled(*parts, s_total=xp.max(parts[0]), y_total=xp.max(parts[1]), xp=xp))
