@@ -7,8 +7,9 @@ in the parameters' shapes.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,17 @@ import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
 from mlbfgs_core.state import LEAF_COUNTS, dtype_name
 
+from .sharding import like_param, local, matching
+
 __all__ = [
+    "PER_BLOCK",
+    "PER_UNIT",
     "Bound",
     "Flags",
     "Leaf",
     "Member",
     "Memory",
+    "agreed",
     "as_real",
     "bind",
     "coefficients",
@@ -40,10 +46,10 @@ Memory = dict[Tensor, dict[str, Any]]
 
 _COEFFICIENTS = tuple(name for name in core.State._fields if name not in core.LEAF_ARRAYS)
 _UNIT_REALS = ("scatter", "prev_scatter", "signal_to_noise", "length")
-_PER_UNIT = (
+PER_UNIT = (
     "step", "skipped", "accepted", "window", "prev_window", "pending", "due", *_UNIT_REALS,
 )  # fmt: skip
-_PER_BLOCK = tuple(name for name in _COEFFICIENTS if name not in (*LEAF_COUNTS, *_PER_UNIT, "size"))
+PER_BLOCK = tuple(name for name in _COEFFICIENTS if name not in (*LEAF_COUNTS, *PER_UNIT, "size"))
 
 # Parameters of fewer values are laid side by side, in leaves of at most so many values.
 _SMALL = {"cpu": 2**16}
@@ -58,24 +64,42 @@ class Member:
     name: str
     param: Tensor
     group: dict[str, Any]
+    share: float
+    """What part of its inner products this process adds to the sums over all."""
     shape: tuple[int, ...]
-    """Of the real values: a complex parameter has a last axis of 2."""
+    """Of this process's real values: a complex parameter has a last axis of 2."""
     order: tuple[int, ...]
     """Axes from the largest stride to the smallest."""
     dense: bool
     """Whether `flat` is a view."""
 
     @classmethod
-    def of(cls, name: str, param: Tensor, group: dict[str, Any]) -> Member:
+    def of(cls, name: str, param: Tensor, group: dict[str, Any], share: float) -> Member:
         """With the layout of the parameter."""
-        real = as_real(param)
+        real = as_real(local(param))
         order = tuple(sorted(range(real.ndim), key=lambda axis: -real.stride(axis)))
-        return cls(name, param, group, tuple(real.shape), order, real.permute(order).is_contiguous())
+        dense = real.permute(order).is_contiguous()
+        return cls(name, param, group, share, tuple(real.shape), order, dense)
 
     @property
     def size(self) -> int:
-        """Number of real values."""
-        return self.param.numel() * (2 if self.param.is_complex() else 1)
+        """Number of real values that this process holds."""
+        return math.prod(self.shape)
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of the real values over all processes."""
+        return (*self.param.shape, 2) if self.param.is_complex() else tuple(self.param.shape)
+
+    @property
+    def values(self) -> Tensor:
+        """The values that this process holds."""
+        return local(self.param)
+
+    def grad(self) -> Tensor | None:
+        """Their gradient."""
+        grad = self.param.grad
+        return None if grad is None else matching(grad, self.param)
 
     def flat(self, tensor: Tensor) -> Tensor:
         """A tensor like the parameter (or several: more axes in front), as one axis in memory order."""
@@ -104,7 +128,7 @@ class Leaf:
     def of(cls, members: Sequence[Member]) -> Leaf:
         """Of these members, in this order."""
         plain = (
-            m.order == tuple(range(m.param.ndim)) and not m.param.is_complex() and m.size > 0 for m in members
+            m.order == tuple(range(len(m.shape))) and not m.param.is_complex() and m.size > 0 for m in members
         )
         return cls(tuple(members), all(plain))
 
@@ -119,13 +143,18 @@ class Leaf:
         return self.real_params()[0].new_zeros(()).expand(size)
 
     @property
+    def share(self) -> float:
+        """What part of its inner products this process adds."""
+        return self.members[0].share
+
+    @property
     def is_view(self) -> bool:
         """Whether `gather` of the parameters is their own memory."""
         return len(self.members) == 1 and self.members[0].dense
 
     def params(self) -> list[Tensor]:
-        """The parameters."""
-        return [member.param for member in self.members]
+        """The parameters' values."""
+        return [member.values for member in self.members]
 
     def real_params(self) -> list[Tensor]:
         """The parameters' values as reals; writing to them writes to the parameters."""
@@ -133,7 +162,7 @@ class Leaf:
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor per member (or several: more axes in front) as a flat one."""
-        if self.plain and len(tensors) > 1 and tensors[0].ndim == self.members[0].param.ndim:
+        if self.plain and len(tensors) > 1 and tensors[0].ndim == len(self.members[0].shape):
             return _flatten_dense_tensors(tensors)
         flats = [member.flat(tensor) for member, tensor in zip(self.members, tensors, strict=True)]
         return flats[0] if len(flats) == 1 else torch.cat(flats)
@@ -183,7 +212,7 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
         for index in block:
             member = members[index]
             kind: tuple[Any, ...] = (id(member.group), member.param.dtype, counts.get(member.param))
-            kind += (member.param.grad is None,)
+            kind += (member.param.grad is None, member.share)
             if member.size > _SMALL.get(member.param.device.type, _DEVICE_SMALL):
                 kind = (index,)
             pack = packs.setdefault(kind, [[]])
@@ -196,23 +225,38 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
     return tuple(leaves), tuple(leaf_blocks)
 
 
-def forget_misfits(parts: Sequence[tuple[core.Config, Sequence[Sequence[Member]]]], memory: Memory) -> None:
+def forget_misfits(
+    parts: Sequence[tuple[core.Config, Sequence[Sequence[Member]]]],
+    memory: Memory,
+    gather: Callable[[Any], list[Any]] | None = None,
+) -> None:
     """Empty the memory of blocks that do not continue exactly one block with the same settings.
 
     A block's coefficients hold for its own parameters only. `parts` gives settings and blocks of all
-    parameters.
+    parameters; `gather`, where other processes own some of them, what every process says.
     """
     blocks = [
         (config, [member for member in block if "block" in memory.get(member.param, ())])
         for config, own in parts
         for block in own
     ]
-    came_from = [{memory[member.param]["block"] for member in block} for _, block in blocks]
-    origins = [label for labels in came_from for label in labels]
+    notes = [
+        (
+            {memory[member.param]["block"] for member in block},
+            [member.name for member in block if not _fits(config, member, memory[member.param])],
+        )
+        for config, block in blocks
+    ]
+    if gather is not None:
+        told = zip(*gather(notes), strict=True)
+        notes = [
+            (set().union(*(labels for labels, _ in each)), [name for _, names in each for name in names])
+            for each in told
+        ]
+    origins = [label for labels, _ in notes for label in labels]
     forgotten: list[Member] = []
     reason = ""
-    for (config, block), labels in zip(blocks, came_from, strict=True):
-        changed = [member.name for member in block if not _fits(config, member, memory[member.param])]
+    for (_, block), (labels, changed) in zip(blocks, notes, strict=True):
         if len(labels) > 1 or any(origins.count(label) > 1 for label in labels):
             reason = "its blocks have changed"
         elif changed:
@@ -231,20 +275,32 @@ def forget_misfits(parts: Sequence[tuple[core.Config, Sequence[Sequence[Member]]
 
 
 def bind(
-    config: core.Config, leaves: Sequence[Leaf], blocks: Blocks, memory: Memory, first_label: int = 0
+    config: core.Config,
+    leaves: Sequence[Leaf],
+    blocks: Blocks,
+    memory: Memory,
+    first_label: int = 0,
+    *,
+    absent: Sequence[Tensor] = (),
+    sizes: Sequence[float] | None = None,
+    known: Mapping[str, Tensor] | None = None,
 ) -> Bound:
     """Gather the core's state from the parameters' dictionaries, and make these views of it.
 
     A parameter without memory gets an empty one and joins its block. Coefficients, which all
     parameters of a block or of the whole carry, are taken from the first that has them. Blocks are
     labelled from `first_label` on, so that `forget_misfits` knows them again.
+
+    Where other processes own some of the parameters, `absent` are empty leaves that stand for theirs,
+    behind `leaves`, `sizes` the number of values of each block, and `known` the coefficients.
     """
-    params = [[member.param for member in leaf.members] for leaf in leaves]
-    like = [leaf.like() for leaf in leaves]
+    params = [[member.param for member in leaf.members] for leaf in leaves] + [[] for _ in absent]
+    like = [*(leaf.like() for leaf in leaves), *absent]
     # A parameter alone keeps the memory that it has.
     alone = [len(leaf.members) == 1 and "history" in memory[leaf.members[0].param] for leaf in leaves]
-    new = [x for x, own in zip(like, alone, strict=True) if not own]
-    fresh = core.init(config, new or [like[0][:0]], xp=xp)
+    # Empty leaves in their places, since all leaves decide the dtype of coefficients.
+    new = [x[:0] if own else x for x, own in zip(like, [*alone, *(False for _ in absent)], strict=True)]
+    fresh = core.init(config, new, xp=xp)
     names = [name for name in core.LEAF_ARRAYS if getattr(fresh, name)]
     values: dict[str, Any] = {name: [] for name in core.LEAF_ARRAYS}
     arrays = {name: iter(getattr(fresh, name)) for name in names}
@@ -252,19 +308,22 @@ def bind(
     for leaf, own in zip(leaves, alone, strict=True):
         entries = [memory[member.param] for member in leaf.members]
         for name in names:
+            array = next(arrays[name])
             if own:
-                values[name].append(leaf.gather([entries[0][name]]).contiguous().to(like[0].device))
+                array = leaf.gather([local(entries[0][name])]).contiguous().to(like[0].device)
             else:
-                values[name].append(next(arrays[name]))
-                _copy_known(name, leaf, entries, values[name][-1])
+                _copy_known(name, leaf, entries, array)
+            values[name].append(array)
         momentum.append(None)
         if leaf.group["momentum"] != 0 or any("momentum_buffer" in entry for entry in entries):
             momentum[-1] = torch.zeros_like(values["mean_params"][-1])
             _copy_known("momentum_buffer", leaf, entries, momentum[-1])
     for name in core.LEAF_ARRAYS:
-        values[name] = tuple(values[name])
+        values[name] = (*values[name], *arrays.get(name, ()))
     values.update(coefficients(fresh, params, blocks, memory))
-    sizes = [float(sum(like[i].numel() for i in block)) for block in blocks]
+    values.update({} if known is None else {name: value.clone() for name, value in known.items()})
+    if sizes is None:
+        sizes = [float(sum(math.prod(m.whole) for i in block for m in leaves[i].members)) for block in blocks]
     values["size"] = torch.tensor(sizes, dtype=values["gamma"].dtype, device=values["gamma"].device)
     bound = Bound(core.State(**values), torch.stack([values[name] for name in _UNIT_REALS]), momentum)
     _make_views(bound, leaves, blocks, names, memory, first_label)
@@ -284,22 +343,51 @@ def coefficients(
     values = {}
     for name in LEAF_COUNTS:
         values[name] = torch.stack([carried(name, own, getattr(fresh, name)[0]) for own in params])
-    for name in _PER_BLOCK:
+    for name in PER_BLOCK:
         default = getattr(fresh, name)[0]
         carriers = [[param for i in block for param in params[i]] for block in blocks]
         values[name] = torch.stack([carried(name, own, default) for own in carriers])
     everyone = [param for own in params for param in own]
-    for name in _PER_UNIT:
+    for name in PER_UNIT:
         values[name] = carried(name, everyone, getattr(fresh, name)).clone()
     return values
+
+
+def agreed(
+    config: core.Config,
+    blocks: Sequence[Sequence[Member]],
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: Memory,
+    gather: Callable[[Any], list[Any]],
+) -> dict[str, Tensor]:
+    """The coefficients of blocks and of the whole, from the first process that carries them."""
+    fresh = core.init(config, [torch.empty(0, dtype=dtype)], xp=xp)
+
+    def carried(members: Sequence[Member], names: Sequence[str]) -> dict[str, Tensor] | None:
+        entries = (memory.get(member.param, {}) for member in members)
+        found = next((entry for entry in entries if "block" in entry), None)
+        return None if found is None else {name: torch.as_tensor(found[name]).cpu() for name in names}
+
+    everyone = [member for block in blocks for member in block]
+    told = gather((carried(everyone, PER_UNIT), [carried(block, PER_BLOCK) for block in blocks]))
+    whole = next((numbers for numbers, _ in told if numbers is not None), {})
+    values = {name: whole.get(name, getattr(fresh, name)) for name in PER_UNIT}
+    rows = [
+        next((numbers for numbers in each if numbers is not None), {})
+        for each in zip(*(numbers for _, numbers in told), strict=True)
+    ]
+    for name in PER_BLOCK:
+        values[name] = torch.stack([row.get(name, getattr(fresh, name)[0]) for row in rows])
+    return {name: value.to(getattr(fresh, name)).to(device) for name, value in values.items()}
 
 
 def entry_numbers(state: core.State, leaf: int, block: int, label: int) -> dict[str, Any]:
     """What a parameter's dictionary holds beside arrays of its own size."""
     return {
         **{name: getattr(state, name)[leaf] for name in LEAF_COUNTS},
-        **{name: getattr(state, name)[block] for name in _PER_BLOCK},
-        **{name: getattr(state, name) for name in _PER_UNIT},
+        **{name: getattr(state, name)[block] for name in PER_BLOCK},
+        **{name: getattr(state, name) for name in PER_UNIT},
         "block": label,
     }
 
@@ -350,7 +438,7 @@ def as_real(tensor: Tensor) -> Tensor:
 def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: Tensor) -> None:
     for view, entry in zip(leaf.spread(flat), entries, strict=True):
         if name in entry:
-            view.copy_(entry[name])
+            view.copy_(local(entry[name]))
 
 
 def _make_views(
@@ -364,20 +452,24 @@ def _make_views(
     state = bound.state
     for number, block in enumerate(blocks):
         for i in block:
+            if i >= len(leaves):  # others own it
+                continue
             views = {name: leaves[i].spread(getattr(state, name)[i]) for name in names}
             buffer = bound.momentum[i]
             if buffer is not None:
                 views["momentum_buffer"] = leaves[i].spread(buffer)
             for place, member in enumerate(leaves[i].members):
                 entry = memory[member.param]
-                entry.update({name: view[place] for name, view in views.items()})
+                for name, view in views.items():
+                    lead = 2 if name == "history" else 0
+                    entry[name] = like_param(view[place], member.param, lead)
                 entry.update(entry_numbers(state, i, number, first_label + number))
 
 
 def _fits(config: core.Config, member: Member, entry: dict[str, Any]) -> bool:
     dtype = config.history_dtype or dtype_name(entry["mean_params"])
     return (
-        entry["history"].shape == (2, config.history_size, *member.shape)
+        local(entry["history"]).shape == (2, config.history_size, *member.shape)
         and dtype_name(entry["history"]) == dtype
         and ("moment" in entry) == config.uses_metric
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
 
 from .binding import Member, Memory, as_real, coefficients, entry_numbers
+from .sharding import is_sharded, local, placed
 
 __all__ = ["restore", "take"]
 
@@ -23,12 +25,13 @@ def take(config: core.Config, members: Sequence[Member], blocks: Blocks, memory:
 
     Parameters that never had a gradient count as fresh ones, and take no memory.
     """
-    like = [torch.empty(m.shape, dtype=as_real(m.param.detach()).dtype, device="meta") for m in members]
+    like = [torch.empty(m.whole, dtype=as_real(m.values.detach()).dtype, device="meta") for m in members]
     template = core.init(config, like, blocks, xp=xp)
     fresh = core.init(config, [torch.empty(0, dtype=tensor.dtype) for tensor in like], xp=xp)
     values: dict[str, Any] = dict(coefficients(fresh, [[m.param] for m in members], blocks, memory))
     values["size"] = torch.tensor(
-        [float(sum(members[i].size for i in block)) for block in blocks], dtype=values["gamma"].dtype
+        [float(sum(math.prod(members[i].whole) for i in block)) for block in blocks],
+        dtype=values["gamma"].dtype,
     )
     values = {name: _to_numpy(value) for name, value in values.items()}
     for name in core.LEAF_ARRAYS:
@@ -39,7 +42,7 @@ def take(config: core.Config, members: Sequence[Member], blocks: Blocks, memory:
         names=tuple(member.name for member in members),
         blocks=blocks,
         state=core.State(**values),
-        params=tuple(_to_numpy(as_real(member.param.detach())) for member in members),
+        params=tuple(_to_numpy(member.param) for member in members),
         momentum=tuple(None if buffer is None else _to_numpy(buffer) for buffer in buffers),
     )
 
@@ -61,7 +64,10 @@ def restore(
         device, entry = member.param.device, {}
         if used[i]:
             arrays = {name: getattr(state, name)[i] for name in core.LEAF_ARRAYS if getattr(state, name)}
-            entry = {name: _to_torch(array).to(device) for name, array in arrays.items()}
+            entry = {
+                name: _placed(array, member.param, 2 if name == "history" else 0)
+                for name, array in arrays.items()
+            }
             label = first_label + block_of[i]
             entry.update(
                 {
@@ -70,8 +76,8 @@ def restore(
                 }
             )
         if buffer is not None:
-            entry["momentum_buffer"] = _to_torch(buffer).to(device)
-        yield member.param, _to_torch(snapshot.params[i]), entry
+            entry["momentum_buffer"] = _placed(buffer, member.param, 0)
+        yield member.param, local(_placed(snapshot.params[i], member.param, 0)), entry
 
 
 def _held(tensor: Tensor | None, template: Tensor) -> Any:
@@ -81,8 +87,15 @@ def _held(tensor: Tensor | None, template: Tensor) -> Any:
     return np.broadcast_to(zero, tuple(template.shape))
 
 
+def _placed(array: Any, param: Tensor, lead: int) -> Tensor:
+    return placed(_to_torch(array).to(param.device), param, lead)
+
+
 def _to_numpy(tensor: Tensor) -> Any:
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach()
+    if is_sharded(tensor):
+        tensor = tensor.full_tensor()
+    tensor = as_real(tensor).cpu()
     if tensor.dtype != torch.bfloat16:
         return tensor.numpy()
     import ml_dtypes

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Unpack
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -17,9 +19,24 @@ from mlbfgs_core.blocks import Blocks, BlockSpec
 from mlbfgs_core.config import check_real
 from mlbfgs_core.state import LEAF_DTYPES
 
-from .binding import Flags, Leaf, Member, Memory, as_real, bind, forget_misfits, plan_leaves, store
+from . import sharding
+from .binding import (
+    PER_BLOCK,
+    PER_UNIT,
+    Flags,
+    Leaf,
+    Member,
+    Memory,
+    agreed,
+    as_real,
+    bind,
+    forget_misfits,
+    plan_leaves,
+    store,
+)
 from .checkpoint import restore, take
 from .kernels import TorchKernels
+from .owners import divide, gather
 
 __all__ = ["MLBFGS"]
 
@@ -106,6 +123,7 @@ class MLBFGS(Optimizer):
         maximize: bool = False,
         decoupled_weight_decay: bool = True,
         capturable: bool = False,
+        shard_group: Any = None,
         **settings: Unpack[core.Settings],
     ) -> None:
         config = core.Config(**settings)
@@ -120,9 +138,13 @@ class MLBFGS(Optimizer):
         }
         _check_hyperparameters(defaults)
         self._blocks = blocks
+        self._shard_group = shard_group
         self._forget_units()
         super().__init__(params, defaults)
-        self._partitions()
+        if shard_group is None:
+            self._partitions()
+        else:  # the others' parameters are not known yet
+            self._members()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, at any time; its settings are checked first.
@@ -172,9 +194,18 @@ class MLBFGS(Optimizer):
         self._init_group()
         scale = getattr(self, "grad_scale", None)
         work = [(unit, unit.params(), unit.grads(scale)) for unit in self._units]
-        work = [entry for entry in work if any(grad is not None for grad in entry[2])]
+        work = [entry for entry in work if any(grad is not None for grad in entry[2])]  # the absent have one
         seen = [
-            core.project(unit.config, unit.state, params, grads, blocks=unit.blocks, kernels=unit.kernels)
+            core.project(
+                unit.config,
+                unit.state,
+                params,
+                grads,
+                blocks=unit.blocks,
+                kernels=unit.kernels,
+                reduce=unit.reduce,
+                shares=unit.shares,
+            )
             for unit, params, grads in work
         ]
         for (unit, params, grads), observation in zip(work, seen, strict=True):
@@ -187,6 +218,8 @@ class MLBFGS(Optimizer):
                 grads,
                 blocks=unit.blocks,
                 kernels=unit.kernels,
+                reduce=unit.reduce,
+                shares=unit.shares,
                 when_check=check,
                 when_due=due,
                 observation=observation._replace(finite=finite),
@@ -296,16 +329,17 @@ class MLBFGS(Optimizer):
             restored += restore(snapshot, part.members, label)
             label += len(part.blocks)
         for param, value, entry in restored:
-            as_real(param.detach()).copy_(value)
+            as_real(sharding.local(param.detach())).copy_(value)
             self.state.pop(param, None)
             if entry:
                 self.state[param] = entry
         self._forget_units()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_blocks": self._blocks}
+        return {**super().__getstate__(), "_blocks": self._blocks, "_shard_group": self._shard_group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state.setdefault("_shard_group", None)  # of an older version
         super().__setstate__(state)
         for group in (self.defaults, *self.param_groups):  # of an older version
             for name, value in _SWITCHES.items():
@@ -316,22 +350,45 @@ class MLBFGS(Optimizer):
         self._units: list[_Unit] = []
         self._signature: Any = None
 
-    def _partitions(self) -> list[_Partition]:
-        """Groups of equal settings and device, with their parameters in blocks."""
-        if not any(group["params"] for group in self.param_groups):
+    def _members(self) -> dict[tuple[core.Config, torch.device], list[Member]]:
+        """All parameters, by settings and device."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if not params and self._shard_group is None:
             msg = "`params` must hold at least one parameter, got none"
             raise ValueError(msg)
-        found: dict[Any, list[Member]] = {}
+        own = self._shard_group is not None
+        shards = None if own else sharding.shard_group(params)
+        prefix = f"rank{dist.get_rank(self._shard_group)}." if own else ""
+        found: dict[tuple[core.Config, torch.device], list[Member]] = {}
         number = 0
         for group in self.param_groups:
-            names = group.get("param_names") or [f"param{number + i}" for i in range(len(group["params"]))]
+            unnamed = [f"{prefix}param{number + i}" for i in range(len(group["params"]))]
             config = _config(_settings(group))
-            for name, param in zip(names, group["params"], strict=True):
-                found.setdefault((config, param.device), []).append(Member.of(name, param, group))
+            for name, param in zip(group.get("param_names") or unnamed, group["params"], strict=True):
+                sharding.check_placements(name, param, owned=own)
+                member = Member.of(name, param, group, sharding.share(param, shards))
+                found.setdefault((config, param.device), []).append(member)
                 number += 1
+        return found
+
+    def _partitions(self) -> list[_Partition]:
+        """Groups of equal settings and device, with their parameters in blocks."""
+        found = self._members()
+        if self._shard_group is not None:
+            return [
+                _Partition(*part, self._shard_group)
+                for part in divide(found, self._blocks, self._shard_group)
+            ]
+        group = sharding.shard_group([member.param for members in found.values() for member in members])
         return [
-            _Partition(config, members, core.partition([member.name for member in members], self._blocks))
-            for (config, _), members in found.items()
+            _Partition.of(
+                config,
+                device,
+                members,
+                core.partition([member.name for member in members], self._blocks),
+                group,
+            )
+            for (config, device), members in found.items()
         ]
 
     def _init_group(self) -> None:
@@ -339,33 +396,48 @@ class MLBFGS(Optimizer):
 
         torch.compile knows this method's name, and runs it while it traces.
         """
-        signature = [
+        layout = [
             (
                 _settings(group),
                 group["momentum"] != 0,
-                [(id(param), param.device, param.stride(), param.grad is None) for param in group["params"]],
+                [(id(param), param.device, param.stride()) for param in group["params"]],
             )
             for group in self.param_groups
         ]
+        given = [param.grad is None for group in self.param_groups for param in group["params"]]
         bound = all(unit.is_bound(self.state) for unit in self._units)
-        if signature == self._signature and bound:
+        if bound and (layout, given) == self._signature:
             return
-        parts = [part.active(self.state) for part in self._partitions()]
-        parts = [part for part in parts if part.members]
-        known = [unit.key for unit in self._units] == [part.key for part in parts]
-        if not (known and bound) or any(unit.splits() for unit in self._units):
-            forget_misfits(
-                [
-                    (part.config, [[part.members[i] for i in block] for block in part.blocks])
-                    for part in parts
-                ],
-                self.state,
-            )
-            self._units = []
-            for part in parts:
-                first_label = sum(len(unit.blocks) for unit in self._units)
-                self._units.append(_Unit(part, self.state, first_label))
-        self._signature = signature
+        if self._shard_group is None:
+            self._bind([part.active(self.state) for part in self._partitions()], bound)
+        elif bound and self._units and layout == self._signature[0]:
+            # Others need not have noticed anything: they cannot be asked.
+            self._bind([unit.part for unit in self._units], bound)
+        else:
+            self._bind(self._partitions(), bound=False, ask=partial(gather, self._shard_group))
+        self._signature = (layout, given)
+
+    def _bind(
+        self, parts: Sequence[_Partition], bound: bool, ask: Callable[[Any], list[Any]] | None = None
+    ) -> None:
+        """Make units of partitions; `ask` tells what the other owners know."""
+        parts = [part for part in parts if part.blocks]
+        known = [unit.part.key for unit in self._units] == [part.key for part in parts]
+        if known and bound and not any(unit.splits() for unit in self._units):
+            return
+        forget_misfits(
+            [(part.config, [[part.members[i] for i in block] for block in part.blocks]) for part in parts],
+            self.state,
+            ask,
+        )
+        before = self._units if self._shard_group is not None and ask is None else [None] * len(parts)
+        units: list[_Unit] = []
+        for part, old in zip(parts, before, strict=True):
+            numbers = None if old is None else old.coefficients()
+            if ask is not None:
+                numbers = part.agreed(self.state, ask)
+            units.append(_Unit(part, self.state, sum(len(unit.blocks) for unit in units), numbers))
+        self._units = units
 
     def _verdict(
         self, seen: Sequence[core.Observation], device: torch.device
@@ -392,8 +464,23 @@ class _Partition(NamedTuple):
     """Parameters with common settings and device, in blocks."""
 
     config: core.Config
+    device: torch.device
     members: list[Member]
     blocks: Blocks
+    sizes: tuple[float, ...]
+    """Number of values of each block, over all processes."""
+    dtype: torch.dtype | None
+    """Where other processes own some of the parameters: the widest dtype of all averages."""
+    group: Any
+    """The processes that sum their inner products, or None."""
+
+    @classmethod
+    def of(
+        cls, config: core.Config, device: torch.device, members: list[Member], blocks: Blocks, group: Any
+    ) -> _Partition:
+        """Of parameters that this process knows all of."""
+        sizes = tuple(float(sum(math.prod(members[i].whole) for i in block)) for block in blocks)
+        return cls(config, device, members, blocks, sizes, None, group)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -402,6 +489,21 @@ class _Partition(NamedTuple):
             for m in self.members
         )
         return self.config, identities, self.blocks
+
+    @property
+    def reduce_device(self) -> torch.device:
+        """Where the group's collectives work: that of the mesh, also where parameters are offloaded."""
+        meshes = [m.param.device_mesh for m in self.members if sharding.is_sharded(m.param)]
+        return torch.device(meshes[0].device_type) if meshes else self.device
+
+    @property
+    def absent(self) -> list[Tensor]:
+        """Empty leaves that stand for those of other owners: the first for all whose gradient may be
+        missing, the others for blocks of which this process owns nothing."""
+        if self.dtype is None:
+            return []
+        count = 1 + sum(not block for block in self.blocks)
+        return [torch.empty(0, dtype=self.dtype, device=self.device) for _ in range(count)]
 
     def active(self, memory: Memory) -> _Partition:
         """Only the parameters that have a gradient now or have had one."""
@@ -414,26 +516,57 @@ class _Partition(NamedTuple):
             return self
         place = {index: new for new, index in enumerate(kept)}
         blocks = [tuple(place[i] for i in block if i in place) for block in self.blocks]
-        return _Partition(self.config, [self.members[i] for i in kept], tuple(b for b in blocks if b))
+        members = [self.members[i] for i in kept]
+        return _Partition.of(self.config, self.device, members, tuple(b for b in blocks if b), self.group)
+
+    def agreed(self, memory: Memory, ask: Callable[[Any], list[Any]]) -> dict[str, Tensor]:
+        """The coefficients that the owners have between them."""
+        blocks = [[self.members[i] for i in block] for block in self.blocks]
+        return agreed(self.config, blocks, self.dtype, self.device, memory, ask)
 
 
 class _Unit:
     """One core state: a partition bound to the parameters' memory."""
 
-    def __init__(self, part: _Partition, memory: Memory, first_label: int) -> None:
-        self.key = part.key
+    def __init__(
+        self, part: _Partition, memory: Memory, first_label: int, numbers: dict[str, Tensor] | None
+    ) -> None:
+        self.part = part
         self.config = part.config
-        self.leaves, self.blocks = plan_leaves(part.members, part.blocks, memory)
-        self._bound = bind(self.config, self.leaves, self.blocks, memory, first_label)
-        self._device = part.members[0].param.device
+        self.leaves, blocks = plan_leaves(part.members, part.blocks, memory)
+        self._absent = part.absent
+        if self._absent:  # the first joins any block
+            places = iter(range(len(self.leaves), len(self.leaves) + len(self._absent)))
+            first = next(places)
+            blocks = tuple(block or (next(places),) for block in blocks)
+            blocks = ((*blocks[0], first), *blocks[1:])
+        self.blocks = blocks
+        self._bound = bind(
+            self.config,
+            self.leaves,
+            blocks,
+            memory,
+            first_label,
+            absent=self._absent,
+            sizes=part.sizes,
+            known=numbers,
+        )
+        self._device = part.device
         self.kernels = TorchKernels(self._device)
         self._views = [(member.param, memory[member.param]["history"]) for member in part.members]
         self.flags: Flags | None = None
+        self.reduce = sharding.reduction(part.group, part.reduce_device)
+        shares = [*(leaf.share for leaf in self.leaves), *(1.0 for _ in self._absent)]
+        self.shares = None if all(share == 1.0 for share in shares) else shares
 
     @property
     def state(self) -> core.State:
         """The core's state."""
         return self._bound.state
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """Those of blocks and of the whole."""
+        return {name: getattr(self.state, name) for name in (*PER_BLOCK, *PER_UNIT)}
 
     def is_bound(self, memory: Memory) -> bool:
         """Whether the dictionaries still hold this unit's arrays, not others put in their place."""
@@ -445,11 +578,14 @@ class _Unit:
 
     def params(self) -> list[Tensor]:
         """The parameters' values; for a leaf that is a view, in the parameter's own memory."""
-        return [leaf.gather(leaf.params()).detach() for leaf in self.leaves]
+        return [*(leaf.gather(leaf.params()).detach() for leaf in self.leaves), *self._absent]
 
     def grads(self, scale: Tensor | None) -> list[Tensor | None]:
         """The gradients, or None, divided by a scale: never written to, where they are the user's own."""
-        return [_gradient(leaf, scale) for leaf in self.leaves]
+        own = [_gradient(leaf, scale) for leaf in self.leaves]
+        # One is missing on all processes, since one may be missing on some: whether one is decides how
+        # often they sum.
+        return [*own, None, *self._absent[1:]] if self._absent else own
 
     def asked(self) -> tuple[bool | None, bool | None]:
         """Whether this step makes a check and takes a pair; None: mask it."""
@@ -481,7 +617,7 @@ class _Unit:
         `params` is what the method of this name gave, and is written to.
         """
         for leaf, flat, direction, buffer in zip(
-            self.leaves, params, update, self._bound.momentum, strict=True
+            self.leaves, params, update, self._bound.momentum, strict=False
         ):
             if direction is None:
                 continue
@@ -507,13 +643,14 @@ class _Unit:
 
 
 def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:
-    grads = [member.param.grad for member in leaf.members]
-    if grads[0] is None:
+    if leaf.members[0].param.grad is None:
         return None
-    for member, grad in zip(leaf.members, grads, strict=True):
-        if grad.layout != torch.strided:
-            msg = f"MLBFGS does not support sparse gradients, got {grad.layout} for {member.name!r}"
+    for member in leaf.members:
+        layout = member.param.grad.layout
+        if layout != torch.strided:
+            msg = f"MLBFGS does not support sparse gradients, got {layout} for {member.name!r}"
             raise RuntimeError(msg)
+    grads = [member.grad() for member in leaf.members]
     group = leaf.group
     flat = leaf.gather(grads).detach()
     if scale is not None:

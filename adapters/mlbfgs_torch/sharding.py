@@ -1,0 +1,152 @@
+"""Parameters of which this process holds a part: `DTensor` (FSDP2, HSDP, tensor parallel)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = [
+    "check_placements",
+    "is_sharded",
+    "like_param",
+    "local",
+    "matching",
+    "placed",
+    "reduction",
+    "shard_group",
+    "share",
+]
+
+Group = Any
+_GROUPS: dict[tuple[Any, tuple[int, ...]], Group] = {}
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a `DTensor`, whose module takes half a second to import."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Any) -> Any:
+    """This process's part of a tensor; a plain tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def matching(grad: Tensor, param: Tensor) -> Tensor:
+    """This process's part of a gradient, laid out like the parameter: with a collective where tensor
+    parallelism left it otherwise, such as as summands."""
+    if is_sharded(grad) and grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return local(grad)
+
+
+def like_param(part: Tensor, param: Tensor, lead: int) -> Tensor:
+    """A part of the parameter's shape, with `lead` more axes in front, as a tensor sharded like it.
+
+    The values are shared, not copied. A part of a complex parameter has a last axis of length 2.
+    """
+    if not is_sharded(param):
+        return part
+    shape = (*part.shape[:lead], *param.shape, *part.shape[lead + param.ndim :])
+    whole = torch.empty(shape, device="meta")
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part,
+        param.device_mesh,
+        _placements(param, lead),
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+
+
+def placed(whole: Tensor, param: Tensor, lead: int) -> Tensor:
+    """The whole of a tensor, which every process has, as one sharded like the parameter."""
+    if not is_sharded(param):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = param.device_mesh
+    # `distribute_tensor` takes no strided shards, which tensor parallelism under FSDP2 has.
+    full = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return full.redistribute(placements=_placements(param, lead))
+
+
+def _placements(param: Tensor, lead: int) -> list[Any]:
+    """Those of a tensor with `lead` more axes in front."""
+    return [
+        placement if placement.is_replicate() else _shifted(placement, lead) for placement in param.placements
+    ]
+
+
+def _shifted(placement: Any, lead: int) -> Any:
+    if hasattr(placement, "split_factor"):  # of tensor parallelism and FSDP2 along the same axis
+        return type(placement)(placement.dim + lead, split_factor=placement.split_factor)
+    return type(placement)(placement.dim + lead)
+
+
+def shard_group(params: Sequence[Tensor]) -> Group | None:
+    """The processes over which inner products are summed; None without sharded parameters.
+
+    Those of the largest mesh if it holds those of all others, else all. Replicas sum too: so their
+    numbers, and hence their decisions, are the same bit by bit.
+    """
+    meshes = {param.device_mesh for param in params if is_sharded(param)}
+    if not meshes:
+        return None
+    largest = max(meshes, key=lambda mesh: mesh.size())
+    ranks = tuple(sorted(largest.mesh.flatten().tolist()))
+    everyone = len(ranks) == dist.get_world_size()
+    if everyone or not all(set(mesh.mesh.flatten().tolist()) <= set(ranks) for mesh in meshes):
+        return dist.group.WORLD
+    if largest.ndim == 1:
+        return largest.get_group()
+    key = (dist.group.WORLD, ranks)
+    if key not in _GROUPS:
+        _GROUPS[key] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return _GROUPS[key]
+
+
+def share(param: Tensor, group: Group | None) -> float:
+    """What part of a parameter's inner products this process adds to the group's: of all processes that
+    hold a copy of the same values, the first adds them."""
+    if group is None:
+        return 1.0
+    first = dist.get_global_rank(group, 0)
+    if not is_sharded(param):
+        return float(dist.get_rank() == first)
+    mesh = param.device_mesh
+    if first not in mesh.mesh.flatten().tolist():  # a mesh beside that of the first, with the same values
+        return 0.0
+    place = mesh.get_coordinate()
+    copies = [i for i, placement in zip(place, param.placements, strict=True) if placement.is_replicate()]
+    return float(not any(copies))
+
+
+def check_placements(name: str, param: Tensor, *, owned: bool) -> None:
+    """Raise ValueError for a parameter that is held as summands, or is sharded beside owned ones."""
+    if not is_sharded(param):
+        return
+    if owned:
+        msg = f"`shard_group` must be None with sharded parameters, got a DTensor for {name!r}"
+        raise ValueError(msg)
+    if any(placement.is_partial() for placement in param.placements):
+        msg = f"`params` must be sharded or replicated, got the placements {param.placements} for {name!r}"
+        raise ValueError(msg)
+
+
+def reduction(group: Group | None, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """The function that sums coefficients over a group whose collectives work on a device."""
+    if group is None:
+        return None
+
+    def reduce(values: Tensor) -> Tensor:
+        sums = values.to(device).contiguous()
+        dist.all_reduce(sums, group=group)
+        return sums.to(values.device)
+
+    return reduce
