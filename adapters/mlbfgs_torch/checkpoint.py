@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -17,12 +17,19 @@ from mlbfgs_core.blocks import Blocks
 from .binding import Member, Memory, as_real, coefficients, entry_numbers
 from .sharding import is_sharded, local, placed
 
-__all__ = ["restore", "take"]
+__all__ = ["contribution", "outline", "restore", "take", "whole"]
 
 
-def take(config: core.Config, members: Sequence[Member], blocks: Blocks, memory: Memory) -> core.Snapshot:
-    """What these parameters and their dictionaries hold; arrays share memory with them where they can.
+def take(
+    config: core.Config,
+    members: Sequence[Member],
+    blocks: Blocks,
+    memory: Memory,
+    read: Callable[[Tensor], Any],
+) -> core.Snapshot:
+    """What these parameters and their dictionaries hold.
 
+    `read` makes arrays of parameter-sized tensors: `whole`, or `outline` for their shapes only.
     Parameters that never had a gradient count as fresh ones, and take no memory.
     """
     like = [torch.empty(m.whole, dtype=as_real(m.values.detach()).dtype, device="meta") for m in members]
@@ -36,14 +43,14 @@ def take(config: core.Config, members: Sequence[Member], blocks: Blocks, memory:
     values = {name: _to_numpy(value) for name, value in values.items()}
     for name in core.LEAF_ARRAYS:
         pairs = zip(members, getattr(template, name), strict=bool(getattr(template, name)))
-        values[name] = tuple(_held(memory.get(m.param, {}).get(name), tensor) for m, tensor in pairs)
+        values[name] = tuple(read(memory.get(m.param, {}).get(name, tensor)) for m, tensor in pairs)
     buffers = [memory.get(member.param, {}).get("momentum_buffer") for member in members]
     return core.Snapshot(
         names=tuple(member.name for member in members),
         blocks=blocks,
         state=core.State(**values),
-        params=tuple(_to_numpy(member.param) for member in members),
-        momentum=tuple(None if buffer is None else _to_numpy(buffer) for buffer in buffers),
+        params=tuple(read(member.param) for member in members),
+        momentum=tuple(None if buffer is None else read(buffer) for buffer in buffers),
     )
 
 
@@ -80,11 +87,25 @@ def restore(
         yield member.param, local(_placed(snapshot.params[i], member.param, 0)), entry
 
 
-def _held(tensor: Tensor | None, template: Tensor) -> Any:
-    if tensor is not None:
-        return _to_numpy(tensor)
-    zero = _to_numpy(torch.zeros((), dtype=template.dtype))
-    return np.broadcast_to(zero, tuple(template.shape))
+def whole(tensor: Tensor) -> Any:
+    """All values of a tensor, which may share its memory; of one on "meta", zeros without memory."""
+    if tensor.is_meta:
+        return outline(tensor)
+    tensor = tensor.detach()
+    return _to_numpy(tensor.full_tensor() if is_sharded(tensor) else tensor)
+
+
+def outline(tensor: Tensor) -> Any:
+    """Zeros without memory in place of a tensor's values."""
+    shape = (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
+    return np.broadcast_to(_to_numpy(as_real(torch.zeros((), dtype=tensor.dtype)).reshape(-1)[0]), shape)
+
+
+def contribution(tensor: Tensor) -> Any:
+    """This process's part in `whole` of another, of which it keeps nothing."""
+    if is_sharded(tensor):
+        tensor.detach().full_tensor()
+    return outline(tensor)
 
 
 def _placed(array: Any, param: Tensor, lead: int) -> Tensor:
@@ -92,10 +113,7 @@ def _placed(array: Any, param: Tensor, lead: int) -> Tensor:
 
 
 def _to_numpy(tensor: Tensor) -> Any:
-    tensor = tensor.detach()
-    if is_sharded(tensor):
-        tensor = tensor.full_tensor()
-    tensor = as_real(tensor).cpu()
+    tensor = as_real(tensor.detach()).cpu()
     if tensor.dtype != torch.bfloat16:
         return tensor.numpy()
     import ml_dtypes

@@ -34,7 +34,7 @@ from .binding import (
     plan_leaves,
     store,
 )
-from .checkpoint import restore, take
+from .checkpoint import contribution, outline, restore, take, whole
 from .kernels import TorchKernels
 from .owners import divide, gather
 
@@ -194,7 +194,7 @@ class MLBFGS(Optimizer):
         self._init_group()
         scale = getattr(self, "grad_scale", None)
         work = [(unit, unit.params(), unit.grads(scale)) for unit in self._units]
-        work = [entry for entry in work if any(grad is not None for grad in entry[2])]  # the absent have one
+        work = [entry for entry in work if any(grad is not None for grad in entry[2])]
         seen = [
             core.project(
                 unit.config,
@@ -288,7 +288,9 @@ class MLBFGS(Optimizer):
         Notes
         -----
         Parameters are known by their names: pass ``model.named_parameters()``. Buffers of the model,
-        hyperparameters and schedulers are not in the file. Waits for the device.
+        hyperparameters and schedulers are not in the file. Waits for the device. With sharded parameters
+        every process calls it: one tensor after the other is gathered, and the first process writes the
+        file; for a state that one machine cannot hold, there is `torch.distributed.checkpoint`.
 
         Examples
         --------
@@ -299,8 +301,11 @@ class MLBFGS(Optimizer):
         >>> core.load_state(path)[0].names
         ('weight', 'bias')
         """
-        parts = self._partitions()
-        core.save_state(path, [take(part.config, part.members, part.blocks, self.state) for part in parts])
+        parts = self._knowing_all()
+        group = parts[0].group
+        read = whole if sharding.is_first(group) else contribution
+        snapshots = [take(part.config, part.members, part.blocks, self.state, read) for part in parts]
+        sharding.once(group, partial(core.save_state, path, snapshots))
 
     @torch.no_grad()
     def load_state(self, path: str | os.PathLike[str]) -> None:
@@ -321,8 +326,8 @@ class MLBFGS(Optimizer):
         -----
         Sets the parameters' values too. Hyperparameters and settings stay those of this optimizer.
         """
-        parts = self._partitions()
-        like = [take(part.config, part.members, part.blocks, {}) for part in parts]
+        parts = self._knowing_all()
+        like = [take(part.config, part.members, part.blocks, {}, outline) for part in parts]
         loaded = core.load_state(path, like)
         label, restored = 0, []
         for part, snapshot in zip(parts, loaded, strict=True):
@@ -334,6 +339,14 @@ class MLBFGS(Optimizer):
             if entry:
                 self.state[param] = entry
         self._forget_units()
+
+    def _knowing_all(self) -> list[_Partition]:
+        """The partitions, where this process has all parameters or a part of each."""
+        if self._shard_group is not None:
+            rule = "must be None for a file of the whole run (see `state_dict`)"
+            msg = f"`shard_group` {rule}, got {self._shard_group}"
+            raise ValueError(msg)
+        return self._partitions()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_blocks": self._blocks, "_shard_group": self._shard_group}
@@ -498,11 +511,11 @@ class _Partition(NamedTuple):
 
     @property
     def absent(self) -> list[Tensor]:
-        """Empty leaves that stand for those of other owners: the first for all whose gradient may be
-        missing, the others for blocks of which this process owns nothing."""
+        """Empty leaves that stand for those of other owners: one whose gradient is always missing, one
+        whose gradient never is, and one for each block of which this process owns nothing."""
         if self.dtype is None:
             return []
-        count = 1 + sum(not block for block in self.blocks)
+        count = 2 + sum(not block for block in self.blocks)
         return [torch.empty(0, dtype=self.dtype, device=self.device) for _ in range(count)]
 
     def active(self, memory: Memory) -> _Partition:
@@ -535,11 +548,11 @@ class _Unit:
         self.config = part.config
         self.leaves, blocks = plan_leaves(part.members, part.blocks, memory)
         self._absent = part.absent
-        if self._absent:  # the first joins any block
+        if self._absent:  # the first two join any block
             places = iter(range(len(self.leaves), len(self.leaves) + len(self._absent)))
-            first = next(places)
+            two = next(places), next(places)
             blocks = tuple(block or (next(places),) for block in blocks)
-            blocks = ((*blocks[0], first), *blocks[1:])
+            blocks = ((*blocks[0], *two), *blocks[1:])
         self.blocks = blocks
         self._bound = bind(
             self.config,
@@ -583,8 +596,8 @@ class _Unit:
     def grads(self, scale: Tensor | None) -> list[Tensor | None]:
         """The gradients, or None, divided by a scale: never written to, where they are the user's own."""
         own = [_gradient(leaf, scale) for leaf in self.leaves]
-        # One is missing on all processes, since one may be missing on some: whether one is decides how
-        # often they sum.
+        # Whether a gradient is missing decides how often processes sum; if none were there, one would not
+        # take part.
         return [*own, None, *self._absent[1:]] if self._absent else own
 
     def asked(self) -> tuple[bool | None, bool | None]:

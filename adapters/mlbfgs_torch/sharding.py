@@ -11,10 +11,12 @@ from torch import Tensor
 
 __all__ = [
     "check_placements",
+    "is_first",
     "is_sharded",
     "like_param",
     "local",
     "matching",
+    "once",
     "placed",
     "reduction",
     "shard_group",
@@ -150,3 +152,24 @@ def reduction(group: Group | None, device: torch.device) -> Callable[[Tensor], T
         return sums.to(values.device)
 
     return reduce
+
+
+def once(group: Group | None, act: Callable[[], None]) -> None:
+    """Let the first process of a group act, and all wait until it has, or has failed."""
+    if group is None:
+        act()
+        return
+    failure: list[BaseException | None] = [None]
+    if is_first(group):
+        try:
+            act()
+        except Exception as error:  # which all raise
+            failure = [error]
+    dist.broadcast_object_list(failure, dist.get_global_rank(group, 0), group)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+def is_first(group: Group | None) -> bool:
+    """Whether this process is the first of a group; without a group it is."""
+    return group is None or dist.get_rank(group) == 0

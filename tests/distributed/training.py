@@ -1,37 +1,60 @@
-"""One small problem, trained by one process or by several on their parts of each batch."""
+"""One small problem, trained by one process, or by several that share each batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from mlbfgs_torch import MLBFGS
 
-__all__ = ["STEPS", "batches", "deviation", "make_model", "part_of", "train", "trained_alone"]
+__all__ = [
+    "LAYOUTS",
+    "SETTINGS",
+    "STEPS",
+    "Model",
+    "batches",
+    "deviation",
+    "digest",
+    "make_model",
+    "parallel",
+    "train",
+    "trained_alone",
+    "whole",
+]
 
 STEPS = 40
 BATCH = 24
-# A refresh every few steps, so that a short run has many.
 SETTINGS: dict[str, Any] = {"lr": 0.05, "update_every": 6, "history_size": 3}
+"""A refresh every few steps, so that a short run has many."""
+TENSOR_PARALLEL = {"hidden": ColwiseParallel(), "inner": RowwiseParallel()}
+LAYOUTS = ("ddp", "fsdp", "hsdp", "tensor", "fsdp_tensor", "offload", "mixed")
+Part = Callable[[Tensor], Tensor]
 
 
 class Model(nn.Module):
-    """Shapes that no number of processes divides; a scale of one value, so that most shards of it are empty."""
+    """Most shapes are divided by no number of processes; of one value, most processes hold nothing."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.hidden = nn.Linear(5, 13, dtype=dtype)
-        self.inner = nn.Linear(13, 7, dtype=dtype)
+        self.hidden = nn.Linear(5, 12, dtype=dtype)
+        self.inner = nn.Linear(12, 7, dtype=dtype)
         self.outer = nn.Linear(7, 3, dtype=dtype)
         self.scale = nn.Parameter(torch.ones(1, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Three values for each of 5."""
-        return self.scale * self.outer(torch.tanh(self.inner(torch.tanh(self.hidden(x)))))
+    def forward(self, x: Tensor, *, shallow: bool = False) -> Tensor:
+        """Three values for each of 5; a shallow pass leaves out one layer."""
+        x = torch.tanh(self.hidden(x))
+        return self.scale * self.outer(x[:, :7] if shallow else torch.tanh(self.inner(x)))
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> Model:
@@ -40,25 +63,55 @@ def make_model(dtype: torch.dtype = torch.float64) -> Model:
     return Model(dtype)
 
 
-def batches(steps: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, with noise."""
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
+def batches(
+    steps: int, *, first: int = 0, dtype: torch.dtype = torch.float64
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets of steps, with noise."""
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
         x = torch.randn(BATCH, 5, generator=generator, dtype=torch.float64)
         noise = torch.randn(BATCH, 3, generator=generator, dtype=torch.float64)
         yield x.to(dtype), (torch.sin(x[:, :3] + x[:, 2:]) + 0.05 * noise).to(dtype)
 
 
-def part_of(tensor: Tensor) -> Tensor:
-    """This process's part of a batch."""
-    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
+def parallel(model: Model, layout: str) -> tuple[nn.Module, Part]:
+    """The model in a layout over all processes, and which part of a batch this process takes."""
+    world = dist.get_world_size()
+    if layout == "ddp":
+        return DistributedDataParallel(model, find_unused_parameters=True), _part(
+            init_device_mesh("cpu", (world,))
+        )
+    if layout == "tensor":
+        mesh = init_device_mesh("cpu", (world,))
+        return parallelize_module(model, mesh, TENSOR_PARALLEL), lambda tensor: tensor
+    if layout == "fsdp_tensor":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "model"))
+        parallelize_module(model, mesh["model"], TENSOR_PARALLEL)
+        fully_shard(model, mesh=mesh["data"])
+        return model, _part(mesh["data"])
+    if layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh)
+        return model, lambda tensor: tensor.chunk(world)[dist.get_rank()]
+    mesh = init_device_mesh("cpu", (world,))
+    if layout == "mixed":  # nobody reduces the gradient of the plain parameter: all see the whole batch
+        fully_shard(model, mesh=mesh, ignored_params={model.scale})
+        return model, lambda tensor: tensor
+    offload = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if layout == "offload" else {}
+    fully_shard(model.inner, mesh=mesh, **offload)
+    fully_shard(model, mesh=mesh, **offload)
+    return model, _part(mesh)
+
+
+def _part(mesh: DeviceMesh) -> Part:
+    return lambda tensor: tensor.chunk(mesh.size())[mesh.get_local_rank()]
 
 
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    data: Any,
-    part: Callable[[Tensor], Tensor] = part_of,
+    data: Iterable[tuple[Tensor, Tensor]],
+    part: Part = lambda tensor: tensor,
 ) -> None:
     """A plain loop."""
     for x, y in data:
@@ -70,9 +123,29 @@ def train(
 def trained_alone(steps: int = STEPS, blocks: Any = "all", **settings: Any) -> dict[str, Tensor]:
     """Parameters after training in one process."""
     model = make_model()
-    optimizer = MLBFGS(model.named_parameters(), blocks=blocks, **{**SETTINGS, **settings})
-    train(model, optimizer, batches(steps), part=lambda tensor: tensor)
-    return {name: param.detach() for name, param in model.named_parameters()}
+    train(model, MLBFGS(model.named_parameters(), blocks=blocks, **{**SETTINGS, **settings}), batches(steps))
+    return whole(model)
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters, gathered where they are sharded."""
+    return {
+        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        for name, param in model.named_parameters()
+    }
+
+
+def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Of the bits of all that this process holds of parameters and state."""
+    found = hashlib.sha256()
+    for param in model.parameters():
+        values = {"": param, **optimizer.state.get(param, {})}
+        for name, value in sorted(values.items()):
+            if isinstance(value, Tensor):
+                value = value.to_local() if isinstance(value, DTensor) else value
+                value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            found.update(f"{name}={value!r}".encode())
+    return found.hexdigest()
 
 
 def deviation(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
