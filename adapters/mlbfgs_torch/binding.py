@@ -22,7 +22,7 @@ import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
 from mlbfgs_core.state import LEAF_COUNTS, dtype_name
 
-from .sharding import like_param, local, matching
+from .sharding import is_sharded, like_param, local, matching
 
 __all__ = [
     "PER_BLOCK",
@@ -213,7 +213,7 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
             member = members[index]
             kind: tuple[Any, ...] = (id(member.group), member.param.dtype, counts.get(member.param))
             kind += (member.param.grad is None, member.share)
-            if member.size > _SMALL.get(member.param.device.type, _DEVICE_SMALL):
+            if member.size > _small(member.param):
                 kind = (index,)
             pack = packs.setdefault(kind, [[]])
             if sum(m.size for m in pack[-1]) + member.size > _LARGEST_PACK and pack[-1]:
@@ -439,6 +439,12 @@ def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: 
     for view, entry in zip(leaf.spread(flat), entries, strict=True):
         if name in entry:
             view.copy_(local(entry[name]))
+
+
+def _small(param: Tensor) -> int:
+    # Of sharded parameters a state dict copies what lies side by side: only little may.
+    device = "cpu" if is_sharded(param) else param.device.type
+    return _SMALL.get(device, _DEVICE_SMALL)
 
 
 def _make_views(

@@ -241,6 +241,25 @@ class MLBFGS(Optimizer):
         self._init_group()
         return [core.diagnostics(unit.state) for unit in self._units]
 
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as `torch.optim.Optimizer` gives it.
+
+        Notes
+        -----
+        Tensors are the optimizer's own, but for copies of those that lie in memory among others: the
+        history of small parameters, and all of small shards.
+        """
+        result = super().state_dict()
+        state = {
+            key: {
+                name: sharding.apart(value) if isinstance(value, Tensor) else value
+                for name, value in entry.items()
+            }
+            for key, entry in result["state"].items()
+        }
+        return {**result, "state": state}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; its tensors keep their dtypes, whatever the parameters' dtypes are.
 
@@ -724,6 +743,10 @@ def _check_entry(entry: dict[str, Any], param: Tensor) -> None:
         got = tuple(entry[name].shape[2:] if name == "history" else entry[name].shape)
         if got != shape:
             msg = f"`state_dict` must hold a {name!r} of the parameter's shape {shape}, got {got}"
+            raise ValueError(msg)
+        if sharding.is_sharded(param) and not sharding.is_sharded(entry[name]):
+            rule = "sharded like its parameter (see torch.distributed.checkpoint.state_dict)"
+            msg = f"`state_dict` must hold a {name!r} {rule}, got a plain tensor of shape {got}"
             raise ValueError(msg)
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "apart",
     "check_placements",
     "is_first",
     "is_sharded",
@@ -52,10 +53,9 @@ def like_param(part: Tensor, param: Tensor, lead: int) -> Tensor:
     """
     if not is_sharded(param):
         return part
-    shape = (*part.shape[:lead], *param.shape, *part.shape[lead + param.ndim :])
-    whole = torch.empty(shape, device="meta")
     from torch.distributed.tensor import DTensor
 
+    whole = torch.empty((*part.shape[:lead], *param.shape, *part.shape[lead + param.ndim :]), device="meta")
     return DTensor.from_local(
         part,
         param.device_mesh,
@@ -64,6 +64,20 @@ def like_param(part: Tensor, param: Tensor, lead: int) -> Tensor:
         shape=whole.shape,
         stride=whole.stride(),
     )
+
+
+def apart(tensor: Tensor) -> Tensor:
+    """A tensor that can be sent and staged: itself, or a copy where it lies among others in memory.
+
+    Broadcasts want contiguous tensors, and the asynchronous `torch.distributed.checkpoint` a part of a
+    `DTensor` at the beginning of its memory.
+    """
+    if not is_sharded(tensor):
+        return tensor.contiguous()
+    part = tensor.to_local()
+    if part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes:
+        return tensor
+    return like_param(part.clone(memory_format=torch.contiguous_format), tensor, 0)
 
 
 def placed(whole: Tensor, param: Tensor, lead: int) -> Tensor:
