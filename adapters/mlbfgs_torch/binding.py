@@ -1,178 +1,45 @@
 """The core's state on one side, PyTorch's dictionary per parameter on the other.
 
-The core works on flat leaves: each holds the values of one large parameter, or of several small ones
-side by side, in the order in which they lie in memory. The dictionaries hold views of the same memory
-in the parameters' shapes.
+The dictionaries hold views of the core's flat leaves, in the parameters' shapes.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import array_api_compat.torch as xp
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
 from mlbfgs_core.state import LEAF_COUNTS, dtype_name
 
-from .sharding import is_sharded, like_param, local, matching
+from .leaves import Leaf, Member, Memory
+from .sharding import like_param, local
 
 __all__ = [
     "PER_BLOCK",
     "PER_UNIT",
     "Bound",
-    "Flags",
-    "Leaf",
-    "Member",
-    "Memory",
     "agreed",
-    "as_real",
     "bind",
     "coefficients",
     "entry_numbers",
     "forget_misfits",
-    "plan_leaves",
     "store",
 ]
-
-Memory = dict[Tensor, dict[str, Any]]
 
 _COEFFICIENTS = tuple(name for name in core.State._fields if name not in core.LEAF_ARRAYS)
 _UNIT_REALS = ("scatter", "prev_scatter", "signal_to_noise", "length")
 PER_UNIT = (
     "step", "skipped", "accepted", "window", "prev_window", "pending", "due", *_UNIT_REALS,
 )  # fmt: skip
+"""Names of the numbers that a state has once."""
 PER_BLOCK = tuple(name for name in _COEFFICIENTS if name not in (*LEAF_COUNTS, *PER_UNIT, "size"))
-
-# Parameters of fewer values are laid side by side, in leaves of at most so many values.
-_SMALL = {"cpu": 2**16}
-_DEVICE_SMALL = 2**23
-_LARGEST_PACK = 2**26
-
-
-@dataclass(frozen=True, eq=False)  # a property of a named tuple cannot be traced by older compilers
-class Member:
-    """A parameter, its group, and how it lies in memory."""
-
-    name: str
-    param: Tensor
-    group: dict[str, Any]
-    share: float
-    """What part of its inner products this process adds to the sums over all."""
-    shape: tuple[int, ...]
-    """Of this process's real values: a complex parameter has a last axis of 2."""
-    order: tuple[int, ...]
-    """Axes from the largest stride to the smallest."""
-    dense: bool
-    """Whether `flat` is a view."""
-
-    @classmethod
-    def of(cls, name: str, param: Tensor, group: dict[str, Any], share: float) -> Member:
-        """With the layout of the parameter."""
-        real = as_real(local(param))
-        order = tuple(sorted(range(real.ndim), key=lambda axis: -real.stride(axis)))
-        dense = real.permute(order).is_contiguous()
-        return cls(name, param, group, share, tuple(real.shape), order, dense)
-
-    @property
-    def size(self) -> int:
-        """Number of real values that this process holds."""
-        return math.prod(self.shape)
-
-    @property
-    def whole(self) -> tuple[int, ...]:
-        """Shape of the real values over all processes."""
-        return (*self.param.shape, 2) if self.param.is_complex() else tuple(self.param.shape)
-
-    @property
-    def values(self) -> Tensor:
-        """The values that this process holds."""
-        return local(self.param)
-
-    def grad(self) -> Tensor | None:
-        """Their gradient."""
-        grad = self.param.grad
-        return None if grad is None else matching(grad, self.param)
-
-    def flat(self, tensor: Tensor) -> Tensor:
-        """A tensor like the parameter (or several: more axes in front), as one axis in memory order."""
-        tensor = as_real(tensor)
-        lead = tensor.ndim - len(self.order)
-        order = (*range(lead), *(lead + axis for axis in self.order))
-        return tensor.permute(order).reshape((*tensor.shape[:lead], self.size))
-
-    def shaped(self, flat: Tensor) -> Tensor:
-        """The inverse of `flat`, a view."""
-        lead = flat.ndim - 1
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        spread = flat.view((*flat.shape[:-1], *(self.shape[axis] for axis in self.order)))
-        return spread.permute((*range(lead), *(lead + axis for axis in inverse)))
-
-
-@dataclass(frozen=True, eq=False)
-class Leaf:
-    """One leaf of the core: parameters of one group, block and dtype, side by side."""
-
-    members: tuple[Member, ...]
-    plain: bool
-    """Whether all members are real, lie in the order of their axes, and have values."""
-
-    @classmethod
-    def of(cls, members: Sequence[Member]) -> Leaf:
-        """Of these members, in this order."""
-        plain = (
-            m.order == tuple(range(len(m.shape))) and not m.param.is_complex() and m.size > 0 for m in members
-        )
-        return cls(tuple(members), all(plain))
-
-    @property
-    def group(self) -> dict[str, Any]:
-        """The group to which all members belong."""
-        return self.members[0].group
-
-    def like(self) -> Tensor:
-        """Shape, dtype and device of the leaf, without memory."""
-        size = sum(member.size for member in self.members)
-        return self.real_params()[0].new_zeros(()).expand(size)
-
-    @property
-    def share(self) -> float:
-        """What part of its inner products this process adds."""
-        return self.members[0].share
-
-    @property
-    def is_view(self) -> bool:
-        """Whether `gather` of the parameters is their own memory."""
-        return len(self.members) == 1 and self.members[0].dense
-
-    def params(self) -> list[Tensor]:
-        """The parameters' values."""
-        return [member.values for member in self.members]
-
-    def real_params(self) -> list[Tensor]:
-        """The parameters' values as reals; writing to them writes to the parameters."""
-        return self.params() if self.plain else [as_real(param.detach()) for param in self.params()]
-
-    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor per member (or several: more axes in front) as a flat one."""
-        if self.plain and len(tensors) > 1 and tensors[0].ndim == len(self.members[0].shape):
-            return _flatten_dense_tensors(tensors)
-        flats = [member.flat(tensor) for member, tensor in zip(self.members, tensors, strict=True)]
-        return flats[0] if len(flats) == 1 else torch.cat(flats)
-
-    def spread(self, flat: Tensor) -> Sequence[Tensor]:
-        """Views of a flat tensor (or several: more axes in front) in the members' shapes."""
-        if self.plain and flat.ndim == 1:
-            return _unflatten_dense_tensors(flat, self.params())
-        parts = flat.split([member.size for member in self.members], dim=-1)
-        return [member.shaped(part) for member, part in zip(self.members, parts, strict=True)]
+"""Names of the numbers and small arrays that it has for each block."""
 
 
 class Bound:
@@ -194,35 +61,6 @@ class Bound:
     def state(self) -> core.State:
         """The state; its coefficients are views."""
         return self._state._replace(**dict(zip(_UNIT_REALS, self._unit_reals.unbind(), strict=True)))
-
-
-def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tuple[tuple[Leaf, ...], Blocks]:
-    """Leaves for blocks of members, and the blocks of leaves.
-
-    Members share a leaf if they are small and have been observed equally often; whoever has a gradient
-    on this step does not share with who has none.
-    """
-    known = [m.param for m in members if "history" in memory.get(m.param, ())]
-    rows = [torch.stack([torch.as_tensor(memory[p][n]) for n in LEAF_COUNTS]) for p in known]
-    counts = dict(zip(known, map(tuple, torch.stack(rows).tolist()), strict=True)) if rows else {}
-    leaves: list[Leaf] = []
-    leaf_blocks = []
-    for block in blocks:
-        packs: dict[Any, list[list[Member]]] = {}
-        for index in block:
-            member = members[index]
-            kind: tuple[Any, ...] = (id(member.group), member.param.dtype, counts.get(member.param))
-            kind += (member.param.grad is None, member.share)
-            if member.size > _small(member.param):
-                kind = (index,)
-            pack = packs.setdefault(kind, [[]])
-            if sum(m.size for m in pack[-1]) + member.size > _LARGEST_PACK and pack[-1]:
-                pack.append([])
-            pack[-1].append(member)
-        made = [Leaf.of(part) for pack in packs.values() for part in pack]
-        leaf_blocks.append(tuple(range(len(leaves), len(leaves) + len(made))))
-        leaves += made
-    return tuple(leaves), tuple(leaf_blocks)
 
 
 def forget_misfits(
@@ -279,20 +117,21 @@ def bind(
     leaves: Sequence[Leaf],
     blocks: Blocks,
     memory: Memory,
-    first_label: int = 0,
+    first_label: int,
+    sizes: Sequence[float],
     *,
     absent: Sequence[Tensor] = (),
-    sizes: Sequence[float] | None = None,
     known: Mapping[str, Tensor] | None = None,
 ) -> Bound:
     """Gather the core's state from the parameters' dictionaries, and make these views of it.
 
     A parameter without memory gets an empty one and joins its block. Coefficients, which all
     parameters of a block or of the whole carry, are taken from the first that has them. Blocks are
-    labelled from `first_label` on, so that `forget_misfits` knows them again.
+    labelled from `first_label` on, so that `forget_misfits` knows them again; `sizes` are their numbers of
+    values.
 
     Where other processes own some of the parameters, `absent` are empty leaves that stand for theirs,
-    behind `leaves`, `sizes` the number of values of each block, and `known` the coefficients.
+    behind `leaves`, and `known` the coefficients.
     """
     params = [[member.param for member in leaf.members] for leaf in leaves] + [[] for _ in absent]
     like = [*(leaf.like() for leaf in leaves), *absent]
@@ -322,8 +161,6 @@ def bind(
         values[name] = (*values[name], *arrays.get(name, ()))
     values.update(coefficients(fresh, params, blocks, memory))
     values.update({} if known is None else {name: value.clone() for name, value in known.items()})
-    if sizes is None:
-        sizes = [float(sum(math.prod(m.whole) for i in block for m in leaves[i].members)) for block in blocks]
     values["size"] = torch.tensor(sizes, dtype=values["gamma"].dtype, device=values["gamma"].device)
     bound = Bound(core.State(**values), torch.stack([values[name] for name in _UNIT_REALS]), momentum)
     _make_views(bound, leaves, blocks, names, memory, first_label)
@@ -406,45 +243,10 @@ def store(bound: core.State, new: core.State) -> None:
         torch._foreach_copy_(olds, values)
 
 
-class Flags:
-    """What the next step is to do, copied from the device without waiting for it."""
-
-    def __init__(self, config: core.Config, state: core.State) -> None:
-        self._config = config
-        device = state.gamma.device
-        self._host = torch.empty(2, dtype=torch.bool, pin_memory=device.type == "cuda")
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
-        self.send(state)
-
-    def send(self, state: core.State) -> None:
-        """Start copying what the state asks the next step to do."""
-        self._host.copy_(core.upcoming(self._config, state), non_blocking=True)
-        if self._event is not None:
-            self._event.record()
-
-    def read(self) -> tuple[bool, bool]:
-        """Whether the step asks for a check and for a refresh; they were sent one step ago."""
-        if self._event is not None:
-            self._event.synchronize()
-        check, due = self._host.numpy()
-        return bool(check), bool(due)
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """A view, with a last axis of length 2 where the tensor is complex."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
 def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: Tensor) -> None:
     for view, entry in zip(leaf.spread(flat), entries, strict=True):
         if name in entry:
             view.copy_(local(entry[name]))
-
-
-def _small(param: Tensor) -> int:
-    # Of sharded parameters a state dict copies what lies side by side: only little may.
-    device = "cpu" if is_sharded(param) else param.device.type
-    return _SMALL.get(device, _DEVICE_SMALL)
 
 
 def _make_views(

@@ -14,7 +14,8 @@ from torch import Tensor
 import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
 
-from .binding import Member, Memory, as_real, coefficients, entry_numbers
+from .binding import coefficients, entry_numbers
+from .leaves import Member, Memory, as_real
 from .sharding import is_sharded, local, placed
 
 __all__ = ["contribution", "outline", "restore", "take", "whole"]

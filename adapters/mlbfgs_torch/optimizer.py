@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
-from functools import lru_cache, partial
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -15,39 +13,25 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import Blocks, BlockSpec
-from mlbfgs_core.config import check_real
-from mlbfgs_core.state import LEAF_DTYPES
+from mlbfgs_core.blocks import BlockSpec
 
 from . import sharding
-from .binding import (
-    PER_BLOCK,
-    PER_UNIT,
-    Flags,
-    Leaf,
-    Member,
-    Memory,
-    agreed,
-    as_real,
-    bind,
-    forget_misfits,
-    plan_leaves,
-    store,
+from .arguments import (
+    SETTINGS,
+    SWITCHES,
+    check_entry,
+    check_hyperparameters,
+    check_params,
+    config_of,
+    settings_of,
 )
+from .binding import forget_misfits
 from .checkpoint import contribution, outline, restore, take, whole
-from .kernels import TorchKernels
+from .leaves import Member, as_real
 from .owners import divide, gather
+from .units import Partition, Unit
 
 __all__ = ["MLBFGS"]
-
-_SETTINGS = tuple(field.name for field in fields(core.Config))
-_DTYPES = (
-    *(getattr(torch, name) for name in LEAF_DTYPES),
-    torch.complex32,
-    torch.complex64,
-    torch.complex128,
-)
-_SWITCHES = {"maximize": False, "decoupled_weight_decay": True, "capturable": False}
 
 
 class MLBFGS(Optimizer):
@@ -77,13 +61,19 @@ class MLBFGS(Optimizer):
     capturable : bool
         For steps captured in a CUDA graph: the host decides nothing, so every step does the work of a
         check and of a new pair, and masks what was not asked for. Under `torch.compile` it is always so.
+    shard_group : torch.distributed.ProcessGroup, optional
+        The processes over which parameters are divided, where each process constructs the optimizer with
+        those that it owns, as `torch.distributed.optim.ZeroRedundancyOptimizer` does. Names begin with
+        the owner's rank ("rank0.param2") where none are given. Sharded parameters (`DTensor`) and
+        replicated ones need no group.
     **settings
         Settings of `mlbfgs_core.Config` by name: `history_size`, `update_every`, `preset`, ...
 
     Raises
     ------
     ValueError, TypeError
-        Settings out of range, no parameters, parameters that are not floating-point or complex.
+        Settings out of range, no parameters, parameters that are not floating-point or complex, a
+        `DTensor` held as summands or beside a `shard_group`.
 
     Notes
     -----
@@ -95,6 +85,10 @@ class MLBFGS(Optimizer):
     for a GPU, but for the first after loading a state or after the set of parameters with gradients has
     changed. Changing `history_size`,
     `history_dtype` or the blocks in mid-run makes it forget its curvature, with a warning.
+
+    The state of a `DTensor` is sharded like it, and inner products are summed over its mesh: one all-reduce
+    of ``B * (2 * history_size + 1)`` numbers and up to 2 more for each of B blocks in a step, with a metric
+    one more of B numbers, 2 more at a check, 3 at a new pair. All processes must take the same steps.
 
     References
     ----------
@@ -134,9 +128,9 @@ class MLBFGS(Optimizer):
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
             "capturable": capturable,
-            **{name: getattr(config, name) for name in _SETTINGS},
+            **{name: getattr(config, name) for name in SETTINGS},
         }
-        _check_hyperparameters(defaults)
+        check_hyperparameters(defaults)
         self._blocks = blocks
         self._shard_group = shard_group
         self._forget_units()
@@ -155,17 +149,17 @@ class MLBFGS(Optimizer):
             "params", and any hyperparameter or setting. With a "preset" of its own the group takes
             none of the optimizer's settings.
         """
-        own = {name: param_group[name] for name in _SETTINGS if name in param_group}
-        inherited = {} if "preset" in own else {name: self.defaults[name] for name in _SETTINGS}
+        own = {name: param_group[name] for name in SETTINGS if name in param_group}
+        inherited = {} if "preset" in own else {name: self.defaults[name] for name in SETTINGS}
         config = core.Config(**{**inherited, **own})
-        group = {**param_group, **{name: getattr(config, name) for name in _SETTINGS}}
+        group = {**param_group, **{name: getattr(config, name) for name in SETTINGS}}
         if "preset" in own and "momentum" not in group:
             group["momentum"] = core.preset_momentum(config.preset)
-        _check_hyperparameters({**self.defaults, **group})
+        check_hyperparameters({**self.defaults, **group})
         params = group["params"]
         if not isinstance(params, (Tensor, set)):  # the base class refuses sets
             group["params"] = params = list(params)
-        _check_params([params] if isinstance(params, Tensor) else params)
+        check_params([params] if isinstance(params, Tensor) else params)
         super().add_param_group(group)
         self._forget_units()
 
@@ -275,7 +269,7 @@ class MLBFGS(Optimizer):
             loaded.update(final)
             keys = [key for group in final["param_groups"] for key in group["params"]]
             for key, param in zip(keys, params, strict=False):  # the base class compares the numbers
-                _check_entry(final["state"].get(key, {}), param)
+                check_entry(final["state"].get(key, {}), param)
 
         # The base class casts state to the parameter's dtype. Take what it was given, after every
         # hook, and put the uncast tensors in place.
@@ -359,7 +353,7 @@ class MLBFGS(Optimizer):
                 self.state[param] = entry
         self._forget_units()
 
-    def _knowing_all(self) -> list[_Partition]:
+    def _knowing_all(self) -> list[Partition]:
         """The partitions, where this process has all parameters or a part of each."""
         if self._shard_group is not None:
             rule = "must be None for a file of the whole run (see `state_dict`)"
@@ -374,12 +368,12 @@ class MLBFGS(Optimizer):
         state.setdefault("_shard_group", None)  # of an older version
         super().__setstate__(state)
         for group in (self.defaults, *self.param_groups):  # of an older version
-            for name, value in _SWITCHES.items():
+            for name, value in SWITCHES.items():
                 group.setdefault(name, value)
         self._forget_units()
 
     def _forget_units(self) -> None:
-        self._units: list[_Unit] = []
+        self._units: list[Unit] = []
         self._signature: Any = None
 
     def _members(self) -> dict[tuple[core.Config, torch.device], list[Member]]:
@@ -395,7 +389,7 @@ class MLBFGS(Optimizer):
         number = 0
         for group in self.param_groups:
             unnamed = [f"{prefix}param{number + i}" for i in range(len(group["params"]))]
-            config = _config(_settings(group))
+            config = config_of(settings_of(group))
             for name, param in zip(group.get("param_names") or unnamed, group["params"], strict=True):
                 sharding.check_placements(name, param, owned=own)
                 member = Member.of(name, param, group, sharding.share(param, shards))
@@ -403,17 +397,14 @@ class MLBFGS(Optimizer):
                 number += 1
         return found
 
-    def _partitions(self) -> list[_Partition]:
+    def _partitions(self) -> list[Partition]:
         """Groups of equal settings and device, with their parameters in blocks."""
         found = self._members()
         if self._shard_group is not None:
-            return [
-                _Partition(*part, self._shard_group)
-                for part in divide(found, self._blocks, self._shard_group)
-            ]
+            return divide(found, self._blocks, self._shard_group)
         group = sharding.shard_group([member.param for members in found.values() for member in members])
         return [
-            _Partition.of(
+            Partition.of(
                 config,
                 device,
                 members,
@@ -430,7 +421,7 @@ class MLBFGS(Optimizer):
         """
         layout = [
             (
-                _settings(group),
+                settings_of(group),
                 group["momentum"] != 0,
                 [(id(param), param.device, param.stride()) for param in group["params"]],
             )
@@ -450,7 +441,7 @@ class MLBFGS(Optimizer):
         self._signature = (layout, given)
 
     def _bind(
-        self, parts: Sequence[_Partition], bound: bool, ask: Callable[[Any], list[Any]] | None = None
+        self, parts: Sequence[Partition], bound: bool, ask: Callable[[Any], list[Any]] | None = None
     ) -> None:
         """Make units of partitions; `ask` tells what the other owners know."""
         parts = [part for part in parts if part.blocks]
@@ -463,12 +454,12 @@ class MLBFGS(Optimizer):
             ask,
         )
         before = self._units if self._shard_group is not None and ask is None else [None] * len(parts)
-        units: list[_Unit] = []
+        units: list[Unit] = []
         for part, old in zip(parts, before, strict=True):
             numbers = None if old is None else old.coefficients()
             if ask is not None:
                 numbers = part.agreed(self.state, ask)
-            units.append(_Unit(part, self.state, sum(len(unit.blocks) for unit in units), numbers))
+            units.append(Unit(part, self.state, sum(len(unit.blocks) for unit in units), numbers))
         self._units = units
 
     def _verdict(
@@ -492,267 +483,7 @@ class MLBFGS(Optimizer):
         return finite & ~idle, idle
 
 
-class _Partition(NamedTuple):
-    """Parameters with common settings and device, in blocks."""
-
-    config: core.Config
-    device: torch.device
-    members: list[Member]
-    blocks: Blocks
-    sizes: tuple[float, ...]
-    """Number of values of each block, over all processes."""
-    dtype: torch.dtype | None
-    """Where other processes own some of the parameters: the widest dtype of all averages."""
-    group: Any
-    """The processes that sum their inner products, or None."""
-
-    @classmethod
-    def of(
-        cls, config: core.Config, device: torch.device, members: list[Member], blocks: Blocks, group: Any
-    ) -> _Partition:
-        """Of parameters that this process knows all of."""
-        sizes = tuple(float(sum(math.prod(members[i].whole) for i in block)) for block in blocks)
-        return cls(config, device, members, blocks, sizes, None, group)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        identities = tuple(
-            (id(m.param), m.param.device, m.order, id(m.group), m.group["momentum"] != 0)
-            for m in self.members
-        )
-        return self.config, identities, self.blocks
-
-    @property
-    def reduce_device(self) -> torch.device:
-        """Where the group's collectives work: that of the mesh, also where parameters are offloaded."""
-        meshes = [m.param.device_mesh for m in self.members if sharding.is_sharded(m.param)]
-        return torch.device(meshes[0].device_type) if meshes else self.device
-
-    @property
-    def absent(self) -> list[Tensor]:
-        """Empty leaves that stand for those of other owners: one whose gradient is always missing, one
-        whose gradient never is, and one for each block of which this process owns nothing."""
-        if self.dtype is None:
-            return []
-        count = 2 + sum(not block for block in self.blocks)
-        return [torch.empty(0, dtype=self.dtype, device=self.device) for _ in range(count)]
-
-    def active(self, memory: Memory) -> _Partition:
-        """Only the parameters that have a gradient now or have had one."""
-        kept = [
-            i
-            for i, m in enumerate(self.members)
-            if m.param.grad is not None or "history" in memory.get(m.param, ())
-        ]
-        if len(kept) == len(self.members):
-            return self
-        place = {index: new for new, index in enumerate(kept)}
-        blocks = [tuple(place[i] for i in block if i in place) for block in self.blocks]
-        members = [self.members[i] for i in kept]
-        return _Partition.of(self.config, self.device, members, tuple(b for b in blocks if b), self.group)
-
-    def agreed(self, memory: Memory, ask: Callable[[Any], list[Any]]) -> dict[str, Tensor]:
-        """The coefficients that the owners have between them."""
-        blocks = [[self.members[i] for i in block] for block in self.blocks]
-        return agreed(self.config, blocks, self.dtype, self.device, memory, ask)
-
-
-class _Unit:
-    """One core state: a partition bound to the parameters' memory."""
-
-    def __init__(
-        self, part: _Partition, memory: Memory, first_label: int, numbers: dict[str, Tensor] | None
-    ) -> None:
-        self.part = part
-        self.config = part.config
-        self.leaves, blocks = plan_leaves(part.members, part.blocks, memory)
-        self._absent = part.absent
-        if self._absent:  # the first two join any block
-            places = iter(range(len(self.leaves), len(self.leaves) + len(self._absent)))
-            two = next(places), next(places)
-            blocks = tuple(block or (next(places),) for block in blocks)
-            blocks = ((*blocks[0], *two), *blocks[1:])
-        self.blocks = blocks
-        self._bound = bind(
-            self.config,
-            self.leaves,
-            blocks,
-            memory,
-            first_label,
-            absent=self._absent,
-            sizes=part.sizes,
-            known=numbers,
-        )
-        self._device = part.device
-        self.kernels = TorchKernels(self._device)
-        self._views = [(member.param, memory[member.param]["history"]) for member in part.members]
-        self.flags: Flags | None = None
-        self.reduce = sharding.reduction(part.group, part.reduce_device)
-        shares = [*(leaf.share for leaf in self.leaves), *(1.0 for _ in self._absent)]
-        self.shares = None if all(share == 1.0 for share in shares) else shares
-
-    @property
-    def state(self) -> core.State:
-        """The core's state."""
-        return self._bound.state
-
-    def coefficients(self) -> dict[str, Tensor]:
-        """Those of blocks and of the whole."""
-        return {name: getattr(self.state, name) for name in (*PER_BLOCK, *PER_UNIT)}
-
-    def is_bound(self, memory: Memory) -> bool:
-        """Whether the dictionaries still hold this unit's arrays, not others put in their place."""
-        return all(memory.get(param, {}).get("history") is view for param, view in self._views)
-
-    def splits(self) -> bool:
-        """Whether some, but not all, parameters of a leaf have a gradient."""
-        return any(len({m.param.grad is None for m in leaf.members}) > 1 for leaf in self.leaves)
-
-    def params(self) -> list[Tensor]:
-        """The parameters' values; for a leaf that is a view, in the parameter's own memory."""
-        return [*(leaf.gather(leaf.params()).detach() for leaf in self.leaves), *self._absent]
-
-    def grads(self, scale: Tensor | None) -> list[Tensor | None]:
-        """The gradients, or None, divided by a scale: never written to, where they are the user's own."""
-        own = [_gradient(leaf, scale) for leaf in self.leaves]
-        # Whether a gradient is missing decides how often processes sum; if none were there, one would not
-        # take part.
-        return [*own, None, *self._absent[1:]] if self._absent else own
-
-    def asked(self) -> tuple[bool | None, bool | None]:
-        """Whether this step makes a check and takes a pair; None: mask it."""
-        if torch.compiler.is_compiling() or any(leaf.group["capturable"] for leaf in self.leaves):
-            self.flags = None
-            return None, None
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            msg = "MLBFGS needs `capturable`=True for a step captured in a CUDA graph, got False"
-            raise RuntimeError(msg)
-        if self.flags is None:
-            self.flags = Flags(self.config, self.state)
-        return self.flags.read()
-
-    def remember(self, state: core.State) -> None:
-        """Take over the new coefficients."""
-        store(self.state, state)
-        if self.flags is not None:
-            self.flags.send(state)
-
-    def apply(
-        self,
-        params: Sequence[Tensor],
-        update: Sequence[Tensor | None],
-        factor: Tensor,
-        finite: Tensor,
-    ) -> None:
-        """Momentum, weight decay and learning rate, all of them only where the step is accepted.
-
-        `params` is what the method of this name gave, and is written to.
-        """
-        for leaf, flat, direction, buffer in zip(
-            self.leaves, params, update, self._bound.momentum, strict=False
-        ):
-            if direction is None:
-                continue
-            group, dtype = leaf.group, direction.dtype
-            accepted, length = finite.to(dtype), factor.to(dtype)
-            rate = accepted * _number(group["lr"])
-            decays = group["weight_decay"] != 0 and group["decoupled_weight_decay"]
-            decay = 1 - rate * group["weight_decay"] if decays else None
-            carry = None if buffer is None else 1 + accepted * (group["momentum"] - 1)
-            weight = rate * length if buffer is None else rate
-            for tile in self.kernels.tiles(direction):
-                change = direction[tile]
-                if buffer is not None:
-                    change = buffer[tile].mul_(carry).addcmul_(change, length)
-                value = flat[tile].to(dtype)  # rounded once, at the end
-                if decay is not None:
-                    value.mul_(decay)
-                value.addcmul_(change, weight, value=-1)
-                if flat.dtype != dtype:
-                    flat[tile].copy_(value)
-            if not leaf.is_view:
-                torch._foreach_copy_(leaf.real_params(), leaf.spread(flat))
-
-
-def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:
-    if leaf.members[0].param.grad is None:
-        return None
-    for member in leaf.members:
-        layout = member.param.grad.layout
-        if layout != torch.strided:
-            msg = f"MLBFGS does not support sparse gradients, got {layout} for {member.name!r}"
-            raise RuntimeError(msg)
-    grads = [member.grad() for member in leaf.members]
-    group = leaf.group
-    flat = leaf.gather(grads).detach()
-    if scale is not None:
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32)) / scale.to(flat.device)
-    if group["maximize"]:
-        flat = flat.neg()
-    if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
-        flat = flat.add(leaf.gather(leaf.params()), alpha=group["weight_decay"])
-    return flat
-
-
 def _all(verdicts: Sequence[Tensor], device: torch.device) -> Tensor:
     if len(verdicts) == 1:
         return verdicts[0]
     return torch.stack([verdict.to(device, non_blocking=True) for verdict in verdicts]).all()
-
-
-def _number(value: float | Tensor) -> float | Tensor:
-    return value.reshape(()) if isinstance(value, Tensor) else value
-
-
-def _settings(group: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple((name, _hashable(group[name])) for name in _SETTINGS)
-
-
-@lru_cache(maxsize=128)
-def _config(settings: tuple[tuple[str, Any], ...]) -> core.Config:
-    return core.Config(**dict(settings))
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _check_hyperparameters(values: dict[str, Any]) -> None:
-    for name in ("lr", "momentum", "weight_decay"):
-        value = values[name]
-        if isinstance(value, Tensor):
-            if name != "lr" or value.numel() != 1:
-                msg = f"`{name}` must be a number, got a tensor of shape {tuple(value.shape)}"
-                raise TypeError(msg)
-            continue
-        if not isinstance(value, (int, float)):
-            msg = f"`{name}` must be a number, got {value!r}"
-            raise TypeError(msg)
-        check_real(name, value)
-    for name in _SWITCHES:
-        if not isinstance(values[name], bool):
-            msg = f"`{name}` must be a bool, got {values[name]!r}"
-            raise TypeError(msg)
-
-
-def _check_entry(entry: dict[str, Any], param: Tensor) -> None:
-    shape = (*param.shape, 2) if param.is_complex() else tuple(param.shape)
-    for name in core.LEAF_ARRAYS:
-        if name not in entry:
-            continue
-        got = tuple(entry[name].shape[2:] if name == "history" else entry[name].shape)
-        if got != shape:
-            msg = f"`state_dict` must hold a {name!r} of the parameter's shape {shape}, got {got}"
-            raise ValueError(msg)
-        if sharding.is_sharded(param) and not sharding.is_sharded(entry[name]):
-            rule = "sharded like its parameter (see torch.distributed.checkpoint.state_dict)"
-            msg = f"`state_dict` must hold a {name!r} {rule}, got a plain tensor of shape {got}"
-            raise ValueError(msg)
-
-
-def _check_params(params: Iterable[Any]) -> None:
-    for index, param in enumerate(params):
-        tensor = param[1] if isinstance(param, tuple) else param
-        if isinstance(tensor, Tensor) and tensor.dtype not in _DTYPES:
-            msg = f"`params`[{index}] must be of one of the dtypes {_DTYPES}, got {tensor.dtype}"
-            raise TypeError(msg)

@@ -7,33 +7,19 @@ processes are those of one process that owns all.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import Blocks, BlockSpec
+from mlbfgs_core.blocks import BlockSpec
 from mlbfgs_core.state import accumulation_dtype
 
-from .binding import Member
+from .leaves import Member, as_real
+from .units import Partition
 
-__all__ = ["Division", "divide", "gather"]
-
-
-class Division(NamedTuple):
-    """One core state over all processes: its blocks, and what this process owns of them."""
-
-    config: core.Config
-    device: torch.device
-    members: list[Member]
-    """Own parameters."""
-    blocks: Blocks
-    """Of own parameters; an empty tuple for a block that others own."""
-    sizes: tuple[float, ...]
-    """Number of values of each block."""
-    dtype: torch.dtype
-    """The widest of all averages."""
+__all__ = ["divide", "gather"]
 
 
 def gather(group: Any, value: Any) -> list[Any]:
@@ -45,34 +31,35 @@ def gather(group: Any, value: Any) -> list[Any]:
 
 def divide(
     found: Mapping[tuple[core.Config, torch.device], Sequence[Member]], spec: BlockSpec, group: Any
-) -> list[Division]:
-    """The blocks of all processes' parameters, which are known by their names.
+) -> list[Partition]:
+    """Partitions of all processes' parameters, which are known by their names: this one's members, in
+    blocks, of which one that others own is empty.
 
     Every process calls it together with the others.
     """
+    this = dist.get_rank(group)
     own = [
-        ((config, device.type), [(m.name, float(m.size), accumulation_dtype(m.param)) for m in members])
+        (config, device.type, this, m.name, float(m.size), accumulation_dtype(as_real(m.param.detach())))
         for (config, device), members in found.items()
+        for m in members
     ]
+    entries = [entry for told in gather(group, own) for entry in told]
     place = {(config, device.type): (device, list(members)) for (config, device), members in found.items()}
-    told: dict[Any, list[tuple[int, tuple[str, float, str]]]] = {}
-    for rank, entries in enumerate(gather(group, own)):
-        for key, entry in entries:
-            told.setdefault(key, []).extend((rank, item) for item in entry)
-    this, result = dist.get_rank(group), []
-    for key, entries in told.items():
-        names = [name for _, (name, _, _) in entries]
-        index = {i: n for n, i in enumerate(i for i, (rank, _) in enumerate(entries) if rank == this)}
+    result = []
+    for config, kind in dict.fromkeys((config, kind) for config, kind, *_ in entries):
+        _, _, ranks, names, sizes, dtypes = zip(*(e for e in entries if e[:2] == (config, kind)), strict=True)
         blocks = core.partition(names, spec)
-        device, members = place.get(key, (_device(key[1]), []))
+        number = {i: n for n, i in enumerate(i for i, rank in enumerate(ranks) if rank == this)}
+        device, members = place.get((config, kind), (_device(kind), []))
         result.append(
-            Division(
-                key[0],
+            Partition(
+                config,
                 device,
                 members,
-                tuple(tuple(index[i] for i in block if i in index) for block in blocks),
-                tuple(sum(entries[i][1][1] for i in block) for block in blocks),
-                getattr(torch, max(dtype for _, (_, _, dtype) in entries)),
+                tuple(tuple(number[i] for i in block if i in number) for block in blocks),
+                tuple(sum(sizes[i] for i in block) for block in blocks),
+                getattr(torch, max(dtypes)),  # "float64" after "float32"
+                group,
             )
         )
     return result

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlbfgs_core as core
-from mlbfgs_torch import MLBFGS, binding
+from mlbfgs_torch import MLBFGS
+from mlbfgs_torch import leaves as torch_leaves
 from tests.trainers.helpers import FAST, assert_same, train, weights
 
 
@@ -67,7 +68,7 @@ def test_small_parameters_side_by_side_give_the_same_trajectory(monkeypatch, set
         return flat(train(model, optimizer, data).parameters()), len(optimizer._units[0].leaves)
 
     together, few = run()
-    monkeypatch.setitem(binding._SMALL, "cpu", 0)
+    monkeypatch.setitem(torch_leaves._SMALL, "cpu", 0)
     apart, many = run()
     assert (few, many) == ((1, 4) if blocks == "all" else (4, 4))
     torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-11)
@@ -540,7 +541,7 @@ def test_coupled_weight_decay_is_a_term_of_the_gradient():
 @pytest.mark.parametrize("absent", [0, 2])
 def test_a_gradient_that_comes_and_goes_splits_a_leaf_once_and_loses_nothing(monkeypatch, absent):
     def run(small):
-        monkeypatch.setitem(binding._SMALL, "cpu", small)
+        monkeypatch.setitem(torch_leaves._SMALL, "cpu", small)
         model = make_model()
         params = list(model.parameters())
         optimizer, bound = MLBFGS(params, lr=0.05, **FAST), []

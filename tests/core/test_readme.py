@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import scipy.optimize
 import torch
 
@@ -61,6 +62,20 @@ def test_python_blocks_of_the_scipy_page_run():
     assert run_blocks(ROOT / "docs" / "scipy.md", names) == 2
     np.testing.assert_allclose(names["result"].x, 1.0, atol=1e-6)
     np.testing.assert_allclose(names["fit"].x, 1.0, atol=0.15)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")
+def test_python_blocks_of_the_distributed_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    names = {}
+    try:
+        assert run_blocks(ROOT / "docs" / "distributed.md", names) == 4
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(names["optimizer"].optim.state) == 4
+    assert (tmp_path / "checkpoint" / ".metadata").exists()
 
 
 def run_blocks(path, names):

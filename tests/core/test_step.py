@@ -294,13 +294,9 @@ def test_tiles_of_any_size_give_the_same_step(name):
         assert relative(np.asarray(updates), np.asarray(runs[2])) < 1e-8
 
 
-@pytest.mark.parametrize("name", ["default", "fit", "paper"])
-def test_shards_that_reduce_equal_the_whole(name):
-    config, steps = config_of(name), 25
-    start, gradient = noisy_quadratic(np.random.default_rng(0), 11, steps)
-    expected = [u for u, _, _ in trajectory(config, numpy_namespace, start, gradient, steps)]
-    parts, box, barrier = (slice(0, 4), slice(4, 11)), {}, threading.Barrier(2)
-    results, calls = {}, []
+def on_two_shards(function):
+    """What a function gives on each of two shards, which sum by its argument."""
+    box, barrier, results = {}, threading.Barrier(2), {}
 
     def worker(rank):
         def reduce(array):
@@ -308,26 +304,69 @@ def test_shards_that_reduce_equal_the_whole(name):
             barrier.wait()
             total = box[0] + box[1]
             barrier.wait()
-            calls.append(rank)
             return total
 
-        part, x = parts[rank], start.copy()
-        size = np.asarray([11.0])  # of the whole block
-        state = core.init(config, [x[part]])._replace(size=size)
-        for t in range(steps):
-            update, state = core.step(config, state, [x[part]], [gradient(t, x)[part]], reduce=reduce)
-            results[rank, t] = update[0]
-            barrier.wait()
-            x = x - 0.1 * np.concatenate([results[0, t], results[1, t]])
+        results[rank] = function(rank, reduce)
 
     threads = [threading.Thread(target=worker, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    for t in range(steps):
-        actual = np.concatenate([results[0, t], results[1, t]])
-        assert relative(actual, expected[t]) < 1e-7
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("name", ["default", "fit", "paper"])
+@pytest.mark.parametrize("shares", [(1.0, 0.0), (0.25, 0.75)], ids=["one", "some"])
+def test_shards_that_reduce_equal_the_whole(name, shares):
+    """Each shard holds a part of the first leaf and a copy of the second."""
+    config, steps = config_of(name), 25
+    start, gradient = noisy_quadratic(np.random.default_rng(0), 11, steps)
+    expected = [u for u, _, _ in trajectory(config, numpy_namespace, start, gradient, steps)]
+    parts, copied, barrier = (slice(0, 4), slice(4, 8)), slice(8, 11), threading.Barrier(2)
+    taken = {}
+
+    def run(rank, reduce):
+        own, x, updates = parts[rank], start.copy(), []
+        state = core.init(config, [x[own], x[copied]])._replace(size=np.asarray([11.0]))
+        for t in range(steps):
+            g = gradient(t, x)
+            update, state = core.step(
+                config,
+                state,
+                [x[own], x[copied]],
+                [g[own], g[copied]],
+                reduce=reduce,
+                shares=[1.0, shares[rank]],
+            )
+            taken[rank] = update
+            barrier.wait()
+            updates.append(np.concatenate([taken[0][0], taken[1][0], update[1]]))
+            barrier.wait()
+            x = x - 0.1 * updates[-1]
+        return updates
+
+    for updates in on_two_shards(run):
+        for actual, right in zip(updates, expected, strict=True):
+            assert relative(actual, right) < 1e-7
+
+
+def test_a_copy_that_adds_nothing_still_tells_of_a_nan():
+    config, x = core.Config(), np.ones(3)
+
+    def run(rank, reduce):
+        grads = [x, x * (np.nan if rank == 1 else 1.0)]
+        shares = [1.0, 1.0 - rank]
+        _, state = core.step(config, core.init(config, [x, x]), [x, x], grads, reduce=reduce, shares=shares)
+        return int(state.skipped)
+
+    assert on_two_shards(run) == (1, 1)
+
+
+def test_shares_of_another_number_of_leaves_are_refused():
+    config, x = core.Config(), np.ones(3)
+    with pytest.raises(ValueError, match=r"`shares` must hold a number for each of 1 leaves, got 2"):
+        core.step(config, core.init(config, [x]), [x], [x], shares=[1.0, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""What users give: checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mlbfgs_core as core
+from mlbfgs_core.config import check_real
+from mlbfgs_core.state import LEAF_DTYPES
+
+from . import sharding
+
+__all__ = [
+    "SETTINGS",
+    "SWITCHES",
+    "check_entry",
+    "check_hyperparameters",
+    "check_params",
+    "config_of",
+    "settings_of",
+]
+
+SETTINGS = tuple(field.name for field in fields(core.Config))
+"""Names of the core's settings."""
+SWITCHES = {"maximize": False, "decoupled_weight_decay": True, "capturable": False}
+"""Options that are on or off, with their defaults."""
+_DTYPES = (
+    *(getattr(torch, name) for name in LEAF_DTYPES),
+    torch.complex32,
+    torch.complex64,
+    torch.complex128,
+)
+
+
+def check_hyperparameters(values: dict[str, Any]) -> None:
+    for name in ("lr", "momentum", "weight_decay"):
+        value = values[name]
+        if isinstance(value, Tensor):
+            if name != "lr" or value.numel() != 1:
+                msg = f"`{name}` must be a number, got a tensor of shape {tuple(value.shape)}"
+                raise TypeError(msg)
+            continue
+        if not isinstance(value, (int, float)):
+            msg = f"`{name}` must be a number, got {value!r}"
+            raise TypeError(msg)
+        check_real(name, value)
+    for name in SWITCHES:
+        if not isinstance(values[name], bool):
+            msg = f"`{name}` must be a bool, got {values[name]!r}"
+            raise TypeError(msg)
+
+
+def check_params(params: Iterable[Any]) -> None:
+    for index, param in enumerate(params):
+        tensor = param[1] if isinstance(param, tuple) else param
+        if isinstance(tensor, Tensor) and tensor.dtype not in _DTYPES:
+            msg = f"`params`[{index}] must be of one of the dtypes {_DTYPES}, got {tensor.dtype}"
+            raise TypeError(msg)
+
+
+def check_entry(entry: dict[str, Any], param: Tensor) -> None:
+    shape = (*param.shape, 2) if param.is_complex() else tuple(param.shape)
+    for name in core.LEAF_ARRAYS:
+        if name not in entry:
+            continue
+        got = tuple(entry[name].shape[2:] if name == "history" else entry[name].shape)
+        if got != shape:
+            msg = f"`state_dict` must hold a {name!r} of the parameter's shape {shape}, got {got}"
+            raise ValueError(msg)
+        if sharding.is_sharded(param) and not sharding.is_sharded(entry[name]):
+            rule = "sharded like its parameter (see torch.distributed.checkpoint.state_dict)"
+            msg = f"`state_dict` must hold a {name!r} {rule}, got a plain tensor of shape {got}"
+            raise ValueError(msg)
+
+
+def settings_of(group: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, _hashable(group[name])) for name in SETTINGS)
+
+
+@lru_cache(maxsize=128)
+def config_of(settings: tuple[tuple[str, Any], ...]) -> core.Config:
+    return core.Config(**dict(settings))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

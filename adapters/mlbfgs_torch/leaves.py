@@ -1,0 +1,188 @@
+"""Parameters as the core sees them: flat leaves.
+
+A leaf holds the values of one large parameter, or of several small ones side by side, in the order in which
+they lie in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from mlbfgs_core.blocks import Blocks
+from mlbfgs_core.state import LEAF_COUNTS
+
+from .sharding import is_sharded, local, matching
+
+__all__ = ["Leaf", "Member", "Memory", "as_real", "plan_leaves"]
+
+Memory = dict[Tensor, dict[str, Any]]
+
+# Parameters of fewer values are laid side by side, in leaves of at most so many values.
+_SMALL = {"cpu": 2**16}
+_DEVICE_SMALL = 2**23
+_LARGEST_PACK = 2**26
+
+
+@dataclass(frozen=True, eq=False)  # a property of a named tuple cannot be traced by older compilers
+class Member:
+    """A parameter, its group, and how it lies in memory."""
+
+    name: str
+    param: Tensor
+    group: dict[str, Any]
+    share: float
+    """What part of its inner products this process adds to the sums over all."""
+    shape: tuple[int, ...]
+    """Of this process's real values: a complex parameter has a last axis of 2."""
+    order: tuple[int, ...]
+    """Axes from the largest stride to the smallest."""
+    dense: bool
+    """Whether `flat` is a view."""
+
+    @classmethod
+    def of(cls, name: str, param: Tensor, group: dict[str, Any], share: float) -> Member:
+        """With the layout of the parameter."""
+        real = as_real(local(param))
+        order = tuple(sorted(range(real.ndim), key=lambda axis: -real.stride(axis)))
+        dense = real.permute(order).is_contiguous()
+        return cls(name, param, group, share, tuple(real.shape), order, dense)
+
+    @property
+    def size(self) -> int:
+        """Number of real values that this process holds."""
+        return math.prod(self.shape)
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of the real values over all processes."""
+        return (*self.param.shape, 2) if self.param.is_complex() else tuple(self.param.shape)
+
+    @property
+    def values(self) -> Tensor:
+        """The values that this process holds."""
+        return local(self.param)
+
+    def grad(self) -> Tensor | None:
+        """Their gradient."""
+        grad = self.param.grad
+        return None if grad is None else matching(grad, self.param)
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """A tensor like the parameter (or several: more axes in front), as one axis in memory order."""
+        tensor = as_real(tensor)
+        lead = tensor.ndim - len(self.order)
+        order = (*range(lead), *(lead + axis for axis in self.order))
+        return tensor.permute(order).reshape((*tensor.shape[:lead], self.size))
+
+    def shaped(self, flat: Tensor) -> Tensor:
+        """The inverse of `flat`, a view."""
+        lead = flat.ndim - 1
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        spread = flat.view((*flat.shape[:-1], *(self.shape[axis] for axis in self.order)))
+        return spread.permute((*range(lead), *(lead + axis for axis in inverse)))
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """One leaf of the core: parameters of one group, block and dtype, side by side."""
+
+    members: tuple[Member, ...]
+    plain: bool
+    """Whether all members are real, lie in the order of their axes, and have values."""
+
+    @classmethod
+    def of(cls, members: Sequence[Member]) -> Leaf:
+        """Of these members, in this order."""
+        plain = (
+            m.order == tuple(range(len(m.shape))) and not m.param.is_complex() and m.size > 0 for m in members
+        )
+        return cls(tuple(members), all(plain))
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The group to which all members belong."""
+        return self.members[0].group
+
+    def like(self) -> Tensor:
+        """Shape, dtype and device of the leaf, without memory."""
+        size = sum(member.size for member in self.members)
+        return self.real_params()[0].new_zeros(()).expand(size)
+
+    @property
+    def share(self) -> float:
+        """What part of its inner products this process adds."""
+        return self.members[0].share
+
+    @property
+    def is_view(self) -> bool:
+        """Whether `gather` of the parameters is their own memory."""
+        return len(self.members) == 1 and self.members[0].dense
+
+    def params(self) -> list[Tensor]:
+        """The parameters' values."""
+        return [member.values for member in self.members]
+
+    def real_params(self) -> list[Tensor]:
+        """The parameters' values as reals; writing to them writes to the parameters."""
+        return self.params() if self.plain else [as_real(param.detach()) for param in self.params()]
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor per member (or several: more axes in front) as a flat one."""
+        if self.plain and len(tensors) > 1 and tensors[0].ndim == len(self.members[0].shape):
+            return _flatten_dense_tensors(tensors)
+        flats = [member.flat(tensor) for member, tensor in zip(self.members, tensors, strict=True)]
+        return flats[0] if len(flats) == 1 else torch.cat(flats)
+
+    def spread(self, flat: Tensor) -> Sequence[Tensor]:
+        """Views of a flat tensor (or several: more axes in front) in the members' shapes."""
+        if self.plain and flat.ndim == 1:
+            return _unflatten_dense_tensors(flat, self.params())
+        parts = flat.split([member.size for member in self.members], dim=-1)
+        return [member.shaped(part) for member, part in zip(self.members, parts, strict=True)]
+
+
+def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tuple[tuple[Leaf, ...], Blocks]:
+    """Leaves for blocks of members, and the blocks of leaves.
+
+    Members share a leaf if they are small and have been observed equally often; whoever has a gradient
+    on this step does not share with who has none.
+    """
+    known = [m.param for m in members if "history" in memory.get(m.param, ())]
+    rows = [torch.stack([torch.as_tensor(memory[p][n]) for n in LEAF_COUNTS]) for p in known]
+    counts = dict(zip(known, map(tuple, torch.stack(rows).tolist()), strict=True)) if rows else {}
+    leaves: list[Leaf] = []
+    leaf_blocks = []
+    for block in blocks:
+        packs: dict[Any, list[list[Member]]] = {}
+        for index in block:
+            member = members[index]
+            kind: tuple[Any, ...] = (id(member.group), member.param.dtype, counts.get(member.param))
+            kind += (member.param.grad is None, member.share)
+            if member.size > _small(member.param):
+                kind = (index,)
+            pack = packs.setdefault(kind, [[]])
+            if sum(m.size for m in pack[-1]) + member.size > _LARGEST_PACK and pack[-1]:
+                pack.append([])
+            pack[-1].append(member)
+        made = [Leaf.of(part) for pack in packs.values() for part in pack]
+        leaf_blocks.append(tuple(range(len(leaves), len(leaves) + len(made))))
+        leaves += made
+    return tuple(leaves), tuple(leaf_blocks)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A view, with a last axis of length 2 where the tensor is complex."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _small(param: Tensor) -> int:
+    # Of sharded parameters a state dict copies what lies side by side: only little may.
+    device = "cpu" if is_sharded(param) else param.device.type
+    return _SMALL.get(device, _DEVICE_SMALL)

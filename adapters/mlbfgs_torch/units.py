@@ -1,0 +1,250 @@
+"""Parameters with common settings and device, and the core state that is theirs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import mlbfgs_core as core
+from mlbfgs_core.blocks import Blocks
+
+from . import sharding
+from .binding import PER_BLOCK, PER_UNIT, agreed, bind, store
+from .kernels import TorchKernels
+from .leaves import Leaf, Member, Memory, plan_leaves
+
+__all__ = ["Partition", "Unit"]
+
+
+class Partition(NamedTuple):
+    """Parameters with common settings and device, in blocks."""
+
+    config: core.Config
+    device: torch.device
+    members: list[Member]
+    blocks: Blocks
+    sizes: tuple[float, ...]
+    """Number of values of each block, over all processes."""
+    dtype: torch.dtype | None
+    """Where other processes own some of the parameters: the widest dtype of all averages."""
+    group: Any
+    """The processes that sum their inner products, or None."""
+
+    @classmethod
+    def of(
+        cls, config: core.Config, device: torch.device, members: list[Member], blocks: Blocks, group: Any
+    ) -> Partition:
+        """Of parameters that this process knows all of."""
+        sizes = tuple(float(sum(math.prod(members[i].whole) for i in block)) for block in blocks)
+        return cls(config, device, members, blocks, sizes, None, group)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        identities = tuple(
+            (id(m.param), m.param.device, m.order, id(m.group), m.group["momentum"] != 0)
+            for m in self.members
+        )
+        return self.config, identities, self.blocks
+
+    @property
+    def reduce_device(self) -> torch.device:
+        """Where the group's collectives work: that of the mesh, also where parameters are offloaded."""
+        meshes = [m.param.device_mesh for m in self.members if sharding.is_sharded(m.param)]
+        return torch.device(meshes[0].device_type) if meshes else self.device
+
+    @property
+    def absent(self) -> list[Tensor]:
+        """Empty leaves that stand for those of other owners: one whose gradient is always missing, one
+        whose gradient never is, and one for each block of which this process owns nothing."""
+        if self.dtype is None:
+            return []
+        count = 2 + sum(not block for block in self.blocks)
+        return [torch.empty(0, dtype=self.dtype, device=self.device) for _ in range(count)]
+
+    def active(self, memory: Memory) -> Partition:
+        """Only the parameters that have a gradient now or have had one."""
+        kept = [
+            i
+            for i, m in enumerate(self.members)
+            if m.param.grad is not None or "history" in memory.get(m.param, ())
+        ]
+        if len(kept) == len(self.members):
+            return self
+        place = {index: new for new, index in enumerate(kept)}
+        blocks = [tuple(place[i] for i in block if i in place) for block in self.blocks]
+        members = [self.members[i] for i in kept]
+        return Partition.of(self.config, self.device, members, tuple(b for b in blocks if b), self.group)
+
+    def agreed(self, memory: Memory, ask: Callable[[Any], list[Any]]) -> dict[str, Tensor]:
+        """The coefficients that the owners have between them."""
+        blocks = [[self.members[i] for i in block] for block in self.blocks]
+        return agreed(self.config, blocks, self.dtype, self.device, memory, ask)
+
+
+class Unit:
+    """One core state: a partition bound to the parameters' memory."""
+
+    def __init__(
+        self, part: Partition, memory: Memory, first_label: int, numbers: dict[str, Tensor] | None
+    ) -> None:
+        self.part = part
+        self.config = part.config
+        self.leaves, blocks = plan_leaves(part.members, part.blocks, memory)
+        self._absent = part.absent
+        if self._absent:  # the first two join any block
+            places = iter(range(len(self.leaves), len(self.leaves) + len(self._absent)))
+            two = next(places), next(places)
+            blocks = tuple(block or (next(places),) for block in blocks)
+            blocks = ((*blocks[0], *two), *blocks[1:])
+        self.blocks = blocks
+        self._bound = bind(
+            self.config,
+            self.leaves,
+            blocks,
+            memory,
+            first_label,
+            part.sizes,
+            absent=self._absent,
+            known=numbers,
+        )
+        self._device = part.device
+        self.kernels = TorchKernels(self._device)
+        self._views = [(member.param, memory[member.param]["history"]) for member in part.members]
+        self.flags: _Flags | None = None
+        self.reduce = sharding.reduction(part.group, part.reduce_device)
+        shares = [*(leaf.share for leaf in self.leaves), *(1.0 for _ in self._absent)]
+        self.shares = None if all(share == 1.0 for share in shares) else shares
+
+    @property
+    def state(self) -> core.State:
+        """The core's state."""
+        return self._bound.state
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """Those of blocks and of the whole."""
+        return {name: getattr(self.state, name) for name in (*PER_BLOCK, *PER_UNIT)}
+
+    def is_bound(self, memory: Memory) -> bool:
+        """Whether the dictionaries still hold this unit's arrays, not others put in their place."""
+        return all(memory.get(param, {}).get("history") is view for param, view in self._views)
+
+    def splits(self) -> bool:
+        """Whether some, but not all, parameters of a leaf have a gradient."""
+        return any(len({m.param.grad is None for m in leaf.members}) > 1 for leaf in self.leaves)
+
+    def params(self) -> list[Tensor]:
+        """The parameters' values; for a leaf that is a view, in the parameter's own memory."""
+        return [*(leaf.gather(leaf.params()).detach() for leaf in self.leaves), *self._absent]
+
+    def grads(self, scale: Tensor | None) -> list[Tensor | None]:
+        """The gradients, or None, divided by a scale: never written to, where they are the user's own."""
+        own = [_gradient(leaf, scale) for leaf in self.leaves]
+        # Whether a gradient is missing decides how often processes sum; if none were there, one would not
+        # take part.
+        return [*own, None, *self._absent[1:]] if self._absent else own
+
+    def asked(self) -> tuple[bool | None, bool | None]:
+        """Whether this step makes a check and takes a pair; None: mask it."""
+        if torch.compiler.is_compiling() or any(leaf.group["capturable"] for leaf in self.leaves):
+            self.flags = None
+            return None, None
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            msg = "MLBFGS needs `capturable`=True for a step captured in a CUDA graph, got False"
+            raise RuntimeError(msg)
+        if self.flags is None:
+            self.flags = _Flags(self.config, self.state)
+        return self.flags.read()
+
+    def remember(self, state: core.State) -> None:
+        """Take over the new coefficients."""
+        store(self.state, state)
+        if self.flags is not None:
+            self.flags.send(state)
+
+    def apply(
+        self,
+        params: Sequence[Tensor],
+        update: Sequence[Tensor | None],
+        factor: Tensor,
+        finite: Tensor,
+    ) -> None:
+        """Momentum, weight decay and learning rate, all of them only where the step is accepted.
+
+        `params` is what the method of this name gave, and is written to.
+        """
+        for leaf, flat, direction, buffer in zip(
+            self.leaves, params, update, self._bound.momentum, strict=False
+        ):
+            if direction is None:
+                continue
+            group, dtype = leaf.group, direction.dtype
+            accepted, length = finite.to(dtype), factor.to(dtype)
+            rate = accepted * _number(group["lr"])
+            decays = group["weight_decay"] != 0 and group["decoupled_weight_decay"]
+            decay = 1 - rate * group["weight_decay"] if decays else None
+            carry = None if buffer is None else 1 + accepted * (group["momentum"] - 1)
+            weight = rate * length if buffer is None else rate
+            for tile in self.kernels.tiles(direction):
+                change = direction[tile]
+                if buffer is not None:
+                    change = buffer[tile].mul_(carry).addcmul_(change, length)
+                value = flat[tile].to(dtype)  # rounded once, at the end
+                if decay is not None:
+                    value.mul_(decay)
+                value.addcmul_(change, weight, value=-1)
+                if flat.dtype != dtype:
+                    flat[tile].copy_(value)
+            if not leaf.is_view:
+                torch._foreach_copy_(leaf.real_params(), leaf.spread(flat))
+
+
+class _Flags:
+    """What the next step is to do, copied from the device without waiting for it."""
+
+    def __init__(self, config: core.Config, state: core.State) -> None:
+        self._config = config
+        device = state.gamma.device
+        self._host = torch.empty(2, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self.send(state)
+
+    def send(self, state: core.State) -> None:
+        """Start copying what the state asks the next step to do."""
+        self._host.copy_(core.upcoming(self._config, state), non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> tuple[bool, bool]:
+        """Whether the step asks for a check and for a refresh; they were sent one step ago."""
+        if self._event is not None:
+            self._event.synchronize()
+        check, due = self._host.numpy()
+        return bool(check), bool(due)
+
+
+def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:
+    if leaf.members[0].param.grad is None:
+        return None
+    for member in leaf.members:
+        layout = member.param.grad.layout
+        if layout != torch.strided:
+            msg = f"MLBFGS does not support sparse gradients, got {layout} for {member.name!r}"
+            raise RuntimeError(msg)
+    grads = [member.grad() for member in leaf.members]
+    group = leaf.group
+    flat = leaf.gather(grads).detach()
+    if scale is not None:
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32)) / scale.to(flat.device)
+    if group["maximize"]:
+        flat = flat.neg()
+    if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
+        flat = flat.add(leaf.gather(leaf.params()), alpha=group["weight_decay"])
+    return flat
+
+
+def _number(value: float | Tensor) -> float | Tensor:
+    return value.reshape(()) if isinstance(value, Tensor) else value
