@@ -65,7 +65,8 @@ class MLBFGS(Optimizer):
         The processes over which parameters are divided, where each process constructs the optimizer with
         those that it owns, as `torch.distributed.optim.ZeroRedundancyOptimizer` does. Names begin with
         the owner's rank ("rank0.param2") where none are given. Sharded parameters (`DTensor`) and
-        replicated ones need no group.
+        replicated ones need no group. Owned parameters take memory from the first step on, with or
+        without a gradient: leave frozen ones out.
     **settings
         Settings of `mlbfgs_core.Config` by name: `history_size`, `update_every`, `preset`, ...
 
@@ -390,11 +391,11 @@ class MLBFGS(Optimizer):
         for group in self.param_groups:
             unnamed = [f"{prefix}param{number + i}" for i in range(len(group["params"]))]
             config = config_of(settings_of(group))
+            number += len(unnamed)
             for name, param in zip(group.get("param_names") or unnamed, group["params"], strict=True):
                 sharding.check_placements(name, param, owned=own)
                 member = Member.of(name, param, group, sharding.share(param, shards))
                 found.setdefault((config, param.device), []).append(member)
-                number += 1
         return found
 
     def _partitions(self) -> list[Partition]:

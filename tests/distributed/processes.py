@@ -20,8 +20,10 @@ PRELOAD = ["torch", "torch._dynamo", "torch.distributed.checkpoint.state_dict", 
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 
 
-def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
-    """What a module's function returns on each rank of a gloo group of `count` processes.
+def on_ranks(
+    count: int, function: Callable[..., Any], *args: Any, backend: str = "gloo", timeout: float = 240.0
+) -> list[Any]:
+    """What a module's function returns on each rank of a group of `count` processes.
 
     Raises
     ------
@@ -32,7 +34,7 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: floa
     multiprocessing.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         ranks = start_processes(
-            _run, (count, folder, function, args), count, join=False, start_method="forkserver"
+            _run, (count, folder, backend, function, args), count, join=False, start_method="forkserver"
         )
         try:
             deadline = time.monotonic() + timeout
@@ -47,10 +49,14 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: floa
         return [torch.load(path, weights_only=False) for path in paths]
 
 
-def _run(rank: int, count: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, count: int, folder: str, backend: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count, timeout=COLLECTIVE_TIMEOUT
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=count, timeout=COLLECTIVE_TIMEOUT
     )
     torch.save(function(*args), f"{folder}/result{rank}")
     dist.barrier()  # nobody leaves while another rank still needs it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -34,11 +35,10 @@ from tests.distributed.jax_training import (
 
 STEPS = 40
 GROWTH = {"default": 100, "fit": 100, "lbfgs": 1e6}
-"""Largest deviation from one device after all steps, in units of eps: up to 3 was measured with default
-settings, 6 with "fit" and 5e4 with "lbfgs", which takes a pair out of the noise of each mini-batch."""
+"""Largest deviation from one device, in units of eps. Measured: up to 3 with default settings, 5 with "fit",
+and 1300 with "lbfgs", which takes each pair from two mini-batches and amplifies rounding."""
 CASES = [
     ("default", "float64", "data", AxisType.Auto),
-    ("default", "float64", "data", AxisType.Explicit),
     ("default", "float64", "fully sharded", AxisType.Auto),
     ("default", "float32", "fully sharded", AxisType.Explicit),
     ("default", "float64", "tensor", AxisType.Auto),
@@ -72,7 +72,7 @@ def on_mesh(preset, dtype, name, kind):
     return MeshRun(optimizer(preset), LAYOUTS[name], kind, dtype)
 
 
-def assert_sharded_like(params, state, leading=2):
+def assert_sharded_like(params, state):
     """Every parameter-sized array of the state lies like its parameter, every other on all devices."""
     place = {name: leaf.sharding for name, leaf in params.items()}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -82,9 +82,25 @@ def assert_sharded_like(params, state, leading=2):
             assert leaf.sharding.is_fully_replicated, told
             assert leaf.sharding.device_set == place["out"].device_set, told
             continue
-        front = (None,) * (leading if ".history" in told else 0)
+        front = (None,) * (2 if ".history" in told else 0)
         expected = NamedSharding(place[name].mesh, P(*front, *place[name].spec))
         assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), told
+
+
+@contextlib.contextmanager
+def compilations():
+    """The events of compilation within."""
+    found = []
+
+    def listen(event, duration, **_):
+        if "/compile/" in event:
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @each_case
@@ -115,15 +131,14 @@ def test_only_the_first_step_is_compiled_and_every_step_donates(case):
     run = on_mesh(*case)
     params, state = run.start()
     params, state = run.take(params, state, make_batch(0, run.dtype))
-    compiled = []
-    listener = lambda event, duration, **_: compiled.append(event) if "/compile/" in event else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    for number in range(1, 4):
-        before = [leaf for leaf in jax.tree.leaves((params, state)) if leaf.ndim]
-        params, state = run.take(params, state, make_batch(number, run.dtype))
-        assert all(leaf.is_deleted() for leaf in before)
-    jax.monitoring.unregister_event_duration_listener(listener)
-    assert compiled == []
+    with compilations() as found:
+        for number in range(1, 4):
+            before = [leaf for leaf in jax.tree.leaves((params, state)) if leaf.ndim]
+            params, state = run.take(params, state, make_batch(number, run.dtype))
+            assert all(leaf.is_deleted() for leaf in before)
+        assert found == []
+        jax.jit(lambda x: x + 1)(state[0].step)
+        assert found != []
 
 
 @each_case

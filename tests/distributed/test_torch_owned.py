@@ -157,6 +157,27 @@ def memory():
     return held, sum(param.nbytes for param in optimizer.optim.state)
 
 
+def test_a_layer_that_is_unfrozen_in_mid_run():
+    for params in on_ranks(4, frozen):
+        assert deviation(params, frozen(alone=True)) < ROUNDING
+
+
+def frozen(*, alone=False):
+    model = make_model()
+    model.inner.requires_grad_(False)
+    if alone:
+        wrapped, part, optimizer = model, lambda tensor: tensor, MLBFGS(model.parameters(), **SETTINGS)
+    else:
+        wrapped, part = parallel(model, "ddp")
+        optimizer = zero(model.parameters())
+    train(wrapped, optimizer, batches(STEPS // 2), part)
+    model.inner.requires_grad_(True)
+    if not alone:  # which learns of it so
+        wrapped, part = parallel(model, "ddp")
+    train(wrapped, optimizer, batches(STEPS - STEPS // 2, first=STEPS // 2), part)
+    return whole(model)
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_consolidated_state_goes_on_with_another_number_of_owners(count, tmp_path):
     path = str(tmp_path / "state.pt")

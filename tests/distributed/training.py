@@ -74,26 +74,26 @@ def batches(
         yield x.to(dtype), (torch.sin(x[:, :3] + x[:, 2:]) + 0.05 * noise).to(dtype)
 
 
-def parallel(model: Model, layout: str) -> tuple[nn.Module, Part]:
+def parallel(model: Model, layout: str, device: str = "cpu") -> tuple[nn.Module, Part]:
     """The model in a layout over all processes, and which part of a batch this process takes."""
     world = dist.get_world_size()
     if layout == "ddp":
         return DistributedDataParallel(model, find_unused_parameters=True), _part(
-            init_device_mesh("cpu", (world,))
+            init_device_mesh(device, (world,))
         )
     if layout == "tensor":
-        mesh = init_device_mesh("cpu", (world,))
+        mesh = init_device_mesh(device, (world,))
         return parallelize_module(model, mesh, TENSOR_PARALLEL), lambda tensor: tensor
     if layout == "fsdp_tensor":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "model"))
+        mesh = init_device_mesh(device, (2, world // 2), mesh_dim_names=("data", "model"))
         parallelize_module(model, mesh["model"], TENSOR_PARALLEL)
         fully_shard(model, mesh=mesh["data"])
         return model, _part(mesh["data"])
     if layout == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(device, (2, world // 2), mesh_dim_names=("replicate", "shard"))
         fully_shard(model, mesh=mesh)
         return model, lambda tensor: tensor.chunk(world)[dist.get_rank()]
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(device, (world,))
     if layout == "mixed":  # nobody reduces the gradient of the plain parameter: all see the whole batch
         fully_shard(model, mesh=mesh, ignored_params={model.scale})
         return model, lambda tensor: tensor
