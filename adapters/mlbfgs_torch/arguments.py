@@ -73,6 +73,9 @@ def check_entry(entry: dict[str, Any], param: Tensor) -> None:
         if got != shape:
             msg = f"`state_dict` must hold a {name!r} of the parameter's shape {shape}, got {got}"
             raise ValueError(msg)
+        if missing := [part for part in ("coefficients", "counters") if part not in entry]:
+            msg = f"`state_dict` must hold {missing[0]!r} beside a {name!r}, got {sorted(entry)}"
+            raise ValueError(msg)
         if sharding.is_sharded(param) and not sharding.is_sharded(entry[name]):
             rule = "sharded like its parameter (see torch.distributed.checkpoint.state_dict)"
             msg = f"`state_dict` must hold a {name!r} {rule}, got a plain tensor of shape {got}"

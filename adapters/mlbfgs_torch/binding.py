@@ -18,28 +18,10 @@ from mlbfgs_core.blocks import Blocks
 from mlbfgs_core.state import LEAF_COUNTS, dtype_name
 
 from .leaves import Leaf, Member, Memory
+from .numbers import PER_BLOCK, PER_UNIT, Rows, label_of, unpack
 from .sharding import like_param, local
 
-__all__ = [
-    "PER_BLOCK",
-    "PER_UNIT",
-    "Bound",
-    "agreed",
-    "bind",
-    "coefficients",
-    "entry_numbers",
-    "forget_misfits",
-    "store",
-]
-
-_COEFFICIENTS = tuple(name for name in core.State._fields if name not in core.LEAF_ARRAYS)
-_UNIT_REALS = ("scatter", "prev_scatter", "signal_to_noise", "length")
-PER_UNIT = (
-    "step", "skipped", "accepted", "window", "prev_window", "pending", "due", *_UNIT_REALS,
-)  # fmt: skip
-"""Names of the numbers that a state has once."""
-PER_BLOCK = tuple(name for name in _COEFFICIENTS if name not in (*LEAF_COUNTS, *PER_UNIT, "size"))
-"""Names of the numbers and small arrays that it has for each block."""
+__all__ = ["Bound", "agreed", "bind", "coefficients", "forget_misfits"]
 
 
 class Bound:
@@ -51,16 +33,19 @@ class Bound:
         One flat buffer per leaf, or None.
     """
 
-    def __init__(self, state: core.State, unit_reals: Tensor, momentum: list[Tensor | None]) -> None:
+    def __init__(self, state: core.State, rows: Rows, momentum: list[Tensor | None]) -> None:
         self._state = state
-        # As 0-d float64 tensors they would enter a compiled step as numbers, and never be written.
-        self._unit_reals = unit_reals
+        self._rows = rows
         self.momentum = momentum
 
     @property
     def state(self) -> core.State:
-        """The state; its coefficients are views."""
-        return self._state._replace(**dict(zip(_UNIT_REALS, self._unit_reals.unbind(), strict=True)))
+        """The state; its numbers are views of the rows, or read from them."""
+        return self._state._replace(**self._rows.read())
+
+    def store(self, new: core.State) -> None:
+        """Take over the numbers of a new state; its arrays have been updated in place."""
+        self._rows.write(new)
 
 
 def forget_misfits(
@@ -74,13 +59,16 @@ def forget_misfits(
     parameters; `gather`, where other processes own some of them, what every process says.
     """
     blocks = [
-        (config, [member for member in block if "block" in memory.get(member.param, ())])
+        (config, [member for member in block if "history" in memory.get(member.param, ())])
         for config, own in parts
         for block in own
     ]
+    members = [member for _, block in blocks for member in block]
+    labels = torch.stack([label_of(memory[m.param]).cpu() for m in members]).tolist() if members else []
+    label = dict(zip([member.param for member in members], labels, strict=True))
     notes = [
         (
-            {memory[member.param]["block"] for member in block},
+            {label[member.param] for member in block},
             [member.name for member in block if not _fits(config, member, memory[member.param])],
         )
         for config, block in blocks
@@ -88,14 +76,14 @@ def forget_misfits(
     if gather is not None:
         told = zip(*gather(notes), strict=True)
         notes = [
-            (set().union(*(labels for labels, _ in each)), [name for _, names in each for name in names])
+            (set().union(*(found for found, _ in each)), [name for _, names in each for name in names])
             for each in told
         ]
-    origins = [label for labels, _ in notes for label in labels]
+    origins = [origin for found, _ in notes for origin in found]
     forgotten: list[Member] = []
     reason = ""
-    for (_, block), (labels, changed) in zip(blocks, notes, strict=True):
-        if len(labels) > 1 or any(origins.count(label) > 1 for label in labels):
+    for (_, block), (found, changed) in zip(blocks, notes, strict=True):
+        if len(found) > 1 or any(origins.count(origin) > 1 for origin in found):
             reason = "its blocks have changed"
         elif changed:
             reason = f"the settings of {changed[0]!r} have changed"
@@ -162,9 +150,18 @@ def bind(
     values.update(coefficients(fresh, params, blocks, memory))
     values.update({} if known is None else {name: value.clone() for name, value in known.items()})
     values["size"] = torch.tensor(sizes, dtype=values["gamma"].dtype, device=values["gamma"].device)
-    bound = Bound(core.State(**values), torch.stack([values[name] for name in _UNIT_REALS]), momentum)
-    _make_views(bound, leaves, blocks, names, memory, first_label)
-    return bound
+    state = core.State(**values)
+    rows = Rows(state, blocks, first_label)
+    for i, leaf in enumerate(leaves):
+        views = {name: leaf.spread(getattr(state, name)[i]) for name in names}
+        if momentum[i] is not None:
+            views["momentum_buffer"] = leaf.spread(momentum[i])
+        for place, member in enumerate(leaf.members):
+            entry = memory[member.param]
+            for name, view in views.items():
+                entry[name] = like_param(view[place], member.param, 2 if name == "history" else 0)
+            entry.update(rows.of(i))
+    return Bound(state, rows, momentum)
 
 
 def coefficients(
@@ -173,21 +170,22 @@ def coefficients(
     """The fields of a state that are not parameter-sized, but for the size, from the first parameter of
     each leaf, block or of all that carries them; else as in a fresh state. `params` gives each leaf's."""
 
-    def carried(name: str, carriers: Sequence[Tensor], default: Tensor) -> Tensor:
-        first = next((memory[param][name] for param in carriers if name in memory.get(param, ())), default)
-        return torch.as_tensor(first).to(default)
+    def carried(carriers: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        entries = (memory.get(param, {}) for param in carriers)
+        return next((unpack(entry) for entry in entries if "history" in entry), {})
 
-    values = {}
-    for name in LEAF_COUNTS:
-        values[name] = torch.stack([carried(name, own, getattr(fresh, name)[0]) for own in params])
-    for name in PER_BLOCK:
+    def joined(name: str, owners: Sequence[Mapping[str, Tensor]]) -> Tensor:
         default = getattr(fresh, name)[0]
-        carriers = [[param for i in block for param in params[i]] for block in blocks]
-        values[name] = torch.stack([carried(name, own, default) for own in carriers])
-    everyone = [param for own in params for param in own]
-    for name in PER_UNIT:
-        values[name] = carried(name, everyone, getattr(fresh, name)).clone()
-    return values
+        return torch.stack([numbers.get(name, default).to(default) for numbers in owners])
+
+    of_leaves = [carried(own) for own in params]
+    of_blocks = [next((of_leaves[i] for i in block if of_leaves[i]), {}) for block in blocks]
+    whole = next((numbers for numbers in of_leaves if numbers), {})
+    return {
+        **{name: joined(name, of_leaves) for name in LEAF_COUNTS},
+        **{name: joined(name, of_blocks) for name in PER_BLOCK},
+        **{name: whole.get(name, getattr(fresh, name)).to(getattr(fresh, name)).clone() for name in PER_UNIT},
+    }
 
 
 def agreed(
@@ -203,8 +201,8 @@ def agreed(
 
     def carried(members: Sequence[Member], names: Sequence[str]) -> dict[str, Tensor] | None:
         entries = (memory.get(member.param, {}) for member in members)
-        found = next((entry for entry in entries if "block" in entry), None)
-        return None if found is None else {name: torch.as_tensor(found[name]).cpu() for name in names}
+        found = next((unpack(entry) for entry in entries if "history" in entry), None)
+        return None if found is None else {name: found[name].cpu() for name in names}
 
     everyone = [member for block in blocks for member in block]
     told = gather((carried(everyone, PER_UNIT), [carried(block, PER_BLOCK) for block in blocks]))
@@ -219,59 +217,10 @@ def agreed(
     return {name: value.to(getattr(fresh, name)).to(device) for name, value in values.items()}
 
 
-def entry_numbers(state: core.State, leaf: int, block: int, label: int) -> dict[str, Any]:
-    """What a parameter's dictionary holds beside arrays of its own size."""
-    return {
-        **{name: getattr(state, name)[leaf] for name in LEAF_COUNTS},
-        **{name: getattr(state, name)[block] for name in PER_BLOCK},
-        **{name: getattr(state, name) for name in PER_UNIT},
-        "block": label,
-    }
-
-
-def store(bound: core.State, new: core.State) -> None:
-    """Write the coefficients of a new state to the bound one, of which the dictionaries hold views.
-
-    Parameter-sized arrays have been updated in place.
-    """
-    olds = [getattr(bound, name) for name in _COEFFICIENTS]
-    values = [getattr(new, name) for name in _COEFFICIENTS]
-    if torch.compiler.is_compiling():  # Inductor of 2.13 mixes up a list of several dtypes
-        for old, value in zip(olds, values, strict=True):
-            old.copy_(value)
-    else:
-        torch._foreach_copy_(olds, values)
-
-
 def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: Tensor) -> None:
     for view, entry in zip(leaf.spread(flat), entries, strict=True):
         if name in entry:
             view.copy_(local(entry[name]))
-
-
-def _make_views(
-    bound: Bound,
-    leaves: Sequence[Leaf],
-    blocks: Blocks,
-    names: Sequence[str],
-    memory: Memory,
-    first_label: int,
-) -> None:
-    state = bound.state
-    for number, block in enumerate(blocks):
-        for i in block:
-            if i >= len(leaves):  # others own it
-                continue
-            views = {name: leaves[i].spread(getattr(state, name)[i]) for name in names}
-            buffer = bound.momentum[i]
-            if buffer is not None:
-                views["momentum_buffer"] = leaves[i].spread(buffer)
-            for place, member in enumerate(leaves[i].members):
-                entry = memory[member.param]
-                for name, view in views.items():
-                    lead = 2 if name == "history" else 0
-                    entry[name] = like_param(view[place], member.param, lead)
-                entry.update(entry_numbers(state, i, number, first_label + number))
 
 
 def _fits(config: core.Config, member: Member, entry: dict[str, Any]) -> bool:

@@ -14,8 +14,9 @@ from torch import Tensor
 import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
 
-from .binding import coefficients, entry_numbers
+from .binding import coefficients
 from .leaves import Member, Memory, as_real
+from .numbers import Rows
 from .sharding import is_sharded, local, placed
 
 __all__ = ["contribution", "outline", "restore", "take", "whole"]
@@ -67,7 +68,7 @@ def restore(
     used = snapshot.state.leaf_steps > 0
     if not used.any() and snapshot.state.skipped > 0:
         used = ~used  # somebody has to carry the count
-    block_of = {leaf: number for number, block in enumerate(snapshot.blocks) for leaf in block}
+    rows = Rows(state, snapshot.blocks, first_label)
     for i, (member, buffer) in enumerate(zip(members, snapshot.momentum, strict=True)):
         device, entry = member.param.device, {}
         if used[i]:
@@ -76,13 +77,7 @@ def restore(
                 name: _placed(array, member.param, 2 if name == "history" else 0)
                 for name, array in arrays.items()
             }
-            label = first_label + block_of[i]
-            entry.update(
-                {
-                    name: value.to(device, copy=True) if isinstance(value, Tensor) else value
-                    for name, value in entry_numbers(state, i, block_of[i], label).items()
-                }
-            )
+            entry.update({name: row.to(device, copy=True) for name, row in rows.of(i).items()})
         if buffer is not None:
             entry["momentum_buffer"] = _placed(buffer, member.param, 0)
         yield member.param, local(_placed(snapshot.params[i], member.param, 0)), entry

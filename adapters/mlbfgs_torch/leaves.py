@@ -18,6 +18,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from mlbfgs_core.blocks import Blocks
 from mlbfgs_core.state import LEAF_COUNTS
 
+from .numbers import unpack
 from .sharding import is_sharded, local, matching
 
 __all__ = ["Leaf", "Member", "Memory", "as_real", "plan_leaves"]
@@ -155,7 +156,7 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
     on this step does not share with who has none.
     """
     known = [m.param for m in members if "history" in memory.get(m.param, ())]
-    rows = [torch.stack([torch.as_tensor(memory[p][n]) for n in LEAF_COUNTS]) for p in known]
+    rows = [torch.stack([unpack(memory[p])[n] for n in LEAF_COUNTS]).cpu() for p in known]
     counts = dict(zip(known, map(tuple, torch.stack(rows).tolist()), strict=True)) if rows else {}
     leaves: list[Leaf] = []
     leaf_blocks = []

@@ -242,18 +242,14 @@ class MLBFGS(Optimizer):
 
         Notes
         -----
-        Tensors are the optimizer's own, but for copies of those that lie in memory among others: the
-        history of small parameters, and all of small shards.
+        Tensors are the optimizer's own, but for copies of those that lie in memory among others or in
+        another order: the history of small parameters, all of small shards and of channels-last ones.
         """
-        result = super().state_dict()
-        state = {
-            key: {
-                name: sharding.apart(value) if isinstance(value, Tensor) else value
-                for name, value in entry.items()
-            }
-            for key, entry in result["state"].items()
-        }
-        return {**result, "state": state}
+        result = super().state_dict()  # hooks may have put anything in it
+        for key, entry in result.get("state", {}).items():
+            if isinstance(entry, dict):
+                result["state"][key] = {name: sharding.apart(value) for name, value in entry.items()}
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; its tensors keep their dtypes, whatever the parameters' dtypes are.

@@ -66,18 +66,20 @@ def like_param(part: Tensor, param: Tensor, lead: int) -> Tensor:
     )
 
 
-def apart(tensor: Tensor) -> Tensor:
-    """A tensor that can be sent and staged: itself, or a copy where it lies among others in memory.
+def apart(value: Any) -> Any:
+    """A value of a state that can be sent and staged: a tensor that lies among others in memory is copied.
 
     Broadcasts want contiguous tensors, and the asynchronous `torch.distributed.checkpoint` a part of a
     `DTensor` at the beginning of its memory.
     """
-    if not is_sharded(tensor):
-        return tensor.contiguous()
-    part = tensor.to_local()
+    if not isinstance(value, Tensor):
+        return value
+    if not is_sharded(value):
+        return value.contiguous()
+    part = value.to_local()
     if part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes:
-        return tensor
-    return like_param(part.clone(memory_format=torch.contiguous_format), tensor, 0)
+        return value
+    return like_param(part.clone(memory_format=torch.contiguous_format), value, 0)
 
 
 def placed(whole: Tensor, param: Tensor, lead: int) -> Tensor:

@@ -13,9 +13,10 @@ import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
 
 from . import sharding
-from .binding import PER_BLOCK, PER_UNIT, agreed, bind, store
+from .binding import agreed, bind
 from .kernels import TorchKernels
 from .leaves import Leaf, Member, Memory, plan_leaves
+from .numbers import PER_BLOCK, PER_UNIT
 
 __all__ = ["Partition", "Unit"]
 
@@ -126,7 +127,8 @@ class Unit:
 
     def coefficients(self) -> dict[str, Tensor]:
         """Those of blocks and of the whole."""
-        return {name: getattr(self.state, name) for name in (*PER_BLOCK, *PER_UNIT)}
+        state = self.state
+        return {name: getattr(state, name) for name in (*PER_BLOCK, *PER_UNIT)}
 
     def is_bound(self, memory: Memory) -> bool:
         """Whether the dictionaries still hold this unit's arrays, not others put in their place."""
@@ -161,7 +163,7 @@ class Unit:
 
     def remember(self, state: core.State) -> None:
         """Take over the new coefficients."""
-        store(self.state, state)
+        self._bound.store(state)
         if self.flags is not None:
             self.flags.send(state)
 

@@ -186,7 +186,7 @@ def empty_state():
     wrapped_params = whole(model)
     same = all(bool((wrapped_params[name] == value).all()) for name, value in whole(after).items())
     assert before
-    return True, same, int(optimizer.diagnostics()[0].skipped) + int(optimizer.state[model.scale]["step"])
+    return True, same, int(optimizer.diagnostics()[0].skipped) + int(optimizer.diagnostics()[0].step)
 
 
 def test_a_full_state_of_one_process_is_spread_over_all(tmp_path):

@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import mlbfgs_core as core
 from mlbfgs_torch import MLBFGS
+from mlbfgs_torch.numbers import unpack
 
 from .processes import on_ranks
 from .training import (
@@ -45,12 +46,7 @@ def trained(layout, settings, dtype=torch.float64):
     optimizer = MLBFGS(model.named_parameters(), **{**SETTINGS, **settings})
     train(wrapped, optimizer, batches(STEPS, dtype=dtype), part)
     held = [part_of(param).numel() for param in model.parameters()]
-    return whole(model), numbers(optimizer.state[model.scale]), held, digest(model, optimizer)
-
-
-def numbers(entry):
-    """What every process knows of the state."""
-    return {name: value for name, value in entry.items() if not isinstance(value, DTensor)}
+    return whole(model), unpack(optimizer.state[model.scale]), held, digest(model, optimizer)
 
 
 def part_of(tensor):
@@ -76,7 +72,7 @@ def test_trajectory_is_that_of_one_process(layout, count):
 def assert_same_decisions(known, others):
     """To the last bit."""
     for name, value in known.items():
-        assert torch.equal(torch.as_tensor(value), torch.as_tensor(others[name])), name
+        assert torch.equal(value, others[name]), name
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,151 @@
+"""The numbers of a state, laid in two rows for each parameter, so that a checkpoint has few entries.
+
+"coefficients" holds the reals of the parameter's block and of the whole, "counters" the integers and flags
+of the parameter, its block and the whole, and the label of its block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import mlbfgs_core as core
+from mlbfgs_core.state import LEAF_COUNTS, layout
+
+__all__ = ["PER_BLOCK", "PER_UNIT", "Rows", "label_of", "unpack"]
+
+
+class _Field(NamedTuple):
+    """Where a field of the state stands in a row, or the label of the block."""
+
+    name: str
+    scope: str
+    """"leaf", "block" or "unit": what has one value of it."""
+    columns: slice
+    shape: tuple[int, ...]
+    flag: bool
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Its values from one row, or from several along the first axis."""
+        part = rows[..., self.columns]
+        part = part.unflatten(-1, self.shape) if self.shape else part[..., 0]
+        return part != 0 if self.flag else part
+
+
+class _Layout(NamedTuple):
+    coefficients: tuple[_Field, ...]
+    counters: tuple[_Field, ...]
+
+
+@lru_cache
+def _layout(history_size: int) -> _Layout:
+    config = core.Config(history_size=history_size)
+    kinds: dict[bool, list[_Field]] = {True: [], False: []}
+    ends = {True: 0, False: 0}
+    leaf = torch.empty(0, device="meta")
+    fields = [field for field in layout(config, [leaf], ((0,),)) if field[1] is None and field[0] != "size"]
+    for name, _, shape, dtype in [*fields, ("block", None, (1,), "int32")]:
+        scope = "leaf" if name in (*LEAF_COUNTS, "block") else "block" if shape else "unit"
+        real, tail = dtype.startswith("float"), tuple(shape[1:])
+        columns = slice(ends[real], ends[real] + math.prod(tail))
+        ends[real] = columns.stop
+        kinds[real].append(_Field(name, scope, columns, tail, dtype == "bool"))
+    return _Layout(tuple(kinds[True]), tuple(kinds[False]))
+
+
+def _names(scope: str) -> tuple[str, ...]:
+    return tuple(field.name for part in _layout(1) for field in part if field.scope == scope)
+
+
+PER_BLOCK = _names("block")
+"""Names of the numbers and small arrays that a state has for each block."""
+PER_UNIT = _names("unit")
+"""Names of the numbers that it has once."""
+
+
+def unpack(entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All numbers of a parameter's dictionary by their names; views, but for flags."""
+    parts = _layout(entry["history"].shape[1])
+    return {
+        field.name: field.read(torch.as_tensor(entry[name]))
+        for name, part in parts._asdict().items()
+        for field in part
+    }
+
+
+def label_of(entry: Mapping[str, Any]) -> Tensor:
+    """The label of the block, 0-d."""
+    return torch.as_tensor(entry["counters"])[-1]
+
+
+class Rows:
+    """The rows of all leaves of a state, which share memory by block.
+
+    Parameters
+    ----------
+    state : State
+    blocks : Blocks
+        Of leaves.
+    first_label : int
+        The label of the first block.
+    """
+
+    def __init__(self, state: core.State, blocks: Sequence[Sequence[int]], first_label: int) -> None:
+        device, count = state.gamma.device, len(state.history)
+        self._layout = _layout(state.row_noise.shape[1])
+        self._block_of = [0] * count
+        for number, block in enumerate(blocks):
+            for leaf in block:
+                self._block_of[leaf] = number
+        self._own = torch.tensor(self._block_of, device=device)
+        self._firsts = torch.tensor([block[0] for block in blocks], device=device)
+        self._labels = (self._own + first_label).to(torch.int32)
+        self._coefficients, self._counters = self._packed(state)
+
+    def of(self, leaf: int) -> dict[str, Tensor]:
+        """The rows of one leaf, under their names."""
+        return {
+            "coefficients": self._coefficients[self._block_of[leaf]],
+            "counters": self._counters[leaf],
+        }
+
+    def read(self) -> dict[str, Tensor]:
+        """The fields of the state; views where there is one block, but for flags."""
+        scopes = {
+            "block": self._counters[:1] if len(self._firsts) == 1 else self._counters[self._firsts],
+            "leaf": self._counters,
+            "unit": self._counters[0],
+        }
+        values = {field.name: field.read(scopes[field.scope]) for field in self._layout.counters[:-1]}
+        scopes = {"block": self._coefficients, "unit": self._coefficients[0]}
+        return values | {field.name: field.read(scopes[field.scope]) for field in self._layout.coefficients}
+
+    def write(self, state: core.State) -> None:
+        """Take over the numbers of a new state."""
+        for rows, new in zip((self._coefficients, self._counters), self._packed(state), strict=True):
+            rows.copy_(new)
+
+    def _packed(self, state: core.State) -> tuple[Tensor, Tensor]:
+        return (
+            torch.cat(list(self._parts(state, self._layout.coefficients, len(self._firsts))), dim=1),
+            torch.cat(
+                [*self._parts(state, self._layout.counters[:-1], len(self._own)), self._labels[:, None]],
+                dim=1,
+            ),
+        )
+
+    def _parts(self, state: core.State, fields: Sequence[_Field], count: int) -> Iterator[Tensor]:
+        for field in fields:
+            value = getattr(state, field.name)
+            if field.flag:
+                value = value.to(torch.int32)
+            if field.scope == "unit":
+                value = value.expand(count)
+            elif field.scope == "block" and value.shape[0] != count:
+                value = value[self._own]
+            yield value.reshape(count, -1)
