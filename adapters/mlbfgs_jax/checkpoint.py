@@ -8,7 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 import mlbfgs_core as core
 from mlbfgs_core.blocks import BlockSpec
@@ -39,11 +42,16 @@ def save_state(
         A state that is not of these parameters and blocks.
     OSError, ImportError
         As `mlbfgs_core.save_state`.
+    RuntimeError
+        Where another process could not write the file.
 
     Notes
     -----
     Parameters are known by their paths in the tree, joined by dots. Not for use inside `jit`; waits for
     the device. Schedules and every other part of the state are not in the file.
+
+    Arrays that are spread over several processes are gathered, one at a time, in the memory of each device
+    and then of process 0, which writes; all processes must call, and go on once the file is written.
 
     Examples
     --------
@@ -62,7 +70,11 @@ def save_state(
         as_real(buffers[name]).astype(mean.dtype) if name in buffers else None
         for name, mean in zip(snapshot.names, snapshot.state.mean_params, strict=True)
     ]
-    core.save_state(path, [snapshot._replace(momentum=tuple(momentum))])
+    whole = snapshot._replace(momentum=tuple(momentum))
+    if all(map(_is_here, jax.tree.leaves((whole.state, whole.params, whole.momentum)))):
+        core.save_state(path, [whole])
+    else:
+        _save_together(path, whole)
 
 
 def load_state(
@@ -75,7 +87,8 @@ def load_state(
     path : path-like
     params, state : trees
         Of the run that is to be resumed, such as ``params, tx.init(params)``, which give structure, shapes,
-        dtypes and placement. May be abstract (``jax.eval_shape(tx.init, params)``).
+        dtypes and placement. May be abstract (``jax.eval_shape(tx.init, params)``), with shardings or
+        without.
     blocks : {"all", "layer", "parameter"} or callable
         As given to `mlbfgs`.
 
@@ -91,6 +104,10 @@ def load_state(
         A damaged file, or one of other parameters, blocks, shapes or dtypes.
     OSError, ImportError
         As `mlbfgs_core.load_state`.
+
+    Notes
+    -----
+    Each process reads the file and places its own part of each array.
 
     Examples
     --------
@@ -112,7 +129,9 @@ def load_state(
 
     def buffer(name: str, leaf: Any) -> Any:
         found = buffers.get(name)
-        return jnp.zeros_like(leaf) if found is None else _placed(leaf, found)
+        return (
+            jnp.zeros(leaf.shape, leaf.dtype, device=_place(leaf)) if found is None else _placed(leaf, found)
+        )
 
     def value(name: str, leaf: Any) -> Any:
         return _placed(leaf, values[name]) if name in values else leaf
@@ -178,8 +197,53 @@ def _state_like(old: MLBFGSState, new: core.State) -> MLBFGSState:
     return MLBFGSState(**fields)
 
 
-def _placed(leaf: Any, values: Any) -> jax.Array:
+def _placed(leaf: Any, values: np.ndarray) -> jax.Array:
     """Values of the file in the place of a leaf: with its dtype, and on its devices."""
-    array = from_real(jnp.array(values), leaf)  # a copy, which may be donated
-    placed = isinstance(leaf, jax.Array) and leaf.committed
-    return jax.device_put(array, leaf.sharding) if placed else array
+    place = _place(leaf)
+    if place is None:
+        return from_real(jnp.array(values), leaf)  # a copy, which may be donated
+    return jax.make_array_from_callback(
+        leaf.shape, place, lambda index: from_real(jnp.array(values[index]), leaf)
+    )
+
+
+def _place(leaf: Any) -> Sharding | None:
+    """The sharding that a leaf, which may be abstract, asks for."""
+    asked = leaf.committed if isinstance(leaf, jax.Array) else isinstance(leaf, jax.ShapeDtypeStruct)
+    sharding = leaf.sharding if asked else None
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, AbstractMesh):
+        return sharding
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    # `jax.eval_shape` tells the names of the axes, `jax.set_mesh` the devices.
+    known = jnp.zeros((), device=NamedSharding(sharding.mesh, PartitionSpec())).sharding
+    return NamedSharding(known.mesh, sharding.spec)
+
+
+def _is_here(leaf: Any) -> bool:
+    """Whether this process holds all of an array."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
+def _save_together(path: str | os.PathLike[str], snapshot: core.Snapshot) -> None:
+    """Write on process 0 what is spread over all of them, and raise on all if that fails."""
+    writes = jax.process_index() == 0
+
+    def gathered(leaf: Any) -> np.ndarray | None:
+        values = np.asarray(leaf) if _is_here(leaf) else multihost_utils.process_allgather(leaf, tiled=True)
+        return values if writes else None
+
+    arrays = snapshot.state, snapshot.params, snapshot.momentum
+    state, params, momentum = jax.tree.map(gathered, arrays)
+    error = None
+    if writes:
+        try:
+            core.save_state(path, [snapshot._replace(state=state, params=params, momentum=momentum)])
+        except Exception as caught:
+            error = caught
+    failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))  # the others wait here
+    if error is not None:
+        raise error
+    if failed:
+        msg = f"`path` ({os.fspath(path)}) was not written; process 0 tells why"
+        raise RuntimeError(msg)

@@ -36,7 +36,11 @@ class JaxKernels(core.Kernels):
 
     def zeros(self, leaf: Any, leading: tuple[int, ...], dtype: Any) -> Array:
         """Zeros that are sharded like the leaf."""
-        return jnp.broadcast_to(jnp.zeros_like(leaf, dtype=dtype), (*leading, *leaf.shape))
+        zeros = jnp.zeros_like(leaf, dtype=dtype)
+        if isinstance(leaf, jax.core.Tracer):
+            # In a compiled `init` only what depends on the leaf is sharded like it.
+            zeros = jnp.where(jnp.isnan(leaf), jnp.zeros((), dtype), zeros)
+        return jnp.broadcast_to(zeros, (*leading, *leaf.shape))
 
     @staticmethod
     def repeat(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
@@ -113,11 +117,11 @@ def _contract(a: Array, b: Array, count: int, first: int) -> Array:
     """Sum of products over `count` axes, in `a` from `first` on, at full precision on every device; the
     result is not sharded."""
     axes = tuple(range(count))
-    kinds = jax.typeof(b).sharding.mesh.axis_types
+    mesh = jax.typeof(b).sharding.mesh
     return lax.dot_general(
         a,
         b,
         ((tuple(axis + first for axis in axes), axes), ((), ())),
         precision=lax.Precision.HIGHEST,
-        out_sharding=PartitionSpec() if AxisType.Explicit in kinds else None,
+        out_sharding=NamedSharding(mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from mlbfgs_core.config import check_real, is_zero
 from mlbfgs_core.state import LEAF_DTYPES, accumulation_dtype, dtype_name
 
 from .kernels import JaxKernels
+from .shards import AxisName, Shards, axis_names
 
 __all__ = ["MLBFGSState", "as_real", "from_real", "mlbfgs", "path_names", "scale_by_mlbfgs"]
 
@@ -61,7 +63,7 @@ def _with_named_settings(factory: _Factory) -> _Factory:
 
 @_with_named_settings
 def scale_by_mlbfgs(
-    *, blocks: BlockSpec = "all", **settings: Unpack[core.Settings]
+    *, blocks: BlockSpec = "all", axis_name: AxisName | None = None, **settings: Unpack[core.Settings]
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition gradients by the inverse Hessian of mL-BFGS.
 
@@ -70,6 +72,11 @@ def scale_by_mlbfgs(
     blocks : {"all", "layer", "parameter"} or callable
         Which parameters share curvature; a callable maps a parameter's name to a label. A name is the
         path in the tree, joined by dots ("params.Dense_0.kernel").
+    axis_name : str or tuple of str, optional
+        For `update` inside `jax.shard_map`: the axes over which parameters are sharded, over which inner
+        products are summed. A parameter that is replicated over some of them counts once. Not for axes
+        over which all parameters are replicated and their gradients already summed, and not under `jit`,
+        which knows the shardings.
     **settings
         Settings of `mlbfgs_core.Config` by name: `history_size`, `update_every`, `preset`, ... All but
         `history_size`, `adaptive`, `step_length`, `history_dtype` and `preset` may be traced.
@@ -84,7 +91,10 @@ def scale_by_mlbfgs(
     ------
     ValueError, TypeError
         Settings out of range; from `init` and `update`: parameters that are not floating-point or
-        complex, missing parameters.
+        complex, missing parameters; with `axis_name` a `shard_map` without ``check_vma``, or gradients
+        that differ between copies of a parameter.
+    NameError
+        From `update`: no such axis.
 
     Notes
     -----
@@ -117,11 +127,15 @@ def scale_by_mlbfgs(
     >>> bool(loss(x) < 1e-8)
     True
     """
-    config, kernels = _config(settings), JaxKernels()
+    config, kernels, axes = _config(settings), JaxKernels(), axis_names(axis_name)
 
     def init(params: optax.Params) -> MLBFGSState:
         tree = _Tree.of(params, blocks)
         state = core.init(config, tree.leaves or [jnp.zeros(0)], tree.blocks, kernels=kernels)
+        if axes:
+            with contextlib.suppress(NameError):  # outside `shard_map`, where leaves are whole
+                sizes = Shards.over(axes).block_sizes(tree.leaves, tree.blocks)
+                state = state._replace(size=jnp.asarray(sizes, state.size.dtype))
         return MLBFGSState(*tree.folded(state, config))
 
     # Compiled as a whole, since outside `jit` each `cond` would be compiled anew at every step.
@@ -137,6 +151,8 @@ def scale_by_mlbfgs(
             None if grad is None else as_real(grad).astype(accumulation_dtype(leaf))
             for grad, leaf in zip(given, tree.leaves, strict=True)
         ]
+        shards = Shards.over(axes)
+        shards.check(tree.names, tree.leaves, grads)
         directions, after = core.step(
             config,
             tree.unfolded(state, config),
@@ -144,6 +160,8 @@ def scale_by_mlbfgs(
             grads,
             blocks=tree.blocks,
             kernels=kernels,
+            reduce=shards.reduce,
+            shares=shards.shares(tree.leaves),
             when_check=_if,
             when_due=_if,
         )
@@ -176,6 +194,7 @@ def mlbfgs(
     *,
     mask: Any = None,
     blocks: BlockSpec = "all",
+    axis_name: AxisName | None = None,
     **settings: Unpack[core.Settings],
 ) -> optax.GradientTransformationExtraArgs:
     """mL-BFGS: quasi-Newton training from momentum-averaged curvature pairs.
@@ -191,7 +210,7 @@ def mlbfgs(
         Parameters shrink by ``learning_rate * weight_decay`` per step, as in `optax.adamw`.
     mask : tree of bool or callable, optional
         Which parameters decay, as in `optax.adamw`.
-    blocks, **settings
+    blocks, axis_name, **settings
         As in `scale_by_mlbfgs`.
 
     Returns
@@ -202,7 +221,7 @@ def mlbfgs(
 
     Raises
     ------
-    ValueError, TypeError
+    ValueError, TypeError, NameError
         Numbers out of range, and what `scale_by_mlbfgs` raises.
 
     Notes
@@ -237,13 +256,23 @@ def mlbfgs(
             check_real(name, value)
     return _guarded(
         optax.chain(
-            scale_by_mlbfgs(blocks=blocks, **settings),
-            optax.identity() if is_zero(momentum) else optax.trace(momentum),
+            scale_by_mlbfgs(blocks=blocks, axis_name=axis_name, **settings),
+            optax.identity() if is_zero(momentum) else _trace(momentum),
             # A decay of zero would still make a NaN of an infinite parameter.
             optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
         )
     )
+
+
+def _trace(decay: Any) -> optax.GradientTransformation:
+    """`optax.trace`, whose initial state is sharded like the parameters in a compiled `init` too."""
+    zeros = JaxKernels().zeros
+
+    def init(params: optax.Params) -> optax.TraceState:
+        return optax.TraceState(jax.tree.map(lambda leaf: zeros(leaf, (), leaf.dtype), params))
+
+    return optax.GradientTransformation(init, optax.trace(decay).update)
 
 
 def _guarded(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
@@ -275,6 +304,7 @@ class _Tree(NamedTuple):
     """A tree of parameters as the core sees it: a list of real leaves, in blocks."""
 
     treedef: Any
+    names: list[str]
     leaves: list[Any]
     blocks: Blocks | None
 
@@ -290,7 +320,7 @@ class _Tree(NamedTuple):
                 msg = f"`params` {rule}, got {dtype} at {name!r}"
                 raise TypeError(msg)
         leaves = [as_real(leaf) for _, leaf in paths]
-        return cls(treedef, leaves, core.partition(names, blocks) if names else None)
+        return cls(treedef, names, leaves, core.partition(names, blocks) if names else None)
 
     def folded(self, state: core.State, config: core.Config) -> core.State:
         """The state with trees in place of lists."""

@@ -194,6 +194,16 @@ def fill(layout):
     return (None,) * (2 - len(layout.params["hidden"]))
 
 
+def test_large_leaves_of_explicit_axes_need_no_mesh_that_is_set():
+    tx, mesh = optimizer(), make_mesh(LAYOUTS["fully sharded"], AxisType.Explicit)
+    params = place({"out": np.ones((64, 512))}, mesh, P("data"))
+    state = tx.init(params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    assert updates["out"].sharding.spec == P("data", None)
+    assert after[0].history["out"].sharding.spec == P(None, None, "data", None)
+    assert jax.tree.map(kind_of, after) == jax.tree.map(kind_of, state)
+
+
 def test_a_compiled_init_needs_no_mesh_that_is_set():
     tx, params = init_on(LAYOUTS["fully sharded"], AxisType.Auto)
     assert_sharded_like(params, jax.jit(tx.init)(params))
