@@ -22,6 +22,7 @@ ONE_CORE = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
     "JAX_PLATFORMS": "cpu",
 }
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 # For each backend alone: the extras that its users install, and tests that import no other framework.
 CORE = (
     "tests/core/test_arguments.py",
@@ -122,9 +123,8 @@ def torch_suite(session: nox.Session) -> None:
 def optax_suite(session: nox.Session) -> None:
     """Run optax's own tests of its optimizers over mlbfgs, on eight virtual devices."""
     install(session, "-e", ".[jax]", group="optax-suite")
-    flags = f"{ONE_CORE['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     path = "tests/optax_suite"
-    env = {**ONE_CORE, "XLA_FLAGS": flags}
+    env = {**ONE_CORE, "XLA_FLAGS": f"{ONE_CORE['XLA_FLAGS']} {EIGHT_DEVICES}"}
     session.run("pytest", "-n", "auto", f"--confcutdir={path}", path, *session.posargs, env=env)
 
 
@@ -143,6 +143,15 @@ def reliability(session: nox.Session) -> None:
     """Kill runs, fill disks, run for long, and give other optimizers the same faults."""
     install(session, "-e", ".[jax,scipy,torch]", group="test")
     session.run("pytest", "-n", "auto", "tests/reliability", *session.posargs, env=ONE_CORE)
+
+
+@nox.session
+def distributed(session: nox.Session) -> None:
+    """Train on up to four processes, and on eight virtual devices, as one process does; run the examples."""
+    install(session, "-e", ".[jax,torch]", group="distributed")
+    env = {**ONE_CORE, "XLA_FLAGS": f"{ONE_CORE['XLA_FLAGS']} {EIGHT_DEVICES}"}
+    # A file to a worker, since tests of a file share what JAX has compiled and what an example has left.
+    session.run("pytest", "-n", "auto", "--dist", "loadfile", "tests/distributed", *session.posargs, env=env)
 
 
 @nox.session
@@ -194,6 +203,13 @@ def faults(session: nox.Session) -> None:
     """Give the same faults to every optimizer, and print what is left of the runs."""
     install(session, ".[jax,scipy,torch]", group="benchmark")
     session.run("python", "benchmarks/faults.py", *session.posargs)
+
+
+@nox.session
+def scaling(session: nox.Session) -> None:
+    """Measure steps on 1, 2 and 4 processes, and project them to clusters; arguments go to the script."""
+    install(session, ".[torch]", group="benchmark")
+    session.run("python", "benchmarks/scaling.py", *session.posargs)
 
 
 @nox.session
