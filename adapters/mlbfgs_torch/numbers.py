@@ -26,6 +26,8 @@ class _Field(NamedTuple):
     name: str
     scope: str
     """"leaf", "block" or "unit": what has one value of it."""
+    real: bool
+    """Whether it is among the coefficients, not the counters."""
     columns: slice
     shape: tuple[int, ...]
     flag: bool
@@ -54,7 +56,7 @@ def _layout(history_size: int) -> _Layout:
         real, tail = dtype.startswith("float"), tuple(shape[1:])
         columns = slice(ends[real], ends[real] + math.prod(tail))
         ends[real] = columns.stop
-        kinds[real].append(_Field(name, scope, columns, tail, dtype == "bool"))
+        kinds[real].append(_Field(name, scope, real, columns, tail, dtype == "bool"))
     return _Layout(tuple(kinds[True]), tuple(kinds[False]))
 
 
@@ -106,6 +108,14 @@ class Rows:
         self._firsts = torch.tensor([block[0] for block in blocks], device=device)
         self._labels = (self._own + first_label).to(torch.int32)
         self._coefficients, self._counters = self._packed(state)
+        self._fields = (*self._layout.coefficients, *self._layout.counters[:-1])
+        several = len(blocks) > 1
+        self._copied = [
+            field
+            for field in self._fields
+            if field.flag or (several and field.scope == "block" and not field.real)
+        ]
+        self._views: dict[str, Tensor] | None = None
 
     def of(self, leaf: int) -> dict[str, Tensor]:
         """The rows of one leaf, under their names."""
@@ -115,15 +125,23 @@ class Rows:
         }
 
     def read(self) -> dict[str, Tensor]:
-        """The fields of the state; views where there is one block, but for flags."""
-        scopes = {
-            "block": self._counters[:1] if len(self._firsts) == 1 else self._counters[self._firsts],
-            "leaf": self._counters,
-            "unit": self._counters[0],
-        }
-        values = {field.name: field.read(scopes[field.scope]) for field in self._layout.counters[:-1]}
-        scopes = {"block": self._coefficients, "unit": self._coefficients[0]}
-        return values | {field.name: field.read(scopes[field.scope]) for field in self._layout.coefficients}
+        """The fields of the state, which are views but for flags and the counters of several blocks."""
+        if torch.compiler.is_compiling():
+            return self._read(self._fields)
+        if self._views is None:
+            self._views = self._read([field for field in self._fields if field not in self._copied])
+        return self._views | self._read(self._copied)
+
+    def _read(self, fields: Sequence[_Field]) -> dict[str, Tensor]:
+        values = {}
+        for field in fields:
+            rows = self._coefficients if field.real else self._counters
+            if field.scope == "unit":
+                rows = rows[0]
+            elif field.scope == "block" and not field.real:
+                rows = rows[:1] if len(self._firsts) == 1 else rows[self._firsts]
+            values[field.name] = field.read(rows)
+        return values
 
     def write(self, state: core.State) -> None:
         """Take over the numbers of a new state."""
