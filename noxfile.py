@@ -209,7 +209,7 @@ def faults(session: nox.Session) -> None:
 def scaling(session: nox.Session) -> None:
     """Measure steps on 1, 2 and 4 processes, and project them to clusters; arguments go to the script."""
     install(session, ".[torch]", group="benchmark")
-    session.run("python", "benchmarks/scaling.py", *session.posargs)
+    session.run("python", "-m", "benchmarks.scaling", *session.posargs)
 
 
 @nox.session

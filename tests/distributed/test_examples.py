@@ -145,7 +145,8 @@ def test_a_run_killed_in_a_save_and_resumed_ends_with_the_same_bits(
     assert "resumed at step 7 of 18" in output
     assert {path.name for path in resumed.glob("step-*")} == {"step-000000014", "step-000000018"}
     expected, actual = read(uninterrupted[0]), read(resumed)
-    assert len(expected) > 500  # parameters, buffers and the optimizer's state
+    kinds = ("conv1.weight", "running_mean", "history", "counters")
+    assert all(any(kind in path for path in expected) for kind in kinds), "not all of the run was read"
     assert expected.keys() == actual.keys()
     different = [path for path, value in expected.items() if not torch.equal(value, actual[path])]
     assert different == []
