@@ -103,7 +103,7 @@ def grouped(*, alone=False):
     groups = [
         {"params": [model.inner.weight, model.hidden.weight, model.outer.weight]},
         {"params": [model.inner.bias], "history_size": 2},
-        {"params": [model.hidden.bias, model.outer.bias, model.scale], "update_every": 4},
+        {"params": [model.hidden.bias, model.outer.bias, model.scale], "update_every": 5},
     ]
     if alone:
         train(model, MLBFGS(groups, **SETTINGS), batches(STEPS))
