@@ -191,17 +191,7 @@ class MLBFGS(Optimizer):
         work = [(unit, unit.params(), unit.grads(scale)) for unit in self._units]
         work = [entry for entry in work if any(grad is not None for grad in entry[2])]
         seen = [
-            core.project(
-                unit.config,
-                unit.state,
-                params,
-                grads,
-                blocks=unit.blocks,
-                kernels=unit.kernels,
-                reduce=unit.reduce,
-                shares=unit.shares,
-            )
-            for unit, params, grads in work
+            core.project(unit.config, unit.state, params, grads, **unit.way) for unit, params, grads in work
         ]
         for (unit, params, grads), observation in zip(work, seen, strict=True):
             finite, idle = self._verdict(seen, observation.finite.device)
@@ -211,10 +201,7 @@ class MLBFGS(Optimizer):
                 unit.state,
                 params,
                 grads,
-                blocks=unit.blocks,
-                kernels=unit.kernels,
-                reduce=unit.reduce,
-                shares=unit.shares,
+                **unit.way,
                 when_check=check,
                 when_due=due,
                 observation=observation._replace(finite=finite),

@@ -116,9 +116,14 @@ class Unit:
         self.kernels = TorchKernels(self._device)
         self._views = [(member.param, memory[member.param]["history"]) for member in part.members]
         self.flags: _Flags | None = None
-        self.reduce = sharding.reduction(part.group, part.reduce_device)
         shares = [*(leaf.share for leaf in self.leaves), *(1.0 for _ in self._absent)]
-        self.shares = None if all(share == 1.0 for share in shares) else shares
+        self.way: dict[str, Any] = {
+            "blocks": blocks,
+            "kernels": self.kernels,
+            "reduce": sharding.reduction(part.group, part.reduce_device),
+            "shares": None if all(share == 1.0 for share in shares) else shares,
+        }
+        """How the core is called."""
 
     @property
     def state(self) -> core.State:
