@@ -124,7 +124,14 @@ def optax_suite(session: nox.Session) -> None:
     """Run optax's own tests of its optimizers over mlbfgs, on eight virtual devices."""
     install(session, "-e", ".[jax]", group="optax-suite")
     path = "tests/optax_suite"
-    env = {**ONE_CORE, "XLA_FLAGS": f"{ONE_CORE['XLA_FLAGS']} {EIGHT_DEVICES}"}
+    env = {
+        **ONE_CORE,
+        "XLA_FLAGS": f"{ONE_CORE['XLA_FLAGS']} {EIGHT_DEVICES}",
+        # Many of the tests compile the same steps.
+        "JAX_COMPILATION_CACHE_DIR": f"{session.create_tmp()}/compiled",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     session.run("pytest", "-n", "auto", f"--confcutdir={path}", path, *session.posargs, env=env)
 
 

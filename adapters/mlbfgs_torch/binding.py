@@ -18,7 +18,7 @@ from mlbfgs_core.blocks import Blocks
 from mlbfgs_core.state import LEAF_COUNTS, dtype_name
 
 from .leaves import Leaf, Member, Memory
-from .numbers import PER_BLOCK, PER_UNIT, Rows, label_of, unpack
+from .numbers import PER_BLOCK, PER_UNIT, Rows, counts_and_label, unpack
 from .sharding import like_param, local
 
 __all__ = ["Bound", "agreed", "bind", "coefficients", "forget_misfits"]
@@ -64,8 +64,8 @@ def forget_misfits(
         for block in own
     ]
     members = [member for _, block in blocks for member in block]
-    labels = torch.stack([label_of(memory[m.param]).cpu() for m in members]).tolist() if members else []
-    label = dict(zip([member.param for member in members], labels, strict=True))
+    numbers = counts_and_label([memory[member.param] for member in members])
+    label = {member.param: number for member, (_, number) in zip(members, numbers, strict=True)}
     notes = [
         (
             {label[member.param] for member in block},
@@ -76,7 +76,7 @@ def forget_misfits(
     if gather is not None:
         told = zip(*gather(notes), strict=True)
         notes = [
-            (set().union(*(found for found, _ in each)), [name for _, names in each for name in names])
+            (set().union(*(origin for origin, _ in each)), [name for _, names in each for name in names])
             for each in told
         ]
     origins = [origin for found, _ in notes for origin in found]

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mlbfgs_core.blocks import Blocks
-from mlbfgs_core.state import LEAF_COUNTS
 
-from .numbers import unpack
+from .numbers import counts_and_label
 from .sharding import is_sharded, local, matching
 
 __all__ = ["Leaf", "Member", "Memory", "as_real", "plan_leaves"]
@@ -156,8 +155,8 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
     on this step does not share with who has none.
     """
     known = [m.param for m in members if "history" in memory.get(m.param, ())]
-    rows = [torch.stack([unpack(memory[p])[n] for n in LEAF_COUNTS]).cpu() for p in known]
-    counts = dict(zip(known, map(tuple, torch.stack(rows).tolist()), strict=True)) if rows else {}
+    found = counts_and_label([memory[param] for param in known])
+    counts = {param: numbers for param, (numbers, _) in zip(known, found, strict=True)}
     leaves: list[Leaf] = []
     leaf_blocks = []
     for block in blocks:

@@ -17,7 +17,7 @@ from torch import Tensor
 import mlbfgs_core as core
 from mlbfgs_core.state import LEAF_COUNTS, layout
 
-__all__ = ["PER_BLOCK", "PER_UNIT", "Rows", "label_of", "unpack"]
+__all__ = ["PER_BLOCK", "PER_UNIT", "Rows", "counts_and_label", "unpack"]
 
 
 class _Field(NamedTuple):
@@ -80,9 +80,14 @@ def unpack(entry: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def label_of(entry: Mapping[str, Any]) -> Tensor:
-    """The label of the block, 0-d."""
-    return torch.as_tensor(entry["counters"])[-1]
+def counts_and_label(entries: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[int, ...], int]]:
+    """Of each entry the counts of its own and the label of its block; waits for the device once."""
+    if not entries:
+        return []
+    rows = [torch.as_tensor(entry["counters"]) for entry in entries]
+    # Counts stand first in a row, the label last.
+    ends = [torch.cat([row[: len(LEAF_COUNTS)], row[-1:]]).to(rows[0].device) for row in rows]
+    return [(tuple(counts), label) for *counts, label in torch.stack(ends).tolist()]
 
 
 class Rows:

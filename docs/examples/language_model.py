@@ -142,11 +142,6 @@ class Text:
         return tokens[:, :-1], tokens[:, 1:]
 
 
-def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    tokens, following = batch
-    return nn.functional.cross_entropy(model(tokens).flatten(0, 1), following.flatten())
-
-
 class Trainer:
     """Steps, reports and checkpoints of one run."""
 
