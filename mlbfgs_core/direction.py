@@ -77,8 +77,8 @@ def step(
         `d`, of the gradients' shapes and dtypes, to be *subtracted*; None where the gradient is
         None; zero on a skipped step.
     state : State
-        ``state.accepted`` is false where the gradient was non-finite: everything but the counter
-        `skipped` is then as it was.
+        ``state.accepted`` and ``state.due`` are false where the gradient was non-finite: everything else
+        but the counter `skipped` is then as it was.
 
     Raises
     ------
