@@ -39,6 +39,8 @@ class Member:
     group: dict[str, Any]
     share: float
     """What part of its inner products this process adds to the sums over all."""
+    sharded: bool
+    """Whether it is a `DTensor`: asked once, since asking takes time in each step."""
     shape: tuple[int, ...]
     """Of this process's real values: a complex parameter has a last axis of 2."""
     order: tuple[int, ...]
@@ -52,7 +54,7 @@ class Member:
         real = as_real(local(param))
         order = tuple(sorted(range(real.ndim), key=lambda axis: -real.stride(axis)))
         dense = real.permute(order).is_contiguous()
-        return cls(name, param, group, share, tuple(real.shape), order, dense)
+        return cls(name, param, group, share, is_sharded(param), tuple(real.shape), order, dense)
 
     @property
     def size(self) -> int:
@@ -67,12 +69,12 @@ class Member:
     @property
     def values(self) -> Tensor:
         """The values that this process holds."""
-        return local(self.param)
+        return local(self.param) if self.sharded else self.param
 
     def grad(self) -> Tensor | None:
         """Their gradient."""
         grad = self.param.grad
-        return None if grad is None else matching(grad, self.param)
+        return matching(grad, self.param) if self.sharded and grad is not None else grad
 
     def flat(self, tensor: Tensor) -> Tensor:
         """A tensor like the parameter (or several: more axes in front), as one axis in memory order."""
