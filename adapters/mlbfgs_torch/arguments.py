@@ -15,6 +15,7 @@ from mlbfgs_core.config import check_real
 from mlbfgs_core.state import LEAF_DTYPES
 
 from . import sharding
+from .leaves import real_shape
 
 __all__ = [
     "SETTINGS",
@@ -65,7 +66,7 @@ def check_params(params: Iterable[Any]) -> None:
 
 
 def check_entry(entry: dict[str, Any], param: Tensor) -> None:
-    shape = (*param.shape, 2) if param.is_complex() else tuple(param.shape)
+    shape = real_shape(param)
     for name in core.LEAF_ARRAYS:
         if name not in entry:
             continue

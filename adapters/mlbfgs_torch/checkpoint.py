@@ -15,7 +15,7 @@ import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
 
 from .binding import coefficients
-from .leaves import Member, Memory, as_real
+from .leaves import Member, Memory, as_real, real_shape
 from .numbers import Rows
 from .sharding import is_sharded, local, placed
 
@@ -93,8 +93,8 @@ def whole(tensor: Tensor) -> Any:
 
 def outline(tensor: Tensor) -> Any:
     """Zeros without memory in place of a tensor's values."""
-    shape = (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
-    return np.broadcast_to(_to_numpy(as_real(torch.zeros((), dtype=tensor.dtype)).reshape(-1)[0]), shape)
+    zero = _to_numpy(as_real(torch.zeros((), dtype=tensor.dtype)).reshape(-1)[0])
+    return np.broadcast_to(zero, real_shape(tensor))
 
 
 def contribution(tensor: Tensor) -> Any:

@@ -20,7 +20,7 @@ from mlbfgs_core.blocks import Blocks
 from .numbers import counts_and_label
 from .sharding import is_sharded, local, matching
 
-__all__ = ["Leaf", "Member", "Memory", "as_real", "plan_leaves"]
+__all__ = ["Leaf", "Member", "Memory", "as_real", "plan_leaves", "real_shape"]
 
 Memory = dict[Tensor, dict[str, Any]]
 
@@ -64,7 +64,7 @@ class Member:
     @property
     def whole(self) -> tuple[int, ...]:
         """Shape of the real values over all processes."""
-        return (*self.param.shape, 2) if self.param.is_complex() else tuple(self.param.shape)
+        return real_shape(self.param)
 
     @property
     def values(self) -> Tensor:
@@ -182,6 +182,11 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
 def as_real(tensor: Tensor) -> Tensor:
     """A view, with a last axis of length 2 where the tensor is complex."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def real_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of `as_real`, over all processes."""
+    return (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
 
 
 def _small(param: Tensor) -> int:

@@ -139,7 +139,7 @@ class MLBFGS(Optimizer):
         if shard_group is None:
             self._partitions()
         else:  # the others' parameters are not known yet
-            self._members()
+            self._members(None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, at any time; its settings are checked first.
@@ -360,14 +360,9 @@ class MLBFGS(Optimizer):
         self._units: list[Unit] = []
         self._signature: Any = None
 
-    def _members(self) -> dict[tuple[core.Config, torch.device], list[Member]]:
-        """All parameters, by settings and device."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        if not params and self._shard_group is None:
-            msg = "`params` must hold at least one parameter, got none"
-            raise ValueError(msg)
+    def _members(self, shards: Any) -> dict[tuple[core.Config, torch.device], list[Member]]:
+        """All parameters, by settings and device; `shards` are the processes that sum those of meshes."""
         own = self._shard_group is not None
-        shards = None if own else sharding.shard_group(params)
         prefix = f"rank{dist.get_rank(self._shard_group)}." if own else ""
         found: dict[tuple[core.Config, torch.device], list[Member]] = {}
         number = 0
@@ -383,10 +378,13 @@ class MLBFGS(Optimizer):
 
     def _partitions(self) -> list[Partition]:
         """Groups of equal settings and device, with their parameters in blocks."""
-        found = self._members()
         if self._shard_group is not None:
-            return divide(found, self._blocks, self._shard_group)
-        group = sharding.shard_group([member.param for members in found.values() for member in members])
+            return divide(self._members(None), self._blocks, self._shard_group)
+        params = [param for group in self.param_groups for param in group["params"]]
+        if not params:
+            msg = "`params` must hold at least one parameter, got none"
+            raise ValueError(msg)
+        group = sharding.shard_group(params)
         return [
             Partition.of(
                 config,
@@ -395,7 +393,7 @@ class MLBFGS(Optimizer):
                 core.partition([member.name for member in members], self._blocks),
                 group,
             )
-            for (config, device), members in found.items()
+            for (config, device), members in self._members(group).items()
         ]
 
     def _init_group(self) -> None:

@@ -38,7 +38,6 @@ from .training import (
 )
 
 HALF = STEPS // 2
-alone = functools.cache(trained_alone)
 
 
 def begin(layout, dtype=torch.float64, **settings):
@@ -105,7 +104,7 @@ def test_four_processes_two_one_and_back(tmp_path):
     expected = on_ranks(4, first_half, paths[0], "fsdp")
     for count, path, again in ((2, *paths[:2]), (1, *paths[1:3])):
         for *_, params in on_ranks(count, second_half, path, "fsdp", again):
-            assert deviation(params, alone()) < ROUNDING
+            assert deviation(params, trained_alone()) < ROUNDING
     for (halfway, end, _), (saved, goal, _) in zip(
         on_ranks(4, second_half, paths[2], "fsdp", paths[3]), expected, strict=True
     ):
@@ -118,7 +117,7 @@ def test_another_layout_goes_on(tmp_path):
     on_ranks(4, first_half, path, "fsdp_tensor")
     for layout in ("hsdp", "fsdp"):
         for *_, params in on_ranks(4, second_half, path, layout):
-            assert deviation(params, alone()) < ROUNDING
+            assert deviation(params, trained_alone()) < ROUNDING
 
 
 def test_an_asynchronous_save_holds_the_moment_of_its_call(tmp_path):
@@ -138,7 +137,7 @@ def test_a_run_of_which_one_process_was_killed_resumes(tmp_path):
     for count in (4, 2):
         for first, params in on_ranks(count, live, folder, None):
             assert first == 15
-            assert deviation(params, alone()) < ROUNDING
+            assert deviation(params, trained_alone()) < ROUNDING
 
 
 def live(folder, killed_at):
@@ -173,20 +172,16 @@ def bfloat16(path):
 
 
 def test_making_an_empty_state_is_no_step():
-    for before, after, steps in on_ranks(2, empty_state):
-        assert before == after
+    for params, steps in on_ranks(2, empty_state):
+        assert deviation(params, whole(make_model())) == 0
         assert steps == 0
 
 
 def empty_state():
     model, _, _, optimizer = begin("fsdp")
-    before = digest(model, optimizer)
     get_optimizer_state_dict(model, optimizer)
-    after = make_model()
-    wrapped_params = whole(model)
-    same = all(bool((wrapped_params[name] == value).all()) for name, value in whole(after).items())
-    assert before
-    return True, same, int(optimizer.diagnostics()[0].skipped) + int(optimizer.diagnostics()[0].step)
+    (record,) = optimizer.diagnostics()
+    return whole(model), int(record.skipped) + int(record.step)
 
 
 def test_a_full_state_of_one_process_is_spread_over_all(tmp_path):
@@ -204,7 +199,7 @@ def test_a_full_state_of_one_process_is_spread_over_all(tmp_path):
         path,
     )
     for params in on_ranks(4, spread, path):
-        assert deviation(params, alone()) < ROUNDING
+        assert deviation(params, trained_alone()) < ROUNDING
 
 
 def spread(path):

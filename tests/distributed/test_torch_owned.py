@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from functools import partial
 
@@ -17,8 +16,6 @@ from mlbfgs_torch import MLBFGS
 from .processes import on_ranks
 from .test_torch_sharded import ROUNDING
 from .training import SETTINGS, STEPS, batches, deviation, make_model, parallel, train, trained_alone, whole
-
-alone = functools.cache(trained_alone)
 
 
 def zero(params, **settings):
@@ -57,7 +54,7 @@ def trained(settings, steps=STEPS):
 )
 def test_one_block_over_all_owners_is_that_of_one_process(count, settings):
     for params, _ in on_ranks(count, trained, settings):
-        assert deviation(params, alone(**settings)) < ROUNDING
+        assert deviation(params, trained_alone(**settings)) < ROUNDING
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -67,7 +64,7 @@ def test_a_block_for_each_owner_is_that_of_one_process_with_the_same_blocks(coun
     owner = results[0][1]
     assert set(owner.values()) == set(range(count))
     expected = trained_alone(blocks=owner.__getitem__, preset=preset)
-    assert deviation(expected, alone(preset=preset)) > 1e-3, "blocks make no difference"
+    assert deviation(expected, trained_alone(preset=preset)) > 1e-3, "blocks make no difference"
     for params, _ in results:
         assert deviation(params, expected) < ROUNDING
 
@@ -116,7 +113,7 @@ def grouped(*, alone=False):
 def test_a_nan_is_skipped_by_all_owners():
     for params, skipped in on_ranks(4, nan_once):
         assert skipped == 1
-        assert deviation(params, alone()) < ROUNDING
+        assert deviation(params, trained_alone()) < ROUNDING
 
 
 def nan_once():
@@ -184,7 +181,7 @@ def test_a_consolidated_state_goes_on_with_another_number_of_owners(count, tmp_p
     on_ranks(4, consolidated, path)
     for params, warned in on_ranks(count, gone_on, path):
         assert not warned
-        assert deviation(params, alone()) < ROUNDING
+        assert deviation(params, trained_alone()) < ROUNDING
 
 
 def consolidated(path, **settings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from unittest import mock
 
 import pytest
@@ -36,7 +35,6 @@ from .training import (
 
 ROUNDING = 1e-11
 """Of a run in float64 of 24 steps: 1e-15 is lost to the order of sums, and curvature magnifies it."""
-alone = functools.cache(trained_alone)
 
 
 def trained(layout, settings, dtype=torch.float64):
@@ -60,7 +58,7 @@ def part_of(tensor):
 def test_trajectory_is_that_of_one_process(layout, count):
     results = on_ranks(count, trained, layout, {})
     for params, known, _, _ in results:
-        assert deviation(params, alone()) < ROUNDING
+        assert deviation(params, trained_alone()) < ROUNDING
         assert int(known["pairs"]) > 3
         assert_same_decisions(known, results[0][1])
 
@@ -85,7 +83,7 @@ def assert_same_decisions(known, others):
 def test_every_setting_is_that_of_one_process(settings):
     results = on_ranks(4, trained, "fsdp", settings)
     for params, known, _, _ in results:
-        assert deviation(params, alone(**settings)) < ROUNDING
+        assert deviation(params, trained_alone(**settings)) < ROUNDING
         assert_same_decisions(known, results[0][1])
     assert [min(held) for *_, held, _ in results] == [1, 0, 0, 0], "no shard was empty"
 
@@ -93,7 +91,7 @@ def test_every_setting_is_that_of_one_process(settings):
 @pytest.mark.parametrize("blocks", ["layer", "parameter"])
 def test_blocks_may_be_spread_over_all_processes(blocks):
     (params, *_), *_ = on_ranks(4, trained, "fsdp", {"blocks": blocks})
-    assert deviation(params, alone(blocks=blocks)) < ROUNDING
+    assert deviation(params, trained_alone(blocks=blocks)) < ROUNDING
 
 
 def test_replicas_of_shards_stay_equal_bit_by_bit():
@@ -156,7 +154,7 @@ def test_a_nan_on_one_process_skips_the_step_on_all(layout):
     for same, skipped, params in on_ranks(4, nan_on_one, layout):
         assert skipped == 1
         assert same
-        assert deviation(params, alone()) < ROUNDING
+        assert deviation(params, trained_alone()) < ROUNDING
 
 
 def nan_on_one(layout):
@@ -300,12 +298,12 @@ def test_a_file_of_all_processes_goes_on_in_another_number(tmp_path):
     on_ranks(4, saved_halfway, path)
     for count in (1, 2, 4):
         for params in on_ranks(count, resumed, path):
-            assert deviation(params, alone()) < ROUNDING
+            assert deviation(params, trained_alone()) < ROUNDING
     model = make_model()
     optimizer = MLBFGS(model.named_parameters(), **SETTINGS)
     optimizer.load_state(path)
     train(model, optimizer, batches(STEPS // 2, first=STEPS // 2))
-    assert deviation(whole(model), alone()) < ROUNDING
+    assert deviation(whole(model), trained_alone()) < ROUNDING
 
 
 def saved_halfway(path):

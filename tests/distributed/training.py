@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -120,6 +121,7 @@ def train(
         optimizer.step()
 
 
+@functools.cache
 def trained_alone(steps: int = STEPS, blocks: Any = "all", **settings: Any) -> dict[str, Tensor]:
     """Parameters after training in one process."""
     model = make_model()
