@@ -11,8 +11,9 @@ Large-Scale Neural Network Optimization", TMLR 2023, arXiv:2307.13744.
 
 from .averages import Observation, observe, project
 from .blocks import partition
-from .config import Config, Settings, preset_momentum
-from .diagnostics import Diagnostics, Spectrum, diagnostics, spectrum
+from .config import Config, Settings, preset_momentum, preset_nesterov
+from .curvature import Spectrum, curvatures, spectrum
+from .diagnostics import Diagnostics, block_names, diagnostics
 from .direction import direction, step, unscaled_step, upcoming
 from .history import refresh
 from .kernels import Kernels
@@ -31,6 +32,8 @@ __all__ = [
     "Snapshot",
     "Spectrum",
     "State",
+    "block_names",
+    "curvatures",
     "diagnostics",
     "direction",
     "init",
@@ -39,6 +42,7 @@ __all__ = [
     "partition",
     "plan_memory",
     "preset_momentum",
+    "preset_nesterov",
     "project",
     "refresh",
     "save_state",

@@ -6,10 +6,19 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack, cast
 
-__all__ = ["Config", "Preset", "Settings", "StepLength", "check_real", "is_zero", "preset_momentum"]
+__all__ = [
+    "Config",
+    "Preset",
+    "Settings",
+    "StepLength",
+    "check_real",
+    "is_zero",
+    "preset_momentum",
+    "preset_nesterov",
+]
 
 Preset = Literal["default", "paper", "lbfgs", "fit"]
-StepLength = Literal["unit", "clip", "none"]
+StepLength = Literal["unit", "rms", "clip", "none"]
 
 
 class Settings(TypedDict, total=False):
@@ -23,6 +32,7 @@ class Settings(TypedDict, total=False):
     noise_floor: float
     beta: float | None
     min_cosine: float
+    shrinkage: float
     damping: tuple[float, float, float] | None
     step_length: StepLength
     clip_factor: float
@@ -41,10 +51,11 @@ _DEFAULT: Final[Settings] = {
     "noise_floor": 4.0,
     "beta": None,
     "min_cosine": 0.4,
+    "shrinkage": 0.25,
     "damping": None,
     "step_length": "unit",
     "clip_factor": 2.0,
-    "metric_power": 0.5,
+    "metric_power": 1.0,
     "metric_beta": 0.99,
     "history_dtype": None,
     "preset": None,
@@ -53,6 +64,7 @@ _PUBLISHED: Final[Settings] = {
     "adaptive": False,
     "noise_floor": 0.0,
     "min_cosine": 0.0,
+    "shrinkage": 1.0,
     "step_length": "none",
     "metric_power": 0.0,
 }
@@ -60,10 +72,16 @@ _PRESETS: Final[dict[str, Settings]] = {
     "default": {},
     "paper": {**_PUBLISHED, "beta": 0.9, "update_every": 20, "damping": (0.01, 10.0, 0.9)},
     "lbfgs": {**_PUBLISHED, "beta": 0.0, "update_every": 1},
-    "fit": {"update_every": 20, "min_cosine": 0.3, "step_length": "clip", "metric_power": 0.0},
+    "fit": {
+        "update_every": 20,
+        "min_cosine": 0.3,
+        "shrinkage": 1.0,
+        "step_length": "clip",
+        "metric_power": 0.0,
+    },
 }
 _MOMENTUM: Final = {"default": 0.9, "paper": 0.9, "lbfgs": 0.0, "fit": 0.0}
-_STEP_LENGTHS: Final = ("unit", "clip", "none")
+_STEP_LENGTHS: Final = ("unit", "rms", "clip", "none")
 _HISTORY_DTYPES: Final = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -80,13 +98,15 @@ class _Range(NamedTuple):
 _INTEGERS: Final = ("history_size", "update_every", "check_every")
 _POSITIVE: Final = _Range("must be finite and >= 0", 0.0, math.inf)
 _FRACTION: Final = _Range("must be in [0, 1)", 0.0, 1.0)
+_PART: Final = _Range("must be in [0, 1]", 0.0, 1.0, open_above=False)
 _REALS: Final = {
     "signal_to_noise": _POSITIVE,
     "noise_floor": _POSITIVE,
     "beta": _Range("must be None or in [0, 1)", 0.0, 1.0),
     "min_cosine": _FRACTION,
+    "shrinkage": _PART,
     "clip_factor": _Range("must be finite and >= 1", 1.0, math.inf),
-    "metric_power": _Range("must be in [0, 1]", 0.0, 1.0, open_above=False),
+    "metric_power": _PART,
     "metric_beta": _FRACTION,
     "momentum": _FRACTION,
     "learning_rate": _POSITIVE,
@@ -121,11 +141,15 @@ class Config:
         mean over the steps since the last pair.
     min_cosine : float
         Least cosine of the angle between `s` and the stored `y`; 0 turns the floor off.
+    shrinkage : float
+        With an adaptive schedule the part of `y` orthogonal to `s` is multiplied by the part of ``|y|^2``
+        that is not gradient noise, but by no less than this; 1 leaves `y` as it is.
     damping : (float, float, float) or None
         The paper's ``(sigma_L, sigma_H, tau_0)``; ``None`` turns it off.
-    step_length : {"unit", "clip", "none"}
-        Scale the direction over all blocks to length 1, or limit it to `clip_factor` times its own
-        running length, or leave it.
+    step_length : {"unit", "rms", "clip", "none"}
+        Scale the direction over all blocks to length 1 ("rms": to root mean square 1, so that one learning
+        rate, about 1e-3, serves models of every size), or limit it to `clip_factor` times its own running
+        length, or leave it.
     clip_factor : float
         See `step_length`.
     metric_power : float
@@ -149,8 +173,8 @@ class Config:
 
     Notes
     -----
-    Difference from the paper: the cosine floor, the adaptive schedule, interval means, the unit
-    length and the metric are not in it; ``preset="paper"`` has none of them. The paper leaves
+    Difference from the paper: the cosine floor, the shrinkage, the adaptive schedule, interval means, the
+    unit length and the metric are not in it; ``preset="paper"`` has none of them. The paper leaves
     ``beta``, ``T`` and the damping to the problem; the preset's values are this library's choice.
 
     Examples
@@ -171,6 +195,7 @@ class Config:
     noise_floor: float
     beta: float | None
     min_cosine: float
+    shrinkage: float
     damping: tuple[float, float, float] | None
     step_length: StepLength
     clip_factor: float
@@ -202,9 +227,15 @@ class Config:
         return self.adaptive or not is_zero(self.noise_floor)
 
     @property
+    def shrinks(self) -> bool:
+        """Whether noise is taken out of pairs: it is known with an adaptive schedule."""
+        whole = isinstance(self.shrinkage, (int, float)) and self.shrinkage == 1
+        return self.adaptive and not whole
+
+    @property
     def caps_first_step(self) -> bool:
-        """Whether a direction without pairs is shortened to length 1: with a pair at every step there is
-        one such step only, and no scale is known for it."""
+        """Whether a direction without pairs is shortened to length 1, since with a pair at every step there
+        is one such step only, and no scale is known for it."""
         every = isinstance(self.update_every, int) and self.update_every == 1 and not self.adaptive
         return every and self.step_length == "none"
 
@@ -256,6 +287,19 @@ def preset_momentum(preset: str | None) -> float:
     (0.9, 0.0)
     """
     return _MOMENTUM[_check_preset(preset)]
+
+
+def preset_nesterov(preset: str | None) -> bool:
+    """Whether the momentum of a preset looks ahead, as Nesterov's: that of the default does.
+
+    A step is then ``d + momentum * buffer`` instead of ``buffer``.
+
+    Examples
+    --------
+    >>> preset_nesterov(None), preset_nesterov("paper")
+    (True, False)
+    """
+    return _check_preset(preset) == "default"
 
 
 def _check_preset(preset: str | None) -> str:

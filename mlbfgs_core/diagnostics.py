@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
-from array_api_compat import device as array_device
 
+from .blocks import Blocks
 from .state import State
-from .two_loop import ring_order
 
-__all__ = ["Diagnostics", "Spectrum", "diagnostics", "spectrum"]
+__all__ = ["Diagnostics", "block_names", "diagnostics"]
 
 Array = Any
 
 
 class Diagnostics(NamedTuple):
-    """Figures of the last step; (B,) arrays where a block has its own, else 0-d."""
+    """Figures of the last step; (B,) arrays where a block has its own, else 0-d.
+
+    The arrays are the state's own, and stand where it stands: nothing has been copied or waited for.
+    """
 
     step: Array
     """Accepted steps."""
@@ -28,10 +31,13 @@ class Diagnostics(NamedTuple):
     """(B,): pairs left out for want of usable curvature."""
     window: Array
     """Steps since the last refresh."""
+    interval: Array
+    """Steps of the window before: how long the last refresh was in coming; 0 before there was one."""
     mu: Array
     """(B,): curvature ``s.y / s.s`` of the last pair, before damping."""
     tau: Array
-    """(B,): weight of `y` in the last stored pair; 1 without the paper's damping."""
+    """(B,): weight of `y` in the last stored pair, below 1 where noise was taken out of it or the paper's
+    damping was at work."""
     delta: Array
     """(B,): what the cosine floor and the noise floor added to `mu`."""
     gamma: Array
@@ -42,16 +48,18 @@ class Diagnostics(NamedTuple):
     """Of the last check."""
     gradient_rms: Array
     """(B,): root of the running mean squared gradient."""
+    gram: Array
+    """(B, 2m, 2m): inner products of the stored rows; for `curvatures`."""
+    operator: Array
+    """(B, 2m, 2m): `C` in ``H = gamma I + B^T C B``; for `curvatures`."""
 
-
-class Spectrum(NamedTuple):
-    """Extreme eigenvalues, (B,) each, of the inverse Hessian `H` and of its inverse; in the
-    coordinates of the metric where there is one."""
-
-    smallest: Array
-    largest: Array
-    inverse_smallest: Array
-    inverse_largest: Array
+    def __repr__(self) -> str:
+        """The numbers, and of the matrices the shape."""
+        words = [
+            f"{name}=<{tuple(value.shape)}>" if name in ("gram", "operator") else f"{name}={value!r}"
+            for name, value in zip(self._fields, self, strict=True)
+        ]
+        return f"{type(self).__name__}({', '.join(words)})"
 
 
 def diagnostics(state: State) -> Diagnostics:
@@ -71,6 +79,7 @@ def diagnostics(state: State) -> Diagnostics:
         pairs=state.pairs,
         rejected=state.rejected,
         window=state.window,
+        interval=state.prev_window,
         mu=state.mu,
         tau=state.tau,
         delta=state.delta,
@@ -78,79 +87,54 @@ def diagnostics(state: State) -> Diagnostics:
         cosine=state.cosine,
         signal_to_noise=state.signal_to_noise,
         gradient_rms=xp.sqrt(state.mean_square),
+        gram=state.gram,
+        operator=state.operator,
     )
 
 
-def spectrum(state: State) -> Spectrum:
-    """Extreme eigenvalues of each block's inverse Hessian and of its inverse.
+def block_names(names: Sequence[str], blocks: Blocks) -> tuple[str, ...]:
+    """A short name for each block, from those of its leaves.
 
     Parameters
     ----------
-    state : State
-        Not consumed.
+    names : sequence of str
+        Of all leaves.
+    blocks : tuple of tuples of int
+        From `partition`.
 
     Returns
     -------
-    Spectrum
-        Each end is computed where it is large, so that both keep their relative accuracy: the
-        largest of `H` from `H`, its smallest as the reciprocal of the largest of the inverse.
-
-    Notes
-    -----
-    From coefficients alone: on the span of the rows `B`, ``gamma I + B^T C B`` has the eigenvalues of
-    ``gamma I + R C R`` with `R` the symmetric root of the Gram matrix ``B B^T``; outside it is
-    `gamma`. The inverse is the BFGS Hessian, built by the rank-two updates of Nocedal & Wright
-    eq. 6.19 in coefficient space. Cost: ``O(m^3)`` per block.
+    tuple of str
+        "all" for the only block; the name of an only leaf; else what the names have in common up to a dot,
+        where no other block has that; else the first name and the number of the others.
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from mlbfgs_core import Config, init
-    >>> float(spectrum(init(Config(), [np.zeros(3)])).largest[0])
-    1.0
+    >>> block_names(["a.weight", "a.bias", "b.weight"], ((0, 1), (2,)))
+    ('a', 'b.weight')
+    >>> block_names(["x", "y", "z"], ((0, 2), (1,)))
+    ('x (+1)', 'y')
     """
-    xp = array_namespace(state.gamma)
-    largest = _largest(state.gram, state.operator, state.gamma, state.size, xp)
-    hessian, scale = _hessian(state.gram, state.pairs, state.gamma, xp)
-    inverse_largest = _largest(state.gram, hessian, scale, state.size, xp)
-    return Spectrum(1.0 / inverse_largest, largest, 1.0 / largest, inverse_largest)
+    if len(blocks) == 1:
+        return ("all",)
+    members = [[names[i] for i in block] for block in blocks]
+    stems = [_common_stem(own) for own in members]
+    short = []
+    for number, (own, stem) in enumerate(zip(members, stems, strict=True)):
+        if stem and stems.count(stem) == 1:
+            short.append(stem)
+        elif own:
+            short.append(f"{own[0]} (+{len(own) - 1})")
+        else:  # of another owner
+            short.append(f"block {number}")
+    return tuple(short)
 
 
-def _largest(gram: Array, inner: Array, scale: Array, size: Array, xp: Any) -> Array:
-    """Largest eigenvalue of ``scale I + B^T inner B``, from the Gram matrix of the rows."""
-    device = array_device(gram)
-    unit = xp.eye(gram.shape[-1], dtype=gram.dtype, device=device)
-    values, vectors = xp.linalg.eigh(gram)
-    spanned = values > 10 * gram.shape[-1] * xp.finfo(gram.dtype).eps * values[:, -1:]
-    root = xp.sqrt(xp.where(spanned, values, 0.0))
-    inner = xp.matmul(xp.matrix_transpose(vectors), xp.matmul(inner, vectors))
-    inner = inner * root[:, :, None] * root[:, None, :]
-    inner = (inner + xp.matrix_transpose(inner)) / 2 + scale[:, None, None] * unit
-    # A direction outside the span keeps `scale`, which counts only if the block has such a one;
-    # else it is given the value of a spanned direction, which lies between the extremes.
-    full = xp.sum(xp.astype(spanned, gram.dtype), axis=1) >= size
-    inside = inner[:, -1, -1]
-    filler = xp.where(full, inside, scale)[:, None]
-    inner = xp.where(unit > 0, xp.where(spanned, xp.sum(inner * unit, axis=1), filler)[:, None, :], inner)
-    return xp.linalg.eigvalsh(inner)[:, -1]
-
-
-def _hessian(gram: Array, pairs: Array, gamma: Array, xp: Any) -> tuple[Array, Array]:
-    """The BFGS Hessian ``scale I + B^T D B``, the inverse of `H`: `D` (B, 2m, 2m) and scale (B,)."""
-    m, device = gram.shape[-1] // 2, array_device(gram)
-    order = ring_order(pairs, m, xp, device)
-    scale = 1.0 / gamma
-    columns = xp.arange(2 * m, device=device)
-    inner = xp.zeros_like(gram)
-    for i in reversed(range(m)):
-        s = xp.astype(columns[None, :] == order[:, i, None], gram.dtype)
-        y = xp.astype(columns[None, :] == order[:, i, None] + m, gram.dtype)
-        gram_s = xp.sum(gram * s[:, None, :], axis=2)
-        image = scale[:, None] * s + xp.sum(inner * gram_s[:, None, :], axis=2)
-        before = xp.sum(image * gram_s, axis=1)
-        curvature = xp.sum(y * gram_s, axis=1)
-        there = curvature > 0
-        change = y[:, :, None] * y[:, None, :] / xp.where(there, curvature, 1.0)[:, None, None]
-        change = change - image[:, :, None] * image[:, None, :] / xp.where(there, before, 1.0)[:, None, None]
-        inner = inner + xp.where(there[:, None, None], change, 0.0)
-    return inner, scale
+def _common_stem(names: Sequence[str]) -> str:
+    """What dotted names have in common in front; all of an only one."""
+    stem: list[str] = []
+    for parts in zip(*(name.split(".") for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        stem.append(parts[0])
+    return ".".join(stem)

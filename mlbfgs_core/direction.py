@@ -356,6 +356,8 @@ def _length(call: Call, state: State, seen: Observation, norm: Array) -> tuple[A
     safe = xp.where(positive, norm, 1.0)
     if config.step_length == "unit":
         return 1.0 / safe, state.length
+    if config.step_length == "rms":
+        return xp.sqrt(xp.sum(state.size)) / safe, state.length
     running = xp.where(state.length > 0, state.length, norm)
     length = xp.minimum(norm, config.clip_factor * running)
     rate = 1.0 / (xp.ones_like(norm) * config.update_every)

@@ -38,10 +38,12 @@ class PairProducts(NamedTuple):
 
 
 class Damping(NamedTuple):
-    """How a pair is stored: ``y <- tau y + (1 - tau + delta) s``; every field is (B,)."""
+    """How a pair is stored: ``y <- tau y + along s``; every field is (B,)."""
 
     tau: Array
+    along: Array
     delta: Array
+    """What the floors added to the curvature."""
     mu: Array
     """``s.y / s.s`` before damping."""
     usable: Array
@@ -86,9 +88,8 @@ def check(call: Call, state: State, metrics: Sequence[Metric | None], asked: Arr
     s_top, y_top = xp.max(pair.s_scale), xp.max(pair.y_scale)
     s_part = pair.s_scale / xp.where(s_top > 0, s_top, 1.0)
     y_part = pair.y_scale / xp.where(y_top > 0, y_top, 1.0)
-    spread, freedom = _window_noise(call, state)
-    y_norm = y_top * xp.sqrt(xp.sum(pair.yy * y_part**2))
-    y_noise = xp.sqrt(spread * (state.scatter + state.prev_scatter) / freedom)
+    spread, _ = _window_noise(call, state)
+    y_norm, y_noise = _lengths_of_y(call, state, pair)
     row_noise, known = _row_noise(call, state)
     rise = y_top * xp.sum(pair.sy * s_part * y_part)  # s.y in units of s_top, as is the next
     rise_noise = xp.sqrt(spread * xp.sum(pair.ss * s_part**2 * row_noise))
@@ -103,13 +104,14 @@ def check(call: Call, state: State, metrics: Sequence[Metric | None], asked: Arr
 
 
 def damp(call: Call, state: State, pair: PairProducts) -> Damping:
-    """The damping of each block's pair.
+    """How each block's pair is freed of noise and damped.
 
     References
     ----------
-    Niu et al. 2023, the two-sided damping of `y` (`paper_tau`). Difference from the paper: the
-    cosine floor ``delta = max(0, c_min |y| - s.y/|s|, k sigma_mu |s| - s.y/|s|) / |s|``, which knows
-    no absolute scale.
+    Niu et al. 2023, the two-sided damping of `y` (`paper_tau`). Difference from the paper: the shrinkage
+    ``y <- mu s + f (y - mu s)``, ``f = max(shrinkage, 1 - expected noise / |y|^2)`` over all blocks, as
+    James and Stein (1961) shrink a noisy vector to a better known one; and then the cosine floor
+    ``delta = max(0, c_min |y| - s.y/|s|, k sigma_mu |s| - s.y/|s|) / |s|``, which knows no absolute scale.
     """
     config, xp = call.config, call.xp
     s_norm = pair.s_norm(xp)
@@ -118,6 +120,13 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     ratio = pair.y_scale / xp.where(pair.s_scale > 0, pair.s_scale, 1.0)
     mu = pair.sy / xp.where(pair.ss > 0, pair.ss, 1.0) * ratio
     length = pair.y_norm(xp) / safe_norm  # of y, in units of |s|; `mu` is its part along s
+    part = xp.ones_like(mu)
+    if config.shrinks:
+        y_norm, y_noise = _lengths_of_y(call, state, pair)
+        noise = xp.minimum(y_noise / xp.where(y_norm > 0, y_norm, 1.0), xp.ones_like(y_norm)) ** 2
+        part = part * xp.maximum(1.0 - noise, xp.ones_like(noise) * config.shrinkage)
+        cosine = xp.minimum(xp.abs(mu) / xp.where(length > 0, length, 1.0), xp.ones_like(mu))
+        length = length * xp.sqrt(cosine**2 + part**2 * (1.0 - cosine**2))
     tau, base, base_length = xp.ones_like(mu), mu, length
     if config.damping is not None:
         tau = paper_tau(config, mu, xp)
@@ -133,7 +142,8 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     final_length = xp.sqrt(xp.maximum(base_length**2 + 2.0 * delta * base + delta**2, curvature**2))
     usable = positive & xp.isfinite(final_length) & (final_length > 0)
     usable = usable & (curvature > xp.finfo(call.dtype).eps * final_length)
-    return Damping(tau, delta, mu, usable, 1.0 / safe_norm)
+    along = (1.0 - part) * tau * mu + (1.0 - tau) + delta
+    return Damping(part * tau, along, delta, mu, usable, 1.0 / safe_norm)
 
 
 def paper_tau(config: Config, mu: Array, xp: Any) -> Array:
@@ -155,6 +165,16 @@ def paper_tau(config: Config, mu: Array, xp: Any) -> Array:
     )
     limit = xp.ones_like(mu) * tau_0
     return xp.where(low | high, xp.minimum(binding, limit), limit)
+
+
+def _lengths_of_y(call: Call, state: State, pair: PairProducts) -> tuple[Array, Array]:
+    """0-d: ``|y|`` over all blocks, and what is expected of it from noise alone."""
+    xp = call.xp
+    top = xp.max(pair.y_scale)
+    part = pair.y_scale / xp.where(top > 0, top, 1.0)
+    spread, freedom = _window_noise(call, state)
+    noise = xp.sqrt(spread * (state.scatter + state.prev_scatter) / freedom)
+    return top * xp.sqrt(xp.sum(pair.yy * part**2)), noise
 
 
 def _window_noise(call: Call, state: State) -> tuple[Array, Array]:

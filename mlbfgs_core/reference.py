@@ -194,13 +194,18 @@ class Reference:
         return bool(sum(s @ y for s, y in pairs) > cfg.noise_floor * np.sqrt(variance))
 
     def _refresh(self) -> None:
-        cfg, (nu, _) = self.config, self._spread()
+        cfg, (nu, freedom) = self.config, self._spread()
+        part = 1.0
+        if cfg.adaptive and (observed := sum(y @ y for _, y in map(self._pair, self.blocks))) > 0:
+            expected = nu * (self.r_P + self.r) / freedom
+            part = max(cfg.shrinkage, 1 - expected / observed)
         for block in self.blocks:
             s, y = self._pair(block)
             norm = np.linalg.norm(s)
             if self.n_P > 0 and norm > 0:
                 s, y = s / norm, y / norm
                 mu = float(s @ y)
+                y = mu * s + part * (y - mu * s)
                 tau = self._tau(mu)
                 y_hat = tau * y + (1 - tau) * s
                 least: Any = cfg.min_cosine * np.linalg.norm(y_hat)
@@ -257,6 +262,8 @@ class Reference:
             return [d / max(norm, 1.0) for d in directions] if cap else directions
         if cfg.step_length == "unit":
             return [d / norm for d in directions]
+        if cfg.step_length == "rms":
+            return [d * (np.sqrt(sum(len(g) for g in grads)) / norm) for d in directions]
         if not with_pairs:
             theta, dim = np.concatenate(thetas)[np.concatenate(present)], sum(len(g) for g in grads)
             part = min(0.01 * 1.5 ** (self.steps - 1), 0.3)

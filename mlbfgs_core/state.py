@@ -39,7 +39,7 @@ class State(NamedTuple):
 
     # Parameter-sized: a tuple with one array per leaf.
     history: tuple[Array, ...]
-    """(2, m, *leaf): `s` in [0], damped `y` in [1], each divided by the norm of `s`."""
+    """``(2, m, *leaf)``: `s` in [0], damped `y` in [1], each divided by the norm of `s`."""
     mean_params: tuple[Array, ...]
     """`M_theta`, the average of this window."""
     mean_grads: tuple[Array, ...]

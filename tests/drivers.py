@@ -169,11 +169,12 @@ class JaxDriver:
 @cache
 def _jax_training(blocks, settings):
     """The transformation, every number of which is traced, and its compiled step."""
-    static = ("blocks", "mask", *_STATIC)
+    static = ("blocks", "mask", "nesterov", *_STATIC)
     own = {name: value for name, value in settings if name in core.Settings.__annotations__}
     config = core.Config(**own)
     explicit = {name: getattr(config, name) for name in core.Settings.__annotations__ if name != "preset"}
     explicit = {name: value for name, value in explicit.items() if value is not None}
+    explicit |= {"nesterov": dict(settings).get("nesterov", core.preset_nesterov(config.preset))}
     factory = optax.inject_hyperparams(mlbfgs_jax.mlbfgs, static_args=static)
     tx = factory(0.1, blocks=blocks, **{**dict(settings), **explicit, "preset": None})
 

@@ -17,7 +17,7 @@ from .unit import Unit
 
 __all__ = ["Loaded", "check_shapes", "decode", "encode"]
 
-_NUMBERS = ("lr", "momentum", "weight_decay")
+_NUMBERS = ("lr", "momentum", "weight_decay", "nesterov")
 _BUFFER = "momentum_buffer"
 _COEFFICIENTS = tuple(name for name in core.State._fields if name not in (*core.LEAF_ARRAYS, *LEAF_COUNTS))
 
@@ -108,6 +108,9 @@ def decode(given: Mapping[str, Any], units: Sequence[Unit]) -> Loaded:
     numbers = {name: _number(given[name]) for name in _NUMBERS}
     if numbers["momentum"] and not buffers:
         msg = f"`state_dict` must hold buffers for a momentum of {numbers['momentum']!r}, got none"
+        raise ValueError(msg)
+    if numbers["nesterov"] not in (0, 1):
+        msg = f"`state_dict` must hold 0 or 1 as 'nesterov', got {numbers['nesterov']!r}"
         raise ValueError(msg)
     return Loaded(config, numbers, [_part(i, unit, config, given, buffers) for i, unit in enumerate(units)])
 

@@ -187,6 +187,8 @@ class CupyKernels(core.Kernels):
         momentum: float,
         weight_decay: float,
         keep: Array,
+        *,
+        nesterov: bool,
     ) -> None:
         """Momentum, weight decay and learning rate where `keep`; writes to the parameter and the buffer.
         Moves 5 values; a parameter's value that is not finite stays as it is."""
@@ -196,7 +198,8 @@ class CupyKernels(core.Kernels):
         if buffer is not None:
             inputs["T momentum"] = momentum
             outputs["T buffer"] = buffer
-        self._run("descend", _if("MOMENTUM", buffer), inputs, outputs)
+        defines = _if("MOMENTUM", buffer) | ({"NESTEROV": 1} if nesterov else {})
+        self._run("descend", defines, inputs, outputs)
 
     def _parts(self, count: int, leaf: Array, dtype: Any) -> Array:
         """Memory for each thread's part of so many sums over a leaf."""

@@ -170,8 +170,13 @@ _DESCEND = """
     if (keep) {
         T change = length * update;
 #ifdef MOMENTUM
+#ifdef NESTEROV
+        buffer = momentum * buffer + change;
+        change += momentum * buffer;
+#else
         change += momentum * buffer;
         buffer = change;
+#endif
 #endif
         const T value = static_cast<T>(param);
         if (isfinite(value)) {

@@ -61,6 +61,8 @@ class NumpyKernels(core.Kernels):
         momentum: float,
         weight_decay: float,
         keep: Array,
+        *,
+        nesterov: bool,
     ) -> None:
         """Momentum, weight decay and learning rate where `keep`; writes to the parameter and the buffer,
         consumes the update. Moves 5 values."""
@@ -73,7 +75,10 @@ class NumpyKernels(core.Kernels):
             if buffer is not None:
                 buffer[tile] *= momentum
                 buffer[tile] += change
-                change[...] = buffer[tile]
+                if nesterov:
+                    change += momentum * buffer[tile]
+                else:
+                    change[...] = buffer[tile]
             change *= lr
             value = self.cast(param[tile], dtype)  # rounded once, at the end
             if decay != 1:

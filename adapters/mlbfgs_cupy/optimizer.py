@@ -29,12 +29,14 @@ class MLBFGS:
     lr : float or 0-d array
         Length of a step, before momentum, with the default ``step_length="unit"``.
     momentum : float, optional
-        Heavy-ball momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and
-        "fit") 0.
+        Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
     weight_decay : float
         Parameters shrink by ``lr * weight_decay`` per step, as in AdamW.
     blocks : {"all", "layer", "parameter"} or callable
         Which parameters share curvature; a callable maps a parameter's name to a label.
+    nesterov : bool, optional
+        Whether the momentum looks ahead (Nesterov's), as in `torch.optim.SGD`, or is heavy-ball; by default
+        that of the preset: it does but for "paper", "lbfgs" and "fit".
     maximize : bool
         Climb instead of descending.
     **settings
@@ -73,7 +75,7 @@ class MLBFGS:
     --------
     >>> import numpy as np
     >>> x = np.asarray([3.0, 4.0])
-    >>> opt = MLBFGS(x, lr=0.5)
+    >>> opt = MLBFGS(x, lr=0.5, momentum=0.0)
     >>> opt.step(2 * x)
     >>> round(float(np.linalg.norm(x - [3.0, 4.0])), 6)
     0.5
@@ -87,6 +89,7 @@ class MLBFGS:
         weight_decay: float = 0.0,
         *,
         blocks: BlockSpec = "all",
+        nesterov: bool | None = None,
         maximize: bool = False,
         **settings: Unpack[core.Settings],
     ) -> None:
@@ -94,6 +97,7 @@ class MLBFGS:
         if not isinstance(maximize, bool):
             msg = f"`maximize` must be a bool, got {maximize!r}"
             raise TypeError(msg)
+        self.nesterov = core.preset_nesterov(config.preset) if nesterov is None else nesterov
         numbers = {
             "lr": lr,
             "momentum": core.preset_momentum(config.preset) if momentum is None else momentum,
@@ -136,7 +140,7 @@ class MLBFGS:
 
     @property
     def momentum(self) -> float:
-        """Heavy-ball momentum; its buffers are allocated once it is not zero."""
+        """Momentum on the direction; its buffers are allocated once it is not zero."""
         return self._momentum
 
     @momentum.setter
@@ -145,6 +149,18 @@ class MLBFGS:
         if self._momentum != 0:
             for unit in self.units:
                 unit.remember_momentum()
+
+    @property
+    def nesterov(self) -> bool:
+        """Whether the momentum looks ahead."""
+        return self._nesterov
+
+    @nesterov.setter
+    def nesterov(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            msg = f"`nesterov` must be a bool, got {value!r}"
+            raise TypeError(msg)
+        self._nesterov = value
 
     @property
     def weight_decay(self) -> float:
@@ -203,11 +219,16 @@ class MLBFGS:
         verdict = None if len(work) <= 1 else all(bool(part.seen.finite) for _, part in work)
         for unit, part in work:
             finite = part.seen.finite if verdict is None else unit.constant(verdict)
-            unit.advance(part, finite, self._lr, self._momentum, self._weight_decay)
+            numbers = (self._lr, self._momentum, self._weight_decay)
+            unit.advance(part, finite, *numbers, nesterov=self.nesterov)
 
     def diagnostics(self) -> list[core.Diagnostics]:
         """Figures of the last step, one record for each device; reading a value may wait for it."""
         return [unit.diagnostics() for unit in self.units]
+
+    def block_names(self) -> list[tuple[str, ...]]:
+        """A short name for each block of each record in `diagnostics`, from the parameters' names."""
+        return [core.block_names(unit.names, unit.blocks) for unit in self.units]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters, under flat names; see `load_state_dict`.
@@ -219,10 +240,11 @@ class MLBFGS:
             ``numpy.savez(file, **opt.state_dict())`` (or ``cupy.savez``) stores it. "history/NAME" is of
             the shape ``(2, m, *shape)``, the averages, "moment/NAME" and "momentum_buffer/NAME" are of the
             parameter's shape (with a last axis of 2 for a complex one); "unit0/FIELD" are the fields of
-            `mlbfgs_core.State` for the first device; "lr", "momentum", "weight_decay" and "settings" are
-            the hyperparameters.
+            `mlbfgs_core.State` for the first device; "lr", "momentum", "weight_decay",
+            "nesterov" (0 or 1) and "settings" are the hyperparameters.
         """
         numbers = {"lr": self._lr, "momentum": self._momentum, "weight_decay": self._weight_decay}
+        numbers["nesterov"] = float(self.nesterov)
         return checkpoint.encode(self.units, numbers)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -244,11 +266,13 @@ class MLBFGS:
         With the same parameters the run continues bit for bit.
         """
         loaded = checkpoint.decode(state_dict, self.units)
+        nesterov = bool(loaded.numbers.pop("nesterov"))
         numbers = {name: check_number(name, value) for name, value in loaded.numbers.items()}
         for unit, part in zip(self.units, loaded.parts, strict=True):
             unit.restore(*part)
         self.config = loaded.config
         self.lr, self.momentum, self.weight_decay = numbers.values()
+        self.nesterov = nesterov
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Write parameters, state and momentum to a file that the adapters for other frameworks read too.
@@ -306,6 +330,7 @@ class MLBFGS:
             "blocks": self._blocks,
             "config": self.config,
             "maximize": self._maximize,
+            "nesterov": self.nesterov,
             "numbers": (self._lr, self._momentum, self._weight_decay),
             "parts": [(*unit.export(), unit.groups) for unit in self.units],
         }
@@ -315,6 +340,7 @@ class MLBFGS:
         for unit, part in zip(self.units, state["parts"], strict=True):
             unit.restore(*part)
         self.lr, self.momentum, self.weight_decay = state["numbers"]
+        self.nesterov = state["nesterov"]
 
     def __repr__(self) -> str:
         sizes = [sum(member.size for member in unit.members) for unit in self.units]

@@ -107,7 +107,9 @@ class Unit:
             )
         return Work(params, given, seen)
 
-    def advance(self, work: Work, finite: Array, lr: Any, momentum: float, weight_decay: float) -> None:
+    def advance(
+        self, work: Work, finite: Array, lr: Any, momentum: float, weight_decay: float, nesterov: bool
+    ) -> None:
         """The second half of a step, without effect where `finite` (0-d) is false."""
         xp, kernels = self.backend.xp, self.backend.kernels
         with self.backend.on():
@@ -138,6 +140,7 @@ class Unit:
                     momentum,
                     weight_decay,
                     finite,
+                    nesterov=nesterov,
                 )
                 if not leaf.is_view:
                     leaf.write(param)

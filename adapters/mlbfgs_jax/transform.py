@@ -192,6 +192,7 @@ def mlbfgs(
     momentum: float | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
+    nesterov: bool | None = None,
     mask: Any = None,
     blocks: BlockSpec = "all",
     axis_name: AxisName | None = None,
@@ -204,10 +205,12 @@ def mlbfgs(
     learning_rate : float or schedule
         Length of a step, before momentum, with the default ``step_length="unit"``.
     momentum : float, optional
-        Heavy-ball momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and
-        "fit") 0.
+        Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
     weight_decay : float or schedule
         Parameters shrink by ``learning_rate * weight_decay`` per step, as in `optax.adamw`.
+    nesterov : bool, optional
+        Whether the momentum looks ahead (Nesterov's), as in `optax.sgd`, or is heavy-ball; by default
+        that of the preset: it does but for "paper", "lbfgs" and "fit".
     mask : tree of bool or callable, optional
         Which parameters decay, as in `optax.adamw`.
     blocks, axis_name, **settings
@@ -239,7 +242,7 @@ def mlbfgs(
     Examples
     --------
     >>> import jax, jax.numpy as jnp, optax
-    >>> tx = mlbfgs(0.1)
+    >>> tx = mlbfgs(0.1, momentum=0.0)
     >>> params = {"w": jnp.ones(3)}
     >>> state = tx.init(params)
     >>> grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
@@ -250,6 +253,11 @@ def mlbfgs(
     config = _config(settings)
     if momentum is None:
         momentum = core.preset_momentum(config.preset)
+    if nesterov is None:
+        nesterov = core.preset_nesterov(config.preset)
+    if not isinstance(nesterov, bool):
+        msg = f"`nesterov` must be a bool, got {nesterov!r}"
+        raise TypeError(msg)
     numbers = {"learning_rate": learning_rate, "momentum": momentum, "weight_decay": weight_decay}
     for name, value in numbers.items():
         if name == "momentum" or not callable(value):
@@ -257,7 +265,7 @@ def mlbfgs(
     return _guarded(
         optax.chain(
             scale_by_mlbfgs(blocks=blocks, axis_name=axis_name, **settings),
-            optax.identity() if is_zero(momentum) else _trace(momentum),
+            optax.identity() if is_zero(momentum) else _trace(momentum, nesterov=nesterov),
             # A decay of zero would still make a NaN of an infinite parameter.
             optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
@@ -265,14 +273,14 @@ def mlbfgs(
     )
 
 
-def _trace(decay: Any) -> optax.GradientTransformation:
+def _trace(decay: Any, *, nesterov: bool) -> optax.GradientTransformation:
     """`optax.trace`, whose initial state is sharded like the parameters in a compiled `init` too."""
     zeros = JaxKernels().zeros
 
     def init(params: optax.Params) -> optax.TraceState:
         return optax.TraceState(jax.tree.map(lambda leaf: zeros(leaf, (), leaf.dtype), params))
 
-    return optax.GradientTransformation(init, optax.trace(decay).update)
+    return optax.GradientTransformation(init, optax.trace(decay, nesterov=nesterov).update)
 
 
 def _guarded(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:

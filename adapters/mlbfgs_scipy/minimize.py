@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import OptimizeResult, OptimizeWarning
 
+import mlbfgs_core as core
+
 from .curvature import Curvature
 from .objective import Evaluation, Objective, Vector
 from .options import IN_USERS_CODE, read_options
@@ -86,8 +88,9 @@ def minimize_mlbfgs(
     -------
     scipy.optimize.OptimizeResult
         `x`, `fun`, `jac`, `nit`, `nfev`, `njev`, `status`, `success` and `message` (see `Outcome`), and
-        `hess_inv`, an `InverseHessian`. Where a run with line searches fails, `x` is the lowest point that
-        it has seen; after steps of a given length, the last one, or the last where all was finite.
+        `hess_inv`, an `InverseHessian`, and `diagnostics`, a list of one `mlbfgs_core.Diagnostics`. Where a
+        run with line searches fails, `x` is the lowest point that it has seen; after steps of a given
+        length, the last one, or the last where all was finite.
 
     Raises
     ------
@@ -159,6 +162,7 @@ def minimize_mlbfgs(
         success=report.outcome.success,
         message=report.outcome.message,
         hess_inv=curvature.inverse_hessian(),
+        diagnostics=[core.diagnostics(curvature.state)],
     )
     if checked.return_all:
         result["allvecs"] = path

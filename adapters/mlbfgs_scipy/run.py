@@ -81,6 +81,7 @@ def descend(objective: Objective, x: Vector, curvature: Curvature, options: Opti
 def follow(objective: Objective, x: Vector, curvature: Curvature, options: Options, halts: Halts) -> Report:
     """Take steps of given lengths on an objective that may be noisy."""
     momentum = core.preset_momentum(options.config.preset) if options.momentum is None else options.momentum
+    nesterov = core.preset_nesterov(options.config.preset)
     point, velocity = objective.anew(x), np.zeros_like(x)
     finite = point
     for iteration in range(options.most_iterations):
@@ -89,7 +90,8 @@ def follow(objective: Objective, x: Vector, curvature: Curvature, options: Optio
             return Report(point, Outcome.GRADIENT_SMALL, iteration)
         if curvature.state.accepted:
             velocity = momentum * velocity + direction
-            x = x - options.rate(iteration) * velocity
+            change = direction + momentum * velocity if nesterov else velocity
+            x = x - options.rate(iteration) * change
         point = objective.anew(x)
         if point.is_finite_with_grad:
             finite = point

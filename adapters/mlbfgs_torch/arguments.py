@@ -18,9 +18,11 @@ from . import sharding
 from .leaves import real_shape
 
 __all__ = [
+    "ADDED",
     "SETTINGS",
     "SWITCHES",
     "check_entry",
+    "check_groups",
     "check_hyperparameters",
     "check_params",
     "config_of",
@@ -29,8 +31,10 @@ __all__ = [
 
 SETTINGS = tuple(field.name for field in fields(core.Config))
 """Names of the core's settings."""
-SWITCHES = {"maximize": False, "decoupled_weight_decay": True, "capturable": False}
-"""Options that are on or off, with their defaults."""
+SWITCHES = {"nesterov": False, "maximize": False, "decoupled_weight_decay": True, "capturable": False}
+"""Options that are on or off, with what they are in a state dict that does not know them."""
+ADDED = {"shrinkage": 1.0}
+"""Settings that older versions did not have, with what they did."""
 _DTYPES = (
     *(getattr(torch, name) for name in LEAF_DTYPES),
     torch.complex32,
@@ -63,6 +67,13 @@ def check_params(params: Iterable[Any]) -> None:
         if isinstance(tensor, Tensor) and tensor.dtype not in _DTYPES:
             msg = f"`params`[{index}] must be of one of the dtypes {_DTYPES}, got {tensor.dtype}"
             raise TypeError(msg)
+
+
+def check_groups(groups: Iterable[dict[str, Any]]) -> None:
+    for group in groups:
+        if missing := [name for name in SETTINGS if name not in group and name not in ADDED]:
+            msg = f"`state_dict` must be one of MLBFGS, got groups without {missing[0]!r}"
+            raise ValueError(msg)
 
 
 def check_entry(entry: dict[str, Any], param: Tensor) -> None:

@@ -17,9 +17,11 @@ from mlbfgs_core.blocks import BlockSpec
 
 from . import sharding
 from .arguments import (
+    ADDED,
     SETTINGS,
     SWITCHES,
     check_entry,
+    check_groups,
     check_hyperparameters,
     check_params,
     config_of,
@@ -46,13 +48,15 @@ class MLBFGS(Optimizer):
     lr : float or tensor
         Length of a step, before momentum, with the default ``step_length="unit"``.
     momentum : float, optional
-        Heavy-ball momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and
-        "fit") 0.
+        Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
     weight_decay : float
         Parameters shrink by ``lr * weight_decay`` per step, as in AdamW; see `decoupled_weight_decay`.
     blocks : {"all", "layer", "parameter"} or callable
         Which parameters share curvature; a callable maps a parameter's name to a label. Names come
         from ``model.named_parameters()``.
+    nesterov : bool, optional
+        Whether the momentum looks ahead (Nesterov's), as in `torch.optim.SGD`, or is heavy-ball; by default
+        that of the preset: it does but for "paper", "lbfgs" and "fit".
     maximize : bool
         Climb instead of descending.
     decoupled_weight_decay : bool
@@ -115,6 +119,7 @@ class MLBFGS(Optimizer):
         weight_decay: float = 0.0,
         *,
         blocks: BlockSpec = "all",
+        nesterov: bool | None = None,
         maximize: bool = False,
         decoupled_weight_decay: bool = True,
         capturable: bool = False,
@@ -126,6 +131,7 @@ class MLBFGS(Optimizer):
             "lr": lr,
             "momentum": core.preset_momentum(config.preset) if momentum is None else momentum,
             "weight_decay": weight_decay,
+            "nesterov": core.preset_nesterov(config.preset) if nesterov is None else nesterov,
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
             "capturable": capturable,
@@ -154,8 +160,9 @@ class MLBFGS(Optimizer):
         inherited = {} if "preset" in own else {name: self.defaults[name] for name in SETTINGS}
         config = core.Config(**{**inherited, **own})
         group = {**param_group, **{name: getattr(config, name) for name in SETTINGS}}
-        if "preset" in own and "momentum" not in group:
-            group["momentum"] = core.preset_momentum(config.preset)
+        if "preset" in own:
+            group.setdefault("momentum", core.preset_momentum(config.preset))
+            group.setdefault("nesterov", core.preset_nesterov(config.preset))
         check_hyperparameters({**self.defaults, **group})
         params = group["params"]
         if not isinstance(params, (Tensor, set)):  # the base class refuses sets
@@ -223,6 +230,12 @@ class MLBFGS(Optimizer):
         self._init_group()
         return [core.diagnostics(unit.state) for unit in self._units]
 
+    def block_names(self) -> list[tuple[str, ...]]:
+        """A short name for each block of each record in `diagnostics`, from the parameters' names."""
+        self._init_group()
+        parts = [unit.part for unit in self._units]
+        return [core.block_names([m.name for m in part.members], part.blocks) for part in parts]
+
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The state, as `torch.optim.Optimizer` gives it.
@@ -244,12 +257,14 @@ class MLBFGS(Optimizer):
         Raises
         ------
         ValueError
-            A state of other parameters: another number or another shape. Nothing has changed then.
+            A state of other parameters (another number or another shape), or of another optimizer. Nothing
+            has changed then.
         """
         loaded: dict[str, Any] = {}
         params = [param for group in self.param_groups for param in group["params"]]
 
         def capture(_: Optimizer, final: dict[str, Any]) -> None:
+            check_groups(final["param_groups"])
             loaded.update(final)
             keys = [key for group in final["param_groups"] for key in group["params"]]
             for key, param in zip(keys, params, strict=False):  # the base class compares the numbers
@@ -352,7 +367,7 @@ class MLBFGS(Optimizer):
         state.setdefault("_shard_group", None)  # of an older version
         super().__setstate__(state)
         for group in (self.defaults, *self.param_groups):  # of an older version
-            for name, value in SWITCHES.items():
+            for name, value in (SWITCHES | ADDED).items():
                 group.setdefault(name, value)
         self._forget_units()
 

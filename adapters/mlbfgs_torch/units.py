@@ -198,7 +198,11 @@ class Unit:
             for tile in self.kernels.tiles(direction):
                 change = direction[tile]
                 if buffer is not None:
-                    change = buffer[tile].mul_(carry).addcmul_(change, length)
+                    carried = buffer[tile].mul_(carry).addcmul_(change, length)
+                    if group["nesterov"]:
+                        change = change.mul_(length).add_(carried, alpha=group["momentum"])
+                    else:
+                        change = carried
                 value = flat[tile].to(dtype)  # rounded once, at the end
                 if decay is not None:
                     value.mul_(decay)

@@ -70,7 +70,7 @@ def flat(params):
     return np.concatenate([np.ravel(x) for x in values])
 
 
-def follow(config, problem, steps, lr, momentum, decay, skip=()):
+def follow(config, problem, steps, lr, momentum, decay, skip=(), nesterov=True):
     """The readable twin, with momentum and decay by hand."""
     twin, x = Reference(config, [DIM]), flat(problem.start).astype(float)
     velocity = np.zeros(DIM)
@@ -80,8 +80,9 @@ def follow(config, problem, steps, lr, momentum, decay, skip=()):
             continue
         (direction,) = twin.step([x], [grad])
         velocity = momentum * velocity + direction
+        change = direction + momentum * velocity if nesterov else velocity
         rate = lr(step) if callable(lr) else lr
-        x = x * (1 - rate * decay) - rate * velocity
+        x = x * (1 - rate * decay) - rate * change
     return x
 
 
@@ -97,13 +98,26 @@ VERDICT = ("unit0/skipped", "unit0/accepted", "unit0/due")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(("momentum", "decay"), [(0.9, 0.01), (0.0, 0.0)])
-def test_trajectory_is_that_of_the_readable_twin(name, momentum, decay):
+def test_trajectory_is_that_of_the_readable_twin(name, momentum, decay, nesterov):
     problem = Problem()
-    optimizer = MLBFGS(problem.params(), 0.05, momentum, decay, **SETTINGS[name])
-    expected = follow(core.Config(**SETTINGS[name]), problem, 24, 0.05, momentum, decay)
+    optimizer = MLBFGS(problem.params(), 0.05, momentum, decay, nesterov=nesterov, **SETTINGS[name])
+    expected = follow(core.Config(**SETTINGS[name]), problem, 24, 0.05, momentum, decay, nesterov=nesterov)
     np.testing.assert_allclose(problem.train(optimizer), expected, rtol=1e-8, atol=1e-10)
     assert optimizer.diagnostics()[0].pairs[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "nesterov"),
+    [(None, True), ("default", True), ("paper", False), ("lbfgs", False), ("fit", False)],
+)
+def test_momentum_looks_ahead_as_the_preset_says(preset, nesterov):
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, 0.9, preset=preset)
+    assert optimizer.nesterov is nesterov
+    expected = follow(core.Config(preset=preset), problem, 24, 0.05, 0.9, 0.0, nesterov=nesterov)
+    np.testing.assert_allclose(problem.train(optimizer), expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.backends("torch")
@@ -263,7 +277,7 @@ def test_several_dtypes_share_a_block():
         optimizer.step(grads(params))
         (direction,) = twin.step([x], [flat(grads(rounded(x))).astype(float)])
         velocity = 0.9 * velocity + direction
-        x = flat(rounded(x - 0.05 * velocity)).astype(float)
+        x = flat(rounded(x - 0.05 * (direction + 0.9 * velocity))).astype(float)
     np.testing.assert_allclose(flat(params), x, atol=2 * np.finfo("float16").eps)
     assert optimizer.diagnostics()[0].pairs.shape == (1,)
     memory = optimizer.state_dict()
@@ -275,7 +289,7 @@ def test_several_dtypes_share_a_block():
 @pytest.mark.parametrize("name", ["default", "every step", "lbfgs"])
 def test_a_non_finite_gradient_changes_nothing_but_a_count_and_the_run_is_that_without_it(poison, at, name):
     problem = Problem()
-    optimizer = MLBFGS(problem.params(), 0.05, 0.9, 0.1, **SETTINGS[name])
+    optimizer = MLBFGS(problem.params(), 0.05, 0.9, 0.1, nesterov=True, **SETTINGS[name])
     for step in range(12):
         grads = problem.grads(step, optimizer.params)
         if step == at:
@@ -412,7 +426,21 @@ def test_momentum_is_allocated_once_it_is_not_zero():
     for step in range(24):
         (direction,) = twin.step([x], [flat(problem.curvature) * x + flat(problem.noise[step])])
         velocity = direction + (0.5 * velocity if step > 6 else 0)
-        x = x - 0.05 * velocity
+        x = x - 0.05 * (direction + (0.5 * velocity if step >= 6 else 0))
+    np.testing.assert_allclose(flat(optimizer.params), x, rtol=1e-8, atol=1e-10)
+
+
+def test_nesterov_may_be_changed_between_steps():
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, 0.9, nesterov=False, **FAST)
+    problem.train(optimizer, stop=6)
+    optimizer.nesterov = True
+    problem.train(optimizer, 6)
+    twin, x, velocity = Reference(core.Config(**FAST), [DIM]), flat(problem.start), np.zeros(DIM)
+    for step in range(24):
+        (direction,) = twin.step([x], [flat(problem.curvature) * x + flat(problem.noise[step])])
+        velocity = 0.9 * velocity + direction
+        x = x - 0.05 * (velocity if step < 6 else direction + 0.9 * velocity)
     np.testing.assert_allclose(flat(optimizer.params), x, rtol=1e-8, atol=1e-10)
 
 
@@ -483,12 +511,13 @@ def test_a_state_goes_through_a_file_and_the_run_continues_bit_for_bit(tmp_path,
         )
     loaded = saved(optimizer, tmp_path / "state.npz")
     fixed = {key: SETTINGS[name][key] for key in ("history_size", "preset") if key in SETTINGS[name]}
-    resumed = MLBFGS(problem.params(lay), 1.0, 0.5, 0.7, **fixed)
+    resumed = MLBFGS(problem.params(lay), 1.0, 0.5, 0.7, nesterov=not optimizer.nesterov, **fixed)
     problem.train(resumed, stop=3)
     for param, kept in zip(resumed.params.values(), optimizer.params.values(), strict=True):
         param[...] = kept
     resumed.load_state_dict(loaded)
     assert (resumed.lr, resumed.momentum, resumed.weight_decay) == (0.05, optimizer.momentum, 0.1)
+    assert resumed.nesterov is optimizer.nesterov
     assert resumed.config == optimizer.config
     assert contents(resumed) == contents(optimizer)
     assert np.array_equal(problem.train(resumed, 11), problem.train(optimizer, 11))
@@ -533,6 +562,8 @@ def changed(**entries):
         ),
         (lambda state: {k: v for k, v in state.items() if k != "settings"}, "must hold 'settings', got no"),
         (lambda state: {k: v for k, v in state.items() if k != "momentum"}, "must hold 'momentum', got no"),
+        (lambda state: {k: v for k, v in state.items() if k != "nesterov"}, "must hold 'nesterov', got no"),
+        (changed(nesterov=0.5), "must hold 0 or 1 as 'nesterov', got 0.5"),
         (changed(**{"history/other": np.ones(3)}), "must not hold 'history/other'"),
         (
             changed(**{"moment/scale": np.ones(3)}),
@@ -579,10 +610,12 @@ def test_a_state_without_momentum_is_refused_only_where_momentum_is_asked_for():
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
 )
+@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("lay", [np.copy, fortran])
-def test_copies_are_independent_and_continue_like_the_original(duplicate, lay):
+def test_copies_are_independent_and_continue_like_the_original(duplicate, lay, nesterov):
     problem = Problem(dtype="float32")
-    optimizer = MLBFGS(problem.params(lay), 0.05, blocks=lambda name: name == "scale", **FAST)
+    apart = {"blocks": lambda name: name == "scale"}
+    optimizer = MLBFGS(problem.params(lay), 0.05, nesterov=nesterov, **apart, **FAST)
     problem.train(optimizer, stop=9)
     params, twin = duplicate((optimizer.params, optimizer))
     before = contents(twin)
@@ -693,6 +726,8 @@ def test_bad_parameters_are_refused(params, error, words):
         ({"momentum": np.asarray(0.5)}, TypeError, "`momentum` must be a number, got an array"),
         ({"weight_decay": -0.1}, ValueError, "`weight_decay` must be finite and >= 0, got -0.1"),
         ({"maximize": 1}, TypeError, "`maximize` must be a bool, got 1"),
+        ({"nesterov": 1}, TypeError, "`nesterov` must be a bool, got 1"),
+        ({"shrinkage": 1.5}, ValueError, r"`shrinkage` must be in \[0, 1\], got 1.5"),
         ({"history_size": 0}, ValueError, "`history_size` must be >= 1, got 0"),
         ({"history_dtype": "bfloat16"}, ValueError, "`history_dtype`"),
         ({"preset": "best"}, ValueError, "`preset`"),
@@ -714,6 +749,9 @@ def test_a_bad_number_is_refused_when_it_is_assigned(name):
     assert getattr(optimizer, name) == before
     with pytest.raises(TypeError, match="`config` must be a Config, got dict"):
         optimizer.config = {}
+    with pytest.raises(TypeError, match="`nesterov` must be a bool, got 'yes'"):
+        optimizer.nesterov = "yes"
+    assert optimizer.nesterov is True
 
 
 @pytest.mark.parametrize(

@@ -262,28 +262,33 @@ def test_products_of_a_pair_of_any_size(both, size, power, valid, scale):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_descend_is_heavy_ball_with_decoupled_decay_rounded_once(both, dtype, momentum, decay):
+def test_descend_is_momentum_with_decoupled_decay_rounded_once(both, dtype, momentum, decay, nesterov):
     _, kernels = both
     leaf = Leaf(77, param_dtype=dtype)
     leaf.param[5] = np.nan
     param, update, buffer = leaf.param.copy(), leaf.grad.copy(), leaf.means.params.copy()
     given = None if momentum is None else leaf.means.params
-    kernels.descend(leaf.param, leaf.grad, np.asarray(0.5), given, 0.3, momentum, decay, np.asarray(True))
-    change = 0.5 * update if momentum is None else 0.9 * buffer + 0.5 * update
+    numbers = (np.asarray(0.5), given, 0.3, momentum, decay, np.asarray(True))
+    kernels.descend(leaf.param, leaf.grad, *numbers, nesterov=nesterov)
+    carried = 0.9 * buffer + 0.5 * update
+    looking_ahead = 0.5 * update + 0.9 * carried
+    change = 0.5 * update if momentum is None else looking_ahead if nesterov else carried
     expected = (param.astype("float64") * (1 - 0.3 * decay) - 0.3 * change).astype(dtype)
     np.testing.assert_allclose(leaf.param, expected, rtol=2 * np.finfo(dtype).eps, atol=1e-15)
     if momentum is not None:
-        np.testing.assert_allclose(leaf.means.params, change, rtol=1e-15, atol=1e-15)
+        np.testing.assert_allclose(leaf.means.params, carried, rtol=1e-15, atol=1e-15)
 
 
-def test_descend_leaves_everything_where_the_step_is_not_kept(both):
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_descend_leaves_everything_where_the_step_is_not_kept(both, nesterov):
     _, kernels = both
     leaf = Leaf(77)
     leaf.param[:2], leaf.means.params[:2] = -0.0, -0.0
     before = leaf.param.tobytes(), leaf.means.params.tobytes()
     numbers = (np.asarray(np.nan), leaf.means.params, 0.3, 0.9, 0.1, np.asarray(False))
-    kernels.descend(leaf.param, leaf.grad, *numbers)
+    kernels.descend(leaf.param, leaf.grad, *numbers, nesterov=nesterov)
     assert (leaf.param.tobytes(), leaf.means.params.tobytes()) == before
 
 
@@ -292,6 +297,7 @@ def test_a_learning_rate_may_be_an_array(both):
     results = []
     for rate in (0.3, np.asarray(0.3)):
         leaf = Leaf(5)
-        kernels.descend(leaf.param, leaf.grad, np.asarray(0.5), None, rate, 0.0, 0.1, np.asarray(True))
+        numbers = (np.asarray(0.5), leaf.means.params, rate, 0.9, 0.1, np.asarray(True))
+        kernels.descend(leaf.param, leaf.grad, *numbers, nesterov=True)
         results.append(leaf.param)
     same(*results)

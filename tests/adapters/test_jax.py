@@ -138,6 +138,33 @@ def test_momentum_is_the_presets():
     assert isinstance(mlbfgs(0.1, 0.5, preset="fit").init(params)[1], optax.TraceState)
 
 
+def optaxs_chain(nesterov, **settings):
+    """The directions through optax's own momentum."""
+    directions = scale_by_mlbfgs(**settings)
+    return optax.chain(directions, optax.trace(0.9, nesterov=nesterov), optax.scale_by_learning_rate(0.05))
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_nesterov_is_that_of_optax(nesterov):
+    params, batches = make_params(), make_batches(20)
+    ours, _ = train(mlbfgs(0.05, 0.9, nesterov=nesterov, **FAST), params, batches)
+    expected, _ = train(optaxs_chain(nesterov, **FAST), params, batches)
+    other, _ = train(optaxs_chain(not nesterov, **FAST), params, batches)
+    assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError):
+        assert_close(ours, other, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "nesterov"), [("default", True), ("paper", False), ("lbfgs", False), ("fit", False)]
+)
+def test_momentum_looks_ahead_as_the_preset_says(preset, nesterov):
+    params, batches = make_params(), make_batches(20)
+    ours, _ = train(mlbfgs(0.05, 0.9, preset=preset), params, batches)
+    expected, _ = train(optaxs_chain(nesterov, preset=preset), params, batches)
+    assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_gradient_costs_its_step_only(bad):
     params, batches = make_params(), make_batches(30)
@@ -433,7 +460,7 @@ def test_every_number_can_be_injected_and_traced():
     numbers = {
         "learning_rate": 0.1, "momentum": 0.8, "weight_decay": 0.01, "beta": 0.7, "min_cosine": 0.3,
         "signal_to_noise": 3.0, "noise_floor": 3.0, "clip_factor": 2.5, "metric_beta": 0.9,
-        "metric_power": 0.5, "update_every": 4, "check_every": 2,
+        "metric_power": 0.5, "update_every": 4, "check_every": 2, "shrinkage": 0.5,
     }  # fmt: skip
     fixed = {"step_length": "clip", "history_size": 3}
     injected = optax.inject_hyperparams(mlbfgs, static_args=("history_size",))(**numbers, **fixed)
@@ -493,6 +520,7 @@ def test_the_signature_names_every_setting_and_the_schedule():
         (lambda: mlbfgs(-0.1), ValueError, r"`learning_rate` must be finite and >= 0, got -0.1"),
         (lambda: mlbfgs("0.1"), TypeError, r"`learning_rate` must be finite and >= 0, got '0.1'"),
         (lambda: mlbfgs(0.1, 1.0), ValueError, r"`momentum` must be in \[0, 1\), got 1.0"),
+        (lambda: mlbfgs(0.1, nesterov=1), TypeError, r"`nesterov` must be a bool, got 1"),
         (lambda: mlbfgs(0.1, weight_decay=-1), ValueError, r"`weight_decay` must be finite and >= 0, got -1"),
         (lambda: mlbfgs(0.1, memory=3), TypeError, r"unknown setting `memory`; the settings are"),
         (lambda: scale_by_mlbfgs(history_size=0), ValueError, r"`history_size` must be >= 1, got 0"),

@@ -42,10 +42,12 @@ def flat(values):
     [{"update_every": 6}, FAST, {"preset": "fit", "update_every": 6}, {"preset": "lbfgs"}],
     ids=str,
 )
-def test_trajectory_is_the_cores(settings):
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_trajectory_is_the_cores(settings, nesterov):
     data, model = make_data(20), make_model()
     twin = weights(model)
-    optimizer = MLBFGS(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01, **settings)
+    numbers = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": nesterov}
+    optimizer = MLBFGS(model.parameters(), **numbers, **settings)
     config, buffers = core.Config(**settings), [torch.zeros_like(p) for p in twin]
     state = core.init(config, twin, xp=xp)
     for inputs, targets in data:
@@ -55,7 +57,8 @@ def test_trajectory_is_the_cores(settings):
         optimizer.step()
         for param, buffer, direction in zip(twin, buffers, update, strict=True):
             buffer.mul_(0.9).add_(direction)
-            param.mul_(1 - 0.05 * 0.01).sub_(0.05 * buffer)
+            change = direction + 0.9 * buffer if nesterov else buffer
+            param.mul_(1 - 0.05 * 0.01).sub_(0.05 * change)
         torch.testing.assert_close(flat(model.parameters()), flat(twin), rtol=1e-9, atol=1e-11)
     assert int(state.pairs[0]) > 0
 
@@ -225,6 +228,70 @@ def test_groups_that_differ_in_rate_only_share_curvature():
     assert len(optimizer.diagnostics()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "momentum", "nesterov"),
+    [
+        ({}, 0.9, True),
+        ({"preset": "default", "momentum": 0.5}, 0.5, True),
+        ({"nesterov": False}, 0.9, False),
+        ({"preset": "paper", "update_every": 4}, 0.9, False),
+        ({"preset": "fit", "momentum": 0.8}, 0.8, False),
+        ({"preset": "lbfgs", "momentum": 0.8, "nesterov": True}, 0.8, True),
+    ],
+    ids=str,
+)
+def test_momentum_is_that_of_sgd_fed_with_the_directions(arguments, momentum, nesterov):
+    data, model = make_data(20), make_model()
+    twin = weights(model)
+    optimizer = MLBFGS(model.parameters(), lr=0.05, **arguments)
+    sgd = torch.optim.SGD(twin, lr=0.05, momentum=momentum, nesterov=nesterov)
+    settings = {name: value for name, value in arguments.items() if name in core.Settings.__annotations__}
+    config = core.Config(**settings)
+    state = core.init(config, twin, xp=xp)
+    for inputs, targets in data:
+        optimizer.zero_grad()
+        (model(inputs) - targets).square().mean().backward()
+        directions, state = core.step(config, state, twin, [p.grad.clone() for p in model.parameters()])
+        for param, direction in zip(twin, directions, strict=True):
+            param.grad = direction.clone()
+        optimizer.step()
+        sgd.step()
+        torch.testing.assert_close(flat(model.parameters()), flat(twin), rtol=1e-9, atol=1e-11)
+
+
+def test_groups_have_the_momentum_of_their_preset():
+    model = make_model()
+    presets = ["default", "paper", "lbfgs", "fit"]
+    groups = [{"params": [p], "preset": k} for p, k in zip(model.parameters(), presets, strict=True)]
+    optimizer = MLBFGS(groups, nesterov=False)
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9, 0.0, 0.0]
+    assert [group["nesterov"] for group in optimizer.param_groups] == [True, False, False, False]
+    assert [group["shrinkage"] == 1 for group in optimizer.param_groups] == [False, True, True, True]
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    assert optimizer.param_groups[-1]["nesterov"] is False
+
+
+def test_a_state_dict_of_an_older_version_goes_on_as_it_was():
+    data, model = make_data(20), make_model()
+    as_before = {"nesterov": False, "shrinkage": 1.0}
+    optimizer = MLBFGS(model.parameters(), lr=0.05, **as_before)
+    train(model, optimizer, data[:12])
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        for name in as_before:
+            del group[name]
+    twin = copy.deepcopy(model)
+    resumed = MLBFGS(twin.parameters())
+    resumed.load_state_dict(state)
+    assert {name: resumed.param_groups[0][name] for name in as_before} == as_before
+    assert_same(
+        *(
+            list(each.parameters())
+            for each in (train(twin, resumed, data[12:]), train(model, optimizer, data[12:]))
+        )
+    )
+
+
 def test_groups_with_their_own_settings_stand_alone():
     model, data = make_model(), make_data(8)
     optimizer = MLBFGS(model[0].parameters(), momentum=0.9, **FAST)
@@ -360,6 +427,8 @@ def test_memory_is_what_was_planned():
         ({"momentum": 1.0}, ValueError, r"`momentum` must be in \[0, 1\), got 1.0"),
         ({"weight_decay": -0.1}, ValueError, "`weight_decay` must be finite and >= 0, got -0.1"),
         ({"maximize": 1}, TypeError, "`maximize` must be a bool, got 1"),
+        ({"nesterov": 1}, TypeError, "`nesterov` must be a bool, got 1"),
+        ({"shrinkage": 1.5}, ValueError, r"`shrinkage` must be in \[0, 1\], got 1.5"),
         ({"history_size": 0}, ValueError, "`history_size` must be >= 1, got 0"),
         ({"preset": "best"}, ValueError, "`preset`"),
         ({"eps": 1e-8}, TypeError, "unknown setting `eps`"),

@@ -32,6 +32,9 @@ LEAF = np.ones((2, 3))
         ({"beta": float("nan")}, ValueError, "`beta`"),
         ({"beta": "0.9"}, TypeError, "`beta`"),
         ({"min_cosine": 1.0}, ValueError, "`min_cosine`"),
+        ({"shrinkage": -0.1}, ValueError, r"`shrinkage` must be in \[0, 1\], got -0.1"),
+        ({"shrinkage": 1.1}, ValueError, r"`shrinkage` must be in \[0, 1\], got 1.1"),
+        ({"shrinkage": None}, TypeError, "`shrinkage`"),
         ({"clip_factor": 0.5}, ValueError, "`clip_factor` must be finite and >= 1, got 0.5"),
         ({"metric_power": 1.5}, ValueError, r"`metric_power` must be in \[0, 1\], got 1.5"),
         ({"metric_beta": 1.0}, ValueError, "`metric_beta`"),
@@ -53,6 +56,38 @@ def test_setting_out_of_range_is_refused(settings, error, words):
 def test_explicit_settings_win_over_the_preset():
     config = core.Config(preset="lbfgs", history_size=3, min_cosine=0.2)
     assert (config.history_size, config.min_cosine, config.update_every, config.beta) == (3, 0.2, 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "momentum", "nesterov", "shrinks"),
+    [
+        (None, 0.9, True, True),
+        ("default", 0.9, True, True),
+        ("paper", 0.9, False, False),
+        ("lbfgs", 0.0, False, False),
+        ("fit", 0.0, False, False),
+    ],
+)
+def test_presets_say_what_momentum_is_and_whether_pairs_are_freed_of_noise(
+    preset, momentum, nesterov, shrinks
+):
+    assert core.preset_momentum(preset) == momentum
+    assert core.preset_nesterov(preset) is nesterov
+    config = core.Config(preset=preset)
+    assert config.shrinks is shrinks
+    assert (config.shrinkage < 1) is shrinks
+
+
+def test_pairs_are_freed_of_noise_only_where_it_is_known_and_wanted():
+    assert core.Config(shrinkage=0.0).shrinks
+    assert not core.Config(shrinkage=1.0).shrinks
+    assert not core.Config(adaptive=False).shrinks
+
+
+@pytest.mark.parametrize("ask", [core.preset_momentum, core.preset_nesterov])
+def test_an_unknown_preset_has_no_momentum(ask):
+    with pytest.raises(ValueError, match=r"`preset` must be None or one of .*, got 'best'"):
+        ask("best")
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def summands():
     mesh = init_device_mesh("cpu", (2,))
     values = torch.arange(6.0).reshape(3, 2)
     param = nn.Parameter(distribute_tensor(values, mesh, [Shard(0)]))
-    optimizer = MLBFGS([param], lr=1.0, metric_power=0.0)
+    optimizer = MLBFGS([param], lr=1.0, momentum=0.0, metric_power=0.0)
     local = torch.full((3, 2), 1.0 + dist.get_rank())
     param.grad = DTensor.from_local(local, mesh, [Partial()])
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Damping, the cosine floor, and pairs that carry no curvature."""
+"""Noise taken out of pairs, damping, the cosine floor, and pairs that carry no curvature."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlbfgs_core as core
-from tests.helpers import PLAIN, relative, state_after, to_numpy
+from tests.helpers import PLAIN, relative, split, state_after, to_numpy
 from tests.strategies import generators
 
 lazy_xp_modules = [core]
@@ -100,3 +100,128 @@ def test_negative_curvature_is_usable_with_the_floor(xp, rng):
     s = rng.normal(size=DIM)
     unit, floored, _ = stored(config, s, -3 * s, xp)
     assert unit @ floored > 0
+
+
+NOW, BEFORE = 4, 6
+"""Steps in the window of a noisy pair, and in the window before."""
+
+
+def refreshed(config, s, y, noise, xp, blocks=None):
+    """The state after a pair whose ``|y|^2`` over all blocks is expected to hold so much noise.
+
+    The noise of a mean of n gradients is 1/n of that of one, which is known from the scatter about the
+    means, of ``NOW + BEFORE - 2`` degrees of freedom.
+    """
+    shapes = [(DIM,)] * (len(s) // DIM)
+    scatter = float(noise) / (1 / NOW + 1 / BEFORE) * (NOW + BEFORE - 2)
+    leaves = {"mean_params": s, "mean_grads": y, "prev_params": 0 * s, "prev_grads": 0 * y}
+    state = core.init(config, split(s, shapes, xp), blocks, xp)
+    ones, one = state.leaf_window * 0 + 1, state.window * 0 + 1
+    state = state._replace(
+        **{name: tuple(split(value, shapes, xp)) for name, value in leaves.items()},
+        leaf_window=ones * NOW,
+        leaf_prev_window=ones * BEFORE,
+        window=one * NOW,
+        prev_window=one * BEFORE,
+        scatter=state.scatter + 0.25 * scatter,
+        prev_scatter=state.prev_scatter + 0.75 * scatter,
+    )
+    return core.refresh(config, state, True, blocks=blocks)
+
+
+def stored_y(state, leaf=0):
+    return to_numpy(state.history[leaf])[1, 0]
+
+
+def freed(s, y, factor):
+    """`y` in units of ``|s|``, its part orthogonal to `s` multiplied by a factor; and the unit `s`."""
+    unit = s / np.linalg.norm(s)
+    along = (unit @ y) * unit
+    return (along + factor * (y - along)) / np.linalg.norm(s), unit
+
+
+def noisy_pair(rng):
+    s = rng.normal(size=DIM)
+    return s, 3 * s + rng.normal(size=DIM) * np.linalg.norm(s)
+
+
+@given(rng=generators, part=st.sampled_from([0.0, 0.3, 0.74, 0.99, 1.0, 7.0]))
+@pytest.mark.parametrize("shrinkage", [0.0, 0.25, 0.6, 1.0])
+def test_part_across_s_is_shrunk_by_the_part_of_y_that_is_no_noise(xp, rng, part, shrinkage):
+    config = core.Config(history_size=2, **{**PLAIN, "adaptive": True, "shrinkage": shrinkage})
+    s, y = noisy_pair(rng)
+    state = refreshed(config, s, y, part * (y @ y), xp)
+    factor = max(shrinkage, 1 - part)
+    expected, unit = freed(s, y, factor)
+    assert to_numpy(state.tau)[0] == pytest.approx(factor, abs=1e-12)
+    assert relative(stored_y(state), expected) < 1e-12
+    assert unit @ stored_y(state) == pytest.approx(unit @ y / np.linalg.norm(s), rel=1e-12)
+    assert to_numpy(state.delta)[0] == 0
+
+
+@given(rng=generators)
+@pytest.mark.parametrize("part", [0.3, 7.0])
+def test_cosine_floor_is_against_the_shrunk_y(xp, rng, part):
+    settings = {**PLAIN, "adaptive": True, "shrinkage": 0.25, "min_cosine": 0.9}
+    s, y = noisy_pair(rng)
+    y = y - 2.9 * s
+    state = refreshed(core.Config(history_size=2, **settings), s, y, part * (y @ y), xp)
+    shrunk, unit = freed(s, y, max(0.25, 1 - part))
+    delta = max(0.0, 0.9 * np.linalg.norm(shrunk) - unit @ shrunk)
+    assert to_numpy(state.delta)[0] == pytest.approx(delta, rel=1e-9, abs=1e-12)
+    assert relative(stored_y(state), shrunk + delta * unit) < 1e-11
+
+
+@given(rng=generators, curvature=st.sampled_from([-3.0, 0.05, 1.0, 30.0]))
+def test_papers_damping_is_of_the_shrunk_y(xp, rng, curvature):
+    settings = {**PLAIN, "adaptive": True, "shrinkage": 0.25, "damping": (0.1, 5.0, 0.9)}
+    s, y = noisy_pair(rng)
+    y = y + (curvature - (s @ y) / (s @ s)) * s
+    state = refreshed(core.Config(history_size=2, **settings), s, y, 0.4 * (y @ y), xp)
+    shrunk, unit = freed(s, y, 0.6)
+    tau = {-3.0: 0.9 / 4, 0.05: 0.9, 1.0: 0.9, 30.0: 4 / 29}[curvature]  # Niu et al. 2023
+    assert to_numpy(state.tau)[0] == pytest.approx(0.6 * tau, rel=1e-9)
+    assert relative(stored_y(state), tau * shrunk + (1 - tau) * unit) < 1e-11
+
+
+@pytest.mark.parametrize("settings", [{"shrinkage": 1.0}, {"adaptive": False, "shrinkage": 0.0}], ids=str)
+def test_noise_leaves_y_alone_with_a_shrinkage_of_one_or_a_fixed_schedule(xp, settings):
+    config = core.Config(history_size=2, **{**PLAIN, "adaptive": True, **settings})
+    s, y = noisy_pair(np.random.default_rng(0))
+    state = refreshed(config, s, y, 0.5 * (y @ y), xp)
+    expected, _ = freed(s, y, 1.0)
+    assert relative(stored_y(state), expected) < 1e-14
+    assert to_numpy(state.tau)[0] == 1
+    silent = refreshed(config, s, y, 0.0, xp)
+    for name in ("tau", "delta", "gram", "operator", "gamma"):
+        np.testing.assert_array_equal(to_numpy(getattr(state, name)), to_numpy(getattr(silent, name)))
+    np.testing.assert_array_equal(to_numpy(state.history[0]), to_numpy(silent.history[0]))
+
+
+@given(rng=generators, length=st.sampled_from([1e-3, 1.0, 50.0]))
+def test_blocks_share_the_shrinkage_of_the_whole_y(xp, rng, length):
+    config = core.Config(history_size=2, **{**PLAIN, "adaptive": True, "shrinkage": 0.25})
+    (s, y), (s_other, y_other) = noisy_pair(rng), noisy_pair(rng)
+    y_other = length * y_other
+    joint = np.concatenate([y, y_other])
+    state = refreshed(
+        config, np.concatenate([s, s_other]), joint, 0.4 * (joint @ joint), xp, blocks=((0,), (1,))
+    )
+    np.testing.assert_allclose(to_numpy(state.tau), [0.6, 0.6], rtol=1e-12)
+    assert relative(stored_y(state, 0), freed(s, y, 0.6)[0]) < 1e-12
+    assert relative(stored_y(state, 1), freed(s_other, y_other, 0.6)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("case", ["s = 0", "y = 0", "infinite y"])
+def test_noisy_pair_without_curvature_is_counted_and_not_stored(xp, case):
+    config = core.Config(history_size=2, **{**PLAIN, "adaptive": True, "shrinkage": 0.25})
+    s, y = noisy_pair(np.random.default_rng(0))
+    bad = {
+        "s = 0": (0 * s, y),
+        "y = 0": (s, 0 * y),
+        "infinite y": (s, np.where(np.arange(DIM) == 2, np.inf, y)),
+    }
+    state = refreshed(config, *bad[case], 0.5, xp)
+    assert (int(state.pairs[0]), int(state.rejected[0])) == (0, 1)
+    assert not to_numpy(state.history[0]).any()
+    assert float(state.gamma[0]) == 1

@@ -38,6 +38,7 @@ CHANGES = {
     "momentum": [0.5, 0.9],
     "weight_decay": [0.0, 0.1],
     "min_cosine": [0.2, 0.4],
+    "shrinkage": [0.0, 0.5, 1.0],
     "signal_to_noise": [1.0, 4.0],
     "noise_floor": [1.0, 4.0],
     "update_every": [3, 6],
@@ -49,10 +50,10 @@ POISONS = st.sampled_from([np.nan, np.inf, -np.inf])
 class Oracle:
     """The reference with momentum and decoupled weight decay, on named parameters."""
 
-    def __init__(self, named, blocks, config):
+    def __init__(self, named, blocks, config, nesterov):
         self.x = {name: array.copy() for name, array in named.items()}
         self.momenta = {name: np.zeros_like(array) for name, array in named.items()}
-        self.blocks, self.config = blocks, config
+        self.blocks, self.config, self.nesterov = blocks, config, nesterov
         self.numbers = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
         self.parts = core.partition(list(named), blocks)
         self.reference = Reference(config, [sum(named_size(named, i) for i in part) for part in self.parts])
@@ -90,8 +91,10 @@ class Oracle:
                 name = names[i]
                 if grads[i] is None:
                     continue
-                self.momenta[name] = momentum * self.momenta[name] + d.reshape(self.x[name].shape)
-                self.x[name] = self.x[name] * (1 - rate * decay) - rate * self.momenta[name]
+                d = d.reshape(self.x[name].shape)
+                self.momenta[name] = momentum * self.momenta[name] + d
+                change = d + momentum * self.momenta[name] if self.nesterov else self.momenta[name]
+                self.x[name] = self.x[name] * (1 - rate * decay) - rate * change
 
     def counts(self):
         kept = sum(len(block.pairs) for block in self.reference.blocks)
@@ -107,6 +110,7 @@ class Machine(RuleBasedStateMachine):
 
     kind = ""
     settings_names = tuple(SETTINGS)
+    nesterov_or_not = (True, False)
     may_miss = tuple(SHAPES)
     changes = tuple(CHANGES)
 
@@ -124,11 +128,13 @@ class Machine(RuleBasedStateMachine):
         self.own = SETTINGS[data.draw(st.sampled_from(self.settings_names))]
         named = {name: np.asarray(self.rng.normal(size=shape)) for name, shape in SHAPES.items()}
         self.curvature = spd(self.rng, 11)
-        self.oracle = Oracle(named, self.blocks, core.Config(**self.own))
+        self.nesterov = data.draw(st.sampled_from(self.nesterov_or_not))
+        self.oracle = Oracle(named, self.blocks, core.Config(**self.own), self.nesterov)
         self.driver = self.fresh(named)
 
     def fresh(self, named):
-        return DRIVERS[self.kind](named, lr=0.1, momentum=0.9, blocks=self.blocks, **self.own)
+        numbers = {"lr": 0.1, "momentum": 0.9, "nesterov": self.nesterov}
+        return DRIVERS[self.kind](named, blocks=self.blocks, **numbers, **self.own)
 
     def gradients(self, missing=()):
         flat = np.concatenate([np.ravel(x) for x in self.oracle.x.values()])
@@ -243,6 +249,7 @@ class JaxMachine(Machine):
 
     kind = "jax"
     settings_names = ("default",)
+    nesterov_or_not = (True,)
     may_miss = ("a.bias",)
 
 

@@ -727,11 +727,12 @@ def test_a_state_without_the_newer_options_loads_with_their_defaults(desc):
     problem, optimizer = trained(desc)
     saved = copy.deepcopy(optimizer.state_dict())
     for group in saved["param_groups"]:
-        for option in INFO.not_og_supported_flags:
+        for option in (*INFO.not_og_supported_flags, "shrinkage"):
             del group[option]
     optimizer.load_state_dict(saved)
     (group,) = optimizer.param_groups
     assert (group["maximize"], group["decoupled_weight_decay"], group["capturable"]) == (False, True, False)
+    assert (group["nesterov"], group["shrinkage"]) == (False, 1.0)
     assert goes_right(problem.run(optimizer), optimizer)
 
 
@@ -741,12 +742,13 @@ def test_a_pickle_without_the_newer_options_takes_their_defaults(desc):
     old = copy.deepcopy((problem, optimizer.__getstate__()))
     problem, state = old
     for options in (state["defaults"], *state["param_groups"]):
-        for option in INFO.not_og_supported_flags:
+        for option in (*INFO.not_og_supported_flags, "shrinkage"):
             del options[option]
     revived = MLBFGS.__new__(MLBFGS)
     revived.__setstate__(state)
     (group,) = revived.param_groups
     assert (group["maximize"], group["decoupled_weight_decay"], group["capturable"]) == (False, True, False)
+    assert (group["nesterov"], group["shrinkage"]) == (False, 1.0)
     assert goes_right(problem.run(revived), revived)
     revived.add_param_group({"params": [Parameter(torch.ones(2))]})
     assert revived.param_groups[1]["maximize"] is False

@@ -1,0 +1,9 @@
+"""What an optimizer's diagnostics say: a table, a recorder with its figure, and scalars for TensorBoard."""
+
+from .figure import figure
+from .recorder import Reading, Recorder
+from .rules import advice, remarks
+from .scalars import log_scalars
+from .table import table
+
+__all__ = ["Reading", "Recorder", "advice", "figure", "log_scalars", "remarks", "table"]
