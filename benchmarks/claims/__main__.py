@@ -1,0 +1,29 @@
+"""Write the figures and tables of the pages on the paper's claims."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from importlib import import_module
+
+from . import style
+
+PAGES = ("toy", "hessian", "noise", "published")
+
+
+def main() -> None:
+    """Write those that the command line names, by default all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims", description=__doc__)
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"of {', '.join(PAGES)}; by default all")
+    pages = parser.parse_args().pages or PAGES
+    if unknown := set(pages) - set(PAGES):
+        parser.error(f"`PAGE` must be one of {', '.join(PAGES)}, got {', '.join(sorted(unknown))}")
+    style.setup()
+    for page in pages:
+        start = time.perf_counter()
+        import_module(f"{__package__}.{page}").write()
+        print(f"{page}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Curvature pairs of a recorded path: every kind of average sees the same parameters and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import mlbfgs_core as core
+
+__all__ = ["CONTROL", "KINDS", "Array", "Watched", "secant_errors", "watch"]
+
+Array = np.ndarray[Any, Any]
+CONTROL = "only $M_g$ restarted"
+KINDS: dict[str, core.Settings] = {
+    "L-BFGS pairs": {"preset": "lbfgs", "beta": 0.0},
+    "momentum pairs": {"preset": "lbfgs", "beta": 0.9},
+    "window means": {"preset": "lbfgs", "beta": None},
+    CONTROL: {"preset": "lbfgs", "beta": 0.9},
+}
+"""Plain differences T steps apart, differences of exponential averages (the paper), of plain means over the
+interval (the library), and the paper's with only the average of the gradient started anew after each pair."""
+
+
+class Watched(NamedTuple):
+    """What an observer has after a path."""
+
+    state: core.State
+    pairs: list[tuple[Array, Array]]
+    """All pairs (s, y), undamped, those without usable curvature included."""
+
+
+def watch(
+    settings: core.Settings, path: Sequence[Array], gradients: Sequence[Array], *, control: bool = False
+) -> Watched:
+    """Form pairs along a path that somebody else has steered.
+
+    With `control` the average of the gradient starts anew after each pair, that of the parameters not.
+    """
+    config, pairs = core.Config(**settings), []
+    state = core.init(config, [path[0]])
+    for x, gradient in zip(path, gradients, strict=True):
+        if control and int(state.window) == 0 and int(state.prev_window) > 0:
+            state = state._replace(mean_grads=(gradient.copy(),))
+        state = core.observe(config, state, [x], [gradient])
+        if state.due and int(state.prev_window) > 0:
+            s = state.mean_params[0] - state.prev_params[0]
+            pairs.append((s, state.mean_grads[0] - state.prev_grads[0]))
+        state = core.refresh(config, state, state.due)
+    return Watched(state, pairs)
+
+
+def secant_errors(pairs: Iterable[tuple[Array, Array]], images: Iterable[Array]) -> Array:
+    """``|y - A s| / |A s|`` of each pair; `images` are the ``A s``."""
+    return np.array(
+        [
+            np.linalg.norm(y - image) / np.linalg.norm(image)
+            for (_, y), image in zip(pairs, images, strict=True)
+        ]
+    )

@@ -1,0 +1,92 @@
+"""Tune and train each contestant on every task, time the steps, write tables and pictures of docs/results.md.
+
+With no command all three: ``run``, ``time``, ``report``. Runs that are there already are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import pool, report, timing
+from .contestants import CONTESTANTS
+from .problems import TASKS
+from .runs import RESULTS
+from .search import Plan, Results
+
+COMMANDS = ("run", "time", "report")
+SHORT = Plan(
+    tasks=("autoencoder", "classifier", "digits", "transformer", "poisson"),
+    contestants=("mlbfgs", "adamw", "sgd"),
+    seeds=1,
+    least=3,
+    most=4,
+    one_setting=False,
+)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tasks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "commands", nargs="*", metavar="COMMAND", help=f"of {', '.join(COMMANDS)}; by default all"
+    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument(
+        "--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help=", ".join(CONTESTANTS)
+    )
+    parser.add_argument("--seeds", type=int, help="seeds of each figure, by default 3")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes, by default one for each core"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="five tasks, three optimizers, one seed; writes no docs"
+    )
+    parser.add_argument(
+        "--results", type=Path, help=f"folder of the runs, by default {RESULTS.name} in results"
+    )
+    parsed = parser.parse_args()
+    if unknown := [command for command in parsed.commands if command not in COMMANDS]:
+        parser.error(f"`COMMAND` must be one of {', '.join(COMMANDS)}, got {', '.join(unknown)}")
+    return parsed
+
+
+def plan(parsed: argparse.Namespace) -> Plan:
+    """What the command line asks for, in the order in which the tasks and contestants are listed."""
+    base = SHORT if parsed.short else Plan()
+    return Plan(
+        tasks=_chosen(parsed.tasks, base.tasks, TASKS),
+        contestants=_chosen(parsed.contestants, base.contestants, CONTESTANTS),
+        seeds=base.seeds if parsed.seeds is None else parsed.seeds,
+        least=base.least,
+        most=base.most,
+        one_setting=base.one_setting,
+    )
+
+
+def _chosen(names: Sequence[str] | None, default: tuple[str, ...], known: Sequence[str]) -> tuple[str, ...]:
+    return default if names is None else tuple(name for name in known if name in names)
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    parsed = arguments()
+    folder = parsed.results or (RESULTS.with_name("tasks_short") if parsed.short else RESULTS)
+    results = Results(plan(parsed), folder)
+    commands = parsed.commands or COMMANDS
+    if "run" in commands and not pool.make(results, parsed.workers):
+        raise SystemExit(130)
+    if "time" in commands:
+        timing.measure(results)
+    if "report" in commands:
+        report.show(results)
+        if not parsed.short:
+            report.write(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The optimizers that are compared: how each is constructed, and where its search begins.
+
+None decays weights, since training is compared. Settings other than the learning rate are those that each
+documents, but where a note says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_optimizer
+import torch
+import torchzero
+from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mlbfgs_torch import MLBFGS
+
+__all__ = ["CONTESTANTS", "Contestant", "rate"]
+
+Build = Callable[..., list[Optimizer]]
+
+
+def rate(exponent: int) -> float:
+    """Learning rate of the common grid: ``10 ** (exponent / 2)``."""
+    return 10.0 ** (exponent / 2)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer with settings.
+
+    Attributes
+    ----------
+    name, title : str
+        For files and for people.
+    build : callable
+        From a model, a learning rate and the settings to optimizers that step together.
+    centre : int
+        Exponent of the grid (`rate`) at which the search begins.
+    documented : float
+        Learning rate that its own documentation gives.
+    note : str
+        What it is.
+    source : str
+        Where its code and documentation are.
+    settings : dict
+        Keyword arguments of `build`.
+    needs_closure : bool
+        Whether it evaluates the loss itself, perhaps many times in a step.
+    ours : bool
+        Whether its runs depend on the code of this repository.
+    """
+
+    name: str
+    title: str
+    build: Build
+    centre: int
+    documented: float
+    note: str
+    source: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    needs_closure: bool = False
+    ours: bool = False
+
+    def optimizers(self, model: nn.Module, lr: float) -> list[Optimizer]:
+        """The optimizers of a model."""
+        return self.build(model, lr, **self.settings)
+
+
+def _plain(optimizer: Callable[..., Optimizer]) -> Build:
+    """One optimizer for all parameters."""
+    return lambda model, lr, **settings: [optimizer(model.parameters(), lr=lr, **settings)]
+
+
+def _muon(model: nn.Module, lr: float, **settings: Any) -> list[Optimizer]:
+    """Muon for the matrices of hidden layers, convolutions as matrices; AdamW for all else."""
+    matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][:-1]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizers: list[Optimizer] = [torch.optim.AdamW(others, lr=lr, weight_decay=0.0)]
+    if matrices:
+        flat = [_flat(matrix) for matrix in matrices]
+        optimizers.append(torch.optim.Muon(flat, lr=lr, weight_decay=0.0, **settings))
+    return optimizers
+
+
+def _flat(weight: Tensor) -> Tensor:
+    """The same memory as a matrix, which receives the gradient too."""
+    matrix = weight.detach().flatten(1)
+
+    def share(source: Tensor) -> None:
+        matrix.grad = source.grad.flatten(1)
+
+    weight.register_post_accumulate_grad_hook(share)
+    return matrix
+
+
+def _modules(*modules: Callable[[], Any]) -> Build:
+    """Modules of torchzero, one after the other, and the learning rate."""
+    return lambda model, lr: [
+        torchzero.Optimizer(model.parameters(), *(make() for make in modules), torchzero.m.LR(lr))
+    ]
+
+
+_TORCH = "https://docs.pytorch.org/docs/stable/generated/torch.optim."
+_KOZISTR = "https://github.com/kozistr/pytorch_optimizer"
+_TORCHZERO = "https://github.com/inikishev/torchzero"
+_ADAMW = _plain(torch.optim.AdamW)
+_OURS = _plain(MLBFGS)
+
+CONTESTANTS = {
+    contestant.name: contestant
+    for contestant in (
+        Contestant(
+            "mlbfgs",
+            "mL-BFGS",
+            _OURS,
+            -1,
+            0.1,
+            "this library with default settings",
+            "https://arxiv.org/abs/2307.13744",
+            ours=True,
+        ),
+        Contestant(
+            "mlbfgs_rms",
+            'mL-BFGS "rms"',
+            _OURS,
+            -6,
+            1e-3,
+            'the default with step_length="rms": its learning rate does not depend on the size of the model',
+            "https://arxiv.org/abs/2307.13744",
+            {"step_length": "rms"},
+            ours=True,
+        ),
+        Contestant(
+            "adamw",
+            "AdamW",
+            _ADAMW,
+            -5,
+            1e-3,
+            "betas 0.9 and 0.999",
+            f"{_TORCH}AdamW.html",
+            {"betas": (0.9, 0.999), "weight_decay": 0.0},
+        ),
+        Contestant(
+            "adamw_99",
+            "AdamW 0.99",
+            _ADAMW,
+            -5,
+            1e-3,
+            "betas 0.9 and 0.99",
+            f"{_TORCH}AdamW.html",
+            {"betas": (0.9, 0.99), "weight_decay": 0.0},
+        ),
+        Contestant(
+            "sgd",
+            "SGD",
+            _plain(torch.optim.SGD),
+            -3,
+            1e-3,
+            "momentum 0.9",
+            f"{_TORCH}SGD.html",
+            {"momentum": 0.9, "weight_decay": 0.0},
+        ),
+        Contestant(
+            "muon",
+            "Muon",
+            _muon,
+            -3,
+            1e-3,
+            "Muon for the weights of all layers but the last, AdamW for all else; one learning rate",
+            f"{_TORCH}Muon.html",
+            {"adjust_lr_fn": "match_rms_adamw"},
+        ),
+        Contestant(
+            "soap",
+            "SOAP",
+            _plain(pytorch_optimizer.SOAP),
+            -4,
+            3e-3,
+            "pytorch_optimizer's, a new basis every 10 steps",
+            _KOZISTR,
+            {"weight_decay": 0.0},
+        ),
+        Contestant(
+            "shampoo",
+            "Shampoo",
+            _plain(pytorch_optimizer.ScalableShampoo),
+            -4,
+            1e-3,
+            "pytorch_optimizer's ScalableShampoo with RMSProp's step length, averaged momentum and new roots "
+            "every 10 steps (its defaults are SGD's step length and 1,000 steps, too many for these runs)",
+            _KOZISTR,
+            {
+                "graft_type": LayerWiseGrafting.RMSPROP,
+                "moving_average_for_momentum": True,
+                "preconditioning_compute_steps": 10,
+                "weight_decay": 0.0,
+            },
+        ),
+        Contestant(
+            "kron",
+            "PSGD Kron",
+            _plain(pytorch_optimizer.Kron),
+            -4,
+            1e-3,
+            "pytorch_optimizer's Kron: PSGD with Kronecker factors, momentum 0.9",
+            _KOZISTR,
+            {"momentum": 0.9, "weight_decay": 0.0},
+        ),
+        Contestant(
+            "psgd_lra",
+            "PSGD LRA",
+            _modules(lambda: torchzero.m.PSGDLRAWhiten(inner=torchzero.m.EMA(0.9))),
+            -4,
+            1e-3,
+            "torchzero's PSGDLRAWhiten: PSGD with a preconditioner of rank 10, momentum 0.9",
+            _TORCHZERO,
+        ),
+        Contestant(
+            "olbfgs",
+            "online L-BFGS",
+            _modules(lambda: torchzero.m.Online(torchzero.m.LBFGS(history_size=10))),
+            -2,
+            1e-2,
+            "torchzero's LBFGS in Online: both gradients of a pair on one mini-batch, two gradients a step",
+            _TORCHZERO,
+            needs_closure=True,
+        ),
+        Contestant(
+            "lbfgs",
+            "L-BFGS",
+            _plain(torch.optim.LBFGS),
+            0,
+            1.0,
+            "PyTorch's with strong Wolfe line search, history 10, up to 20 iterations on a mini-batch",
+            f"{_TORCH}LBFGS.html",
+            {"line_search_fn": "strong_wolfe", "history_size": 10},
+            needs_closure=True,
+        ),
+        Contestant(
+            "mlbfgs_fit",
+            'mL-BFGS "fit"',
+            _OURS,
+            -1,
+            0.1,
+            'this library with preset="fit"',
+            "https://arxiv.org/abs/2307.13744",
+            {"preset": "fit"},
+            ours=True,
+        ),
+        Contestant(
+            "mlbfgs_paper",
+            'mL-BFGS "paper"',
+            _OURS,
+            -3,
+            0.1,
+            'this library with preset="paper": the published formulas and nothing else',
+            "https://arxiv.org/abs/2307.13744",
+            {"preset": "paper"},
+            ours=True,
+        ),
+        Contestant(
+            "mlbfgs_lbfgs",
+            'mL-BFGS "lbfgs"',
+            _OURS,
+            -4,
+            0.1,
+            'this library with preset="lbfgs": textbook L-BFGS at every step, no line search',
+            "https://arxiv.org/abs/2307.13744",
+            {"preset": "lbfgs"},
+            ours=True,
+        ),
+    )
+}

@@ -1,0 +1,144 @@
+"""The pictures of docs/results.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from benchmarks.claims import style
+
+from . import timing
+from .contestants import CONTESTANTS
+from .problems import TASKS
+from .search import Results
+from .training import Record
+
+__all__ = ["draw", "save"]
+
+COLOURS = {"mlbfgs": style.BLUE, "adamw": style.ORANGE, "sgd": style.GREEN}
+THIN = {"soap": style.PURPLE, "muon": style.SKY}
+COLUMNS = 4
+LOW, HIGH = 0.02, 30.0
+
+Ratio = Callable[[Results, str, str], float]
+Curve = Callable[[Sequence[Record]], tuple[np.ndarray, np.ndarray]]
+
+
+def draw(results: Results, ratio: Ratio, mean_curve: Curve) -> dict[str, Figure]:
+    """Training loss by step and by time, and the final losses in parts of AdamW's."""
+    style.setup()
+
+    def steps(task: str, name: str) -> float:
+        return 1.0
+
+    def seconds(task: str, name: str) -> float:
+        return timing.load(results.folder, task).get(name, {}).get("seconds", math.nan)
+
+    return {
+        "steps": _panels(results, mean_curve, steps, "gradients"),
+        "seconds": _panels(results, mean_curve, seconds, "seconds"),
+        "ratio": _dots(results, ratio),
+    }
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure at twice its size in pixels."""
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def _panels(results: Results, mean_curve: Curve, scale: Callable[[str, str], float], unit: str) -> Figure:
+    """One panel for each task: the mean training loss over the seeds against steps times `scale`."""
+    columns = min(COLUMNS, len(results.plan.tasks))
+    rows = math.ceil(len(results.plan.tasks) / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(11, 0.6 + 2.1 * rows), layout="constrained", squeeze=False
+    )
+    for panel in axes.flat[len(results.plan.tasks) :]:
+        panel.axis("off")
+    for task, panel in zip(results.plan.tasks, axes.flat, strict=False):
+        end, losses = 0.0, []
+        for name in sorted(results.plan.contestants, key=lambda name: (name in COLOURS, name == "mlbfgs")):
+            records = results.tuned(task, name)
+            if not records:
+                continue
+            at, loss = mean_curve(records)
+            x = at * scale(task, name)
+            panel.plot(x, loss, **_line(name))
+            if name in COLOURS:
+                end = np.nanmax([end, x[-1]])
+                losses += [loss[0], *loss[np.isfinite(loss)]]
+        _limits(panel, end, losses)
+        panel.set_title(TASKS[task].title + (" †" if TASKS[task].held_out else ""), fontsize=9)
+        panel.tick_params(labelsize=8)
+    figure.supxlabel(unit, fontsize=9)
+    figure.supylabel("training loss", fontsize=9)
+    _legend(figure)
+    return figure
+
+
+def _limits(panel: Axes, end: float, losses: list[float]) -> None:
+    panel.set_yscale("log")
+    if losses:
+        panel.set_xlim(0, end * 1.02 if end else None)
+        panel.set_ylim(min(losses) / 1.6, max(losses) * 1.3)
+
+
+def _line(name: str) -> dict[str, Any]:
+    if name in COLOURS:
+        return {"color": COLOURS[name], "linewidth": 1.8, "zorder": 4 if name == "mlbfgs" else 3}
+    if name in THIN:
+        return {"color": THIN[name], "linewidth": 1.0, "zorder": 2.5}
+    return {"color": style.GREY, "linewidth": 0.6, "alpha": 0.6, "zorder": 2}
+
+
+def _legend(figure: Figure) -> None:
+    handles = [Line2D([], [], **_line(name)) for name in (*COLOURS, *THIN, "")]
+    labels = [*(CONTESTANTS[name].title for name in (*COLOURS, *THIN)), "the others"]
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=9)
+
+
+def _dots(results: Results, ratio: Ratio) -> Figure:
+    """Final training loss in parts of the better AdamW's, one row for each task."""
+    tasks = results.plan.tasks[::-1]
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.32 * len(tasks)), layout="constrained")
+    axes.axvline(1, color=style.BLACK, linewidth=0.8)
+    for row, task in enumerate(tasks):
+        for name in results.plan.contestants:
+            value = ratio(results, task, name)
+            if math.isnan(value):
+                continue
+            outside = not LOW <= value <= HIGH
+            colour = (COLOURS | THIN).get(name, style.GREY)
+            axes.plot(
+                min(max(value, LOW), HIGH),
+                row,
+                marker=(">" if value > HIGH else "<") if outside else "o",
+                markersize=8 if name in COLOURS else 5,
+                markerfacecolor=colour if name in COLOURS or outside else "white",
+                markeredgecolor="white" if name in COLOURS else colour,
+                zorder=5 if name == "mlbfgs" else 4 if name in COLOURS else 3,
+                clip_on=False,
+            )
+    axes.set_xscale("log")
+    axes.set_xlim(LOW, HIGH)
+    axes.set_yticks(range(len(tasks)), [TASKS[t].title + (" †" if TASKS[t].held_out else "") for t in tasks])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("final training loss / that of the better AdamW (arrows: beyond the axis, or diverged)")
+    axes.grid(axis="y", color="#F2F2F2")
+    handles = [Line2D([], [], color=colour, marker="o", linestyle="") for colour in COLOURS.values()]
+    handles += [
+        Line2D([], [], markeredgecolor=colour, markerfacecolor="white", marker="o", linestyle="")
+        for colour in (*THIN.values(), style.GREY)
+    ]
+    labels = [*(CONTESTANTS[name].title for name in (*COLOURS, *THIN)), "the others"]
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=9)
+    return figure

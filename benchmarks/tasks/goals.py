@@ -1,0 +1,127 @@
+"""Our default settings against AdamW, counted against the goals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from . import timing
+from .problems import TASKS
+from .search import Results
+from .training import Record
+
+__all__ = ["Goal", "Reach", "better_adamw", "goals", "mean_curve", "mean_final", "mean_test", "reaches"]
+
+OURS, ADAMW = "mlbfgs", ("adamw", "adamw_99")
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How our default settings compare with the better of the two AdamWs on a task.
+
+    Attributes
+    ----------
+    task : str
+    ratio : float
+        Our final training loss in parts of AdamW's.
+    steps, seconds : float
+        Steps and seconds until AdamW's final training loss, in parts of AdamW's; infinite where it is not
+        reached, NaN where the steps were not timed.
+    """
+
+    task: str
+    ratio: float
+    steps: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A goal, what was counted for it, and whether that is enough."""
+
+    words: str
+    count: str
+    met: bool
+
+
+def mean_final(records: Sequence[Record]) -> float:
+    """Mean of the final training losses; infinite if one run diverged, NaN without runs."""
+    return fmean(record.final for record in records) if records else math.nan
+
+
+def mean_test(records: Sequence[Record]) -> float:
+    """Mean of the final test losses; infinite if one run diverged, NaN without runs."""
+    return fmean(record.final_test for record in records) if records else math.nan
+
+
+def mean_curve(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and the mean training loss of the runs there, as far as all of them came."""
+    length = min(len(record.steps) for record in records)
+    steps = np.mean([record.steps[:length] for record in records], axis=0)
+    return steps, np.mean([record.train[:length] for record in records], axis=0)
+
+
+def first_at(steps: np.ndarray, losses: np.ndarray, level: float) -> float:
+    """The first step at which the loss is at or below a level, linear in log loss between evaluations."""
+    below = np.flatnonzero(losses <= level)
+    if not len(below):
+        return math.inf
+    after = int(below[0])
+    if after == 0:
+        return float(steps[0])
+    high, low = math.log(losses[after - 1]), math.log(losses[after])
+    part = (high - math.log(level)) / (high - low)
+    return float(steps[after - 1] + part * (steps[after] - steps[after - 1]))
+
+
+def better_adamw(results: Results, task: str) -> str | None:
+    """Which of the two AdamWs has the lower final training loss, or None before both are tuned."""
+    known = [name for name in ADAMW if name in results.plan.contestants]
+    finals = {name: mean_final(results.tuned(task, name)) for name in known}
+    if not finals or any(map(math.isnan, finals.values())):
+        return None
+    return min(finals, key=finals.__getitem__)
+
+
+def reach(results: Results, task: str) -> Reach | None:
+    """Our default settings against AdamW on a task, or None while runs are missing."""
+    ours, adamw = results.tuned(task, OURS), better_adamw(results, task)
+    if adamw is None or not ours:
+        return None
+    theirs = results.tuned(task, adamw)
+    level = mean_final(theirs)
+    steps = first_at(*mean_curve(ours), level) / mean_curve(theirs)[0][-1]
+    times = timing.load(results.folder, task)
+    seconds = math.nan
+    if OURS in times and adamw in times:
+        seconds = steps * times[OURS]["seconds"] / times[adamw]["seconds"]
+    return Reach(task, mean_final(ours) / level, steps, seconds)
+
+
+def reaches(results: Results) -> list[Reach]:
+    """Our default settings against AdamW on the tasks that are finished."""
+    return [found for task in results.plan.tasks if (found := reach(results, task)) is not None]
+
+
+def goals(found: Iterable[Reach]) -> list[Goal]:
+    """The goals, which are about the base tasks, counted."""
+    base = [entry for entry in found if TASKS[entry.task].base is None]
+    many = len(base)
+    lower = sum(entry.ratio < 1 for entry in base)
+    above = sum(not entry.ratio <= 1.03 for entry in base)
+    early = sum(entry.steps <= 0.7 for entry in base)
+    faster = sum(entry.seconds < 1 for entry in base)
+    return [
+        Goal(
+            "lower final training loss than tuned AdamW on at least 8 of the 10 tasks",
+            f"{lower} of {many}",
+            lower >= 8,
+        ),
+        Goal("never above 1.03 times AdamW's", f"above on {above} of {many}", many == 10 and not above),
+        Goal("AdamW's final loss within 70% of its steps on at least 5", f"{early} of {many}", early >= 5),
+        Goal("less wall-clock time to AdamW's final loss on at least 6", f"{faster} of {many}", faster >= 6),
+    ]

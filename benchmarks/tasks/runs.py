@@ -1,0 +1,118 @@
+"""One run of a contestant on a task, and the file that it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlbfgs_core
+import mlbfgs_torch
+
+from .contestants import CONTESTANTS, rate
+from .problems import TASKS
+from .training import Record, train
+
+__all__ = ["RESULTS", "Key", "identity", "load", "run", "write_json"]
+
+RESULTS = Path(__file__).parents[2] / "results" / "tasks"
+
+
+class Key(NamedTuple):
+    """What makes a run: names of task and contestant, exponent of the learning rate on the grid, seed."""
+
+    task: str
+    contestant: str
+    exponent: int
+    seed: int
+
+    def path(self, results: Path) -> Path:
+        """The run's file."""
+        return results / self.task / self.contestant / f"{rate(self.exponent):.3g}" / f"{self.seed}.json"
+
+
+def identity(task: str, contestant: str) -> dict[str, str]:
+    """What a run depends on; a run whose file says otherwise is made again.
+
+    Ours depend on this repository's algorithm, all on the tasks and on the contestant's settings.
+    """
+    entry = CONTESTANTS[contestant]
+    result = {
+        "tasks": _TASKS,
+        "settings": repr(sorted(entry.settings.items())),
+        "steps": str(TASKS[task].steps),
+    }
+    return {**result, "code": _CODE} if entry.ours else result
+
+
+def run(key: Key, results: Path) -> Path:
+    """Make a run, and write its file when it is over."""
+    task = TASKS[key.task]
+    record = train(task.make(key.seed), CONTESTANTS[key.contestant], rate(key.exponent), task.steps)
+    about = {
+        **key._asdict(),
+        "rate": rate(key.exponent),
+        "identity": identity(key.task, key.contestant),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+    path = key.path(results)
+    write_json(path, {**about, **asdict(record)})
+    return path
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file under another name first, so that it is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(_plain(content), file, indent=1, allow_nan=False)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """The value with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def load(key: Key, results: Path) -> Record | None:
+    """The run's record, or None where there is none for the tasks and the code of today."""
+    try:
+        content = json.loads(key.path(results).read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    if content["identity"] != identity(key.task, key.contestant):
+        return None
+    values = {name: content[name] for name in Record.__dataclass_fields__}
+    for name in ("train", "test"):
+        values[name] = [math.inf if value is None else value for value in values[name]]
+    return Record(**values)
+
+
+def _hash(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# Taken when this module is imported, as the code that runs is.
+_TASKS = _hash(Path(__file__).with_name(f"{name}.py") for name in ("data", "fields", "networks", "problems"))
+_CODE = _hash(
+    path for module in (mlbfgs_core, mlbfgs_torch) for path in Path(module.__file__).parent.rglob("*.py")
+)
+_PACKAGES = ("mlbfgs", "numpy", "pytorch_optimizer", "torch", "torchzero")

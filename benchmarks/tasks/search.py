@@ -1,0 +1,220 @@
+"""Which runs are to be made: the learning rates of each contestant, tuned and one for all tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from .contestants import CONTESTANTS
+from .problems import TASKS
+from .runs import RESULTS, Key, load
+from .training import Record
+
+__all__ = ["Plan", "Results", "interior", "next_exponents"]
+
+
+def next_exponents(centre: int, losses: Mapping[int, float], least: int = 5, most: int = 9) -> list[int]:
+    """Exponents to try next; none where the search is over.
+
+    Parameters
+    ----------
+    centre : int
+        Exponent at which the search begins.
+    losses : mapping of int to float
+        Final training loss at each exponent that was tried, infinite where the run diverged.
+    least, most : int
+        How many are tried if the best lies between others, and at the most.
+
+    Returns
+    -------
+    list of int
+
+    Notes
+    -----
+    The centre and its two neighbours come first. Then one is added at a time, at the end of the range that is
+    nearer to the best; where the best is in the middle, at the better end. Where all diverged, below.
+
+    Examples
+    --------
+    >>> next_exponents(0, {})
+    [-1, 0, 1]
+    >>> next_exponents(0, {-1: 3.0, 0: 2.0, 1: 1.0})
+    [2]
+    >>> next_exponents(0, {-1: 3.0, 0: 2.0, 1: 1.0, 2: 4.0, 3: float("inf")})
+    []
+    """
+    first = [centre + shift for shift in (-1, 0, 1) if centre + shift not in losses]
+    if first:
+        return first
+    tried = range(min(losses), max(losses) + 1)
+    holes = [exponent for exponent in tried if exponent not in losses]
+    if holes:
+        return holes
+    if len(tried) >= most or (len(tried) >= least and interior(losses)):
+        return []
+    low, high = tried[0], tried[-1]
+    best = min(losses, key=losses.__getitem__)
+    below, above = best - low, high - best
+    if math.isinf(losses[best]) or below < above or (below == above and losses[low] <= losses[high]):
+        return [low - 1]
+    return [high + 1]
+
+
+def interior(losses: Mapping[int, float]) -> bool:
+    """Whether the best exponent lies between others that were tried."""
+    best = min(losses, key=losses.__getitem__)
+    return math.isfinite(losses[best]) and min(losses) < best < max(losses)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The part of the comparison that is to be made.
+
+    Attributes
+    ----------
+    tasks, contestants : tuple of str
+        Names; by default all.
+    seeds : int
+        Seeds of each final figure.
+    least, most : int
+        Learning rates that are tried; see `next_exponents`.
+    one_setting : bool
+        Whether one learning rate for all tasks is looked for as well.
+    """
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    contestants: tuple[str, ...] = tuple(CONTESTANTS)
+    seeds: int = 3
+    least: int = 5
+    most: int = 9
+    one_setting: bool = True
+
+    @cached_property
+    def seen(self) -> tuple[str, ...]:
+        """The tasks that are not held out."""
+        return tuple(task for task in self.tasks if not TASKS[task].held_out)
+
+
+@dataclass
+class Results:
+    """The runs in a folder, and what they call for."""
+
+    plan: Plan = field(default_factory=Plan)
+    folder: Path = RESULTS
+    _records: dict[Key, Record] = field(default_factory=dict)
+
+    def record(self, key: Key) -> Record | None:
+        """A run that was made, or None."""
+        if key not in self._records:
+            record = load(key, self.folder)
+            if record is None:
+                return None
+            self._records[key] = record
+        return self._records[key]
+
+    def losses(self, task: str, contestant: str) -> dict[int, float]:
+        """Final training loss of seed 0 at each exponent of the search, as far as it has come."""
+        centre, losses = CONTESTANTS[contestant].centre, {}
+        while wanted := next_exponents(centre, losses, self.plan.least, self.plan.most):
+            found = {
+                exponent: record.final
+                for exponent in wanted
+                if (record := self.record(Key(task, contestant, exponent, 0))) is not None
+            }
+            losses |= found
+            if len(found) < len(wanted):
+                break
+        return losses
+
+    def best(self, task: str, contestant: str) -> int | None:
+        """The exponent with the least loss; None where the search is not over or every run diverged."""
+        losses = self.losses(task, contestant)
+        if self._unsearched(task, contestant, losses) or all(map(math.isinf, losses.values())):
+            return None
+        return min(losses, key=losses.__getitem__)
+
+    def tuned(self, task: str, contestant: str) -> list[Record]:
+        """The runs of all seeds at the best exponent; none where there are not all of them."""
+        best = self.best(task, contestant)
+        return [] if best is None else self.seeds(task, contestant, best)
+
+    def seeds(self, task: str, contestant: str, exponent: int) -> list[Record]:
+        """The runs of all seeds at an exponent; none where there are not all of them."""
+        records = [self.record(Key(task, contestant, exponent, seed)) for seed in range(self.plan.seeds)]
+        return [record for record in records if record is not None] if None not in records else []
+
+    def _unsearched(self, task: str, contestant: str, losses: Mapping[int, float]) -> list[int]:
+        centre = CONTESTANTS[contestant].centre
+        wanted = next_exponents(centre, losses, self.plan.least, self.plan.most)
+        return [exponent for exponent in wanted if exponent not in losses]
+
+    def tuning(self, task: str, contestant: str) -> list[Key]:
+        """Runs that the tuning of a contestant on a task wants next."""
+        losses = self.losses(task, contestant)
+        if wanted := self._unsearched(task, contestant, losses):
+            return self._missing([task], contestant, wanted, [0])
+        best = self.best(task, contestant)
+        return [] if best is None else self._missing([task], contestant, [best], range(self.plan.seeds))
+
+    def documented(self, contestant: str) -> int:
+        """Exponent of the grid next to the documented learning rate."""
+        return round(2 * math.log10(CONTESTANTS[contestant].documented))
+
+    def shared_ratios(self, contestant: str) -> dict[int, float]:
+        """How much worse than its own best each exponent is, as a geometric mean over the seen tasks.
+
+        The exponents are those between the lowest and the highest that is best on one of them; infinite where
+        a run diverged, missing where one is not made yet.
+        """
+        bests = {task: self.best(task, contestant) for task in self.plan.seen}
+        known = {task: best for task, best in bests.items() if best is not None}
+        if not known or len(known) < len(bests):
+            return {}
+        ratios = {}
+        for exponent in range(min(known.values()), max(known.values()) + 1):
+            logarithms = []
+            for task, best in known.items():
+                record = self.record(Key(task, contestant, exponent, 0))
+                if record is None:
+                    break
+                own = self.losses(task, contestant)[best]
+                logarithms.append(math.log(record.final / own))
+            else:
+                ratios[exponent] = math.exp(sum(logarithms) / len(logarithms))
+        return ratios
+
+    def shared(self, contestant: str) -> int | None:
+        """The exponent that is best for all seen tasks together, or None."""
+        ratios = self.shared_ratios(contestant)
+        if not ratios or self.sharing(contestant):
+            return None
+        best = min(ratios, key=ratios.__getitem__)
+        return best if math.isfinite(ratios[best]) else None
+
+    def sharing(self, contestant: str) -> list[Key]:
+        """Runs that are missing before the shared exponent can be chosen."""
+        bests = [self.best(task, contestant) for task in self.plan.seen]
+        if not bests or None in bests:
+            return []
+        exponents = range(min(bests), max(bests) + 1)
+        return self._missing(self.plan.seen, contestant, exponents, [0])
+
+    def one_setting(self, contestant: str) -> list[Key]:
+        """Runs that the comparison with one learning rate for all tasks wants next."""
+        tasks, seeds = self.plan.tasks, range(self.plan.seeds)
+        documented = self._missing(tasks, contestant, [self.documented(contestant)], seeds)
+        if missing := self.sharing(contestant):
+            return list(dict.fromkeys(documented + missing))
+        shared = self.shared(contestant)
+        found = [] if shared is None else self._missing(tasks, contestant, [shared], seeds)
+        return list(dict.fromkeys(documented + found))
+
+    def _missing(
+        self, tasks: Iterable[str], contestant: str, exponents: Iterable[int], seeds: Iterable[int]
+    ) -> list[Key]:
+        exponents, seeds = list(exponents), list(seeds)
+        keys = (Key(t, contestant, exponent, seed) for t in tasks for exponent in exponents for seed in seeds)
+        return [key for key in keys if self.record(key) is None]

@@ -1,0 +1,127 @@
+"""Seconds of a step: the contestants take turns in one process, on one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import time
+import warnings
+from itertools import count
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.progress import track
+
+from .contestants import CONTESTANTS, rate
+from .problems import TASKS
+from .runs import identity, write_json
+from .search import Results
+from .training import Trainer
+
+__all__ = ["compare", "load", "measure"]
+
+VISIT, VISITS, SAMPLES, LIMIT = 5, 10, 3, 3.0
+"""Gradients of a turn; turns of a sample, if there is time for so many: enough for what is done only every
+tenth or fiftieth step; samples at the least; seconds for each contestant on a task."""
+
+
+def measure(results: Results) -> None:
+    """Time all contestants on each task, and write a file for each; tasks with a valid file are left out."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    missing = [task for task in results.plan.tasks if not _complete(task, results)]
+    for task in track(missing, description="step times"):
+        rates = {name: _rate(results, task, name) for name in results.plan.contestants}
+        content = {
+            "processor": platform.processor() or platform.machine(),
+            "identity": {name: identity(task, name) for name in rates},
+            "times": compare(task, rates),
+        }
+        write_json(_path(results.folder, task), content)
+
+
+def compare(task: str, rates: dict[str, float], limit: float = LIMIT) -> dict[str, dict[str, float]]:
+    """Median seconds per gradient, in all and within the optimizer, over samples of up to 50 gradients.
+
+    Parameters
+    ----------
+    task : str
+    rates : dict
+        Learning rate of each contestant.
+    limit : float
+        Seconds for each contestant; where they are short, samples are.
+    """
+    trainers = {
+        name: Trainer(TASKS[task].make(0), CONTESTANTS[name], lr, 10**6) for name, lr in rates.items()
+    }
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in rates}
+    for trainer in trainers.values():  # the first steps allocate
+        _visit(trainer)
+    start = time.perf_counter()
+    for trainer in trainers.values():
+        _visit(trainer)
+    affordable = limit * len(rates) / (SAMPLES * (time.perf_counter() - start))
+    for sample in count(1):
+        before = {name: _spent(trainer) for name, trainer in trainers.items()}
+        for _ in range(min(VISITS, max(1, int(affordable)))):
+            for trainer in trainers.values():
+                _visit(trainer)
+        for name, trainer in trainers.items():
+            gradients, total, own = (
+                now - then for now, then in zip(_spent(trainer), before[name], strict=True)
+            )
+            if gradients:
+                samples[name].append((total / gradients, own / gradients))
+        if sample >= SAMPLES and time.perf_counter() - start > limit * len(rates):
+            break
+    return {
+        name: {"seconds": _median(pair[0] for pair in taken), "optimizer": _median(pair[1] for pair in taken)}
+        for name, taken in samples.items()
+    }
+
+
+def _visit(trainer: Trainer) -> None:
+    until = trainer.spent + VISIT
+    with contextlib.suppress(RuntimeError, ValueError):  # runs may diverge; see `train`
+        before = -1
+        while before < trainer.spent < until:
+            before = trainer.spent
+            trainer.step()
+
+
+def _spent(trainer: Trainer) -> tuple[int, float, float]:
+    return trainer.spent, trainer.clock.total, trainer.clock.optimizer
+
+
+def _median(values: object) -> float:
+    values = list(values)  # type: ignore[call-overload]
+    return median(values) if values else math.nan
+
+
+def _rate(results: Results, task: str, contestant: str) -> float:
+    best = results.best(task, contestant)
+    return rate(CONTESTANTS[contestant].centre if best is None else best)
+
+
+def _path(folder: Path, task: str) -> Path:
+    return folder / task / "timing.json"
+
+
+def _complete(task: str, results: Results) -> bool:
+    return set(results.plan.contestants) <= load(results.folder, task).keys()
+
+
+def load(folder: Path, task: str) -> dict[str, dict[str, float]]:
+    """Times of the contestants, those left out whose code or settings have changed since."""
+    try:
+        content = json.loads(_path(folder, task).read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    return {
+        name: {key: math.nan if value is None else value for key, value in times.items()}
+        for name, times in content["times"].items()
+        if name in CONTESTANTS and content["identity"][name] == identity(task, name)
+    }
