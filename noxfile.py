@@ -59,7 +59,8 @@ def install(session: nox.Session, *packages: str, group: str | None = None) -> N
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test on NumPy, array-api-strict, PyTorch and JAX, without a GPU; arguments go to pytest."""
-    install(session, "-e", ".[jax,scipy,torch]", group="test")
+    tasks = nox.project.dependency_groups(GROUPS, "tasks")
+    install(session, "-e", ".[jax,scipy,torch]", *tasks, group="test")
     session.run("pytest", "-n", "auto", *session.posargs, env=ONE_CORE)
 
 
@@ -146,6 +147,25 @@ def trainers(session: nox.Session, trainer: str) -> None:
 
 
 @nox.session
+def embedding(session: nox.Session) -> None:
+    """Test the core inside torchzero, pytorch_optimizer, Optimistix, and Keras on JAX and on PyTorch."""
+    install(session, "-e", ".[jax,scipy,torch]", group="embedding")
+    path, folder = "tests/embedding", session.create_tmp()
+    env = {
+        **ONE_CORE,
+        "KERAS_HOME": folder,
+        # Many of the tests compile the same steps.
+        "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    options = (f"--confcutdir={path}", *session.posargs)
+    parallel = ("-n", "auto", "--dist", "loadfile")
+    session.run("pytest", path, *parallel, *options, env={**env, "KERAS_BACKEND": "jax"})
+    session.run("pytest", f"{path}/test_keras.py", *options, env={**env, "KERAS_BACKEND": "torch"})
+
+
+@nox.session
 def reliability(session: nox.Session) -> None:
     """Kill runs, fill disks, run for long, and give other optimizers the same faults."""
     install(session, "-e", ".[jax,scipy,torch]", group="test")
@@ -185,10 +205,24 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def benchmark(session: nox.Session) -> None:
+    """Tune and train all optimizers on all tasks, for hours; ``-- --short``: for minutes, no docs."""
+    install(session, ".[torch]", group="tasks")
+    session.run("python", "-m", "benchmarks.tasks", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def step_cost(session: nox.Session) -> None:
     """Time steps against their floor, PyTorch's optimizers and optax's; arguments go to the first script."""
     install(session, ".[jax,torch]", group="benchmark")
     session.run("python", "benchmarks/step_cost.py", *session.posargs)
     session.run("python", "benchmarks/array_steps.py")
+
+
+@nox.session
+def claims(session: nox.Session) -> None:
+    """Write the figures and tables of the pages on the paper's claims; arguments name the pages."""
+    install(session, ".[torch]", group="claims")
+    session.run("python", "-m", "benchmarks.claims", *session.posargs, env=ONE_CORE)
 
 
 @nox.session
@@ -206,6 +240,13 @@ def minimize(session: nox.Session) -> None:
 
 
 @nox.session
+def curvature(session: nox.Session) -> None:
+    """Draw the curvature found in a network while it trains, for the page on diagnostics."""
+    install(session, ".[diagnostics,torch]", "scikit-learn")
+    session.run("python", "benchmarks/curvature.py", *session.posargs)
+
+
+@nox.session
 def faults(session: nox.Session) -> None:
     """Give the same faults to every optimizer, and print what is left of the runs."""
     install(session, ".[jax,scipy,torch]", group="benchmark")
@@ -220,15 +261,24 @@ def scaling(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation site with its gallery in docs/_build/html; a warning is an error."""
+    install(session, "-e", ".[diagnostics,jax,scipy,torch]", group="docs")
+    options = ("-W", "--keep-going", "-b", "html", *session.posargs)
+    session.run("sphinx-build", *options, "docs", "docs/_build/html", env=ONE_CORE)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build the wheel, install it elsewhere, and import every package from there."""
     session.install("build")
     with tempfile.TemporaryDirectory() as folder:
         session.run("python", "-m", "build", "--outdir", folder, ".")
         (wheel,) = Path(folder).glob("*.whl")
-        install(session, f"{wheel}[jax,scipy,torch]")
+        install(session, f"{wheel}[diagnostics,jax,scipy,torch]")
         session.cd(folder)
-        for package in ("mlbfgs_core", "mlbfgs_cupy", "mlbfgs_jax", "mlbfgs_scipy", "mlbfgs_torch"):
+        names = ("core", "cupy", "diagnostics", "jax", "scipy", "torch")
+        for package in (f"mlbfgs_{name}" for name in names):
             session.run("python", "-P", "-c", f"import {package}; print({package}.__file__)")
 
 
