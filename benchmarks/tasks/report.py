@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -87,7 +88,7 @@ def goals_text(results: Results) -> str:
     verdicts = [
         f"- {goal.words}: {goal.count}, **{'met' if goal.met else 'not met'}**" for goal in goals(found)
     ]
-    about = "Goals, counted over the 10 tasks that are not versions with large batches:"
+    about = "Goals, counted over those of the 10 tasks without a large batch whose runs are complete:"
     return "\n\n".join([markdown(rows), _note(results), about, "\n".join(verdicts)])
 
 
@@ -202,7 +203,9 @@ def contestants_text(results: Results) -> str:
 
 
 def write(results: Results) -> None:
-    """Write the tables and pictures of docs/results.md."""
+    """Write the tables and pictures of docs/results.md, without contestants that have not run."""
+    ran = tuple(name for name in results.plan.contestants if _has_run(results, name))
+    results = Results(replace(results.plan, contestants=ran), results.folder)
     note = f"\n\n{_note(results)} {NONE}: diverged, at every learning rate or at one of the seeds."
     texts = {
         "tuned": markdown(table(results, lambda t, n: final(results, t, n))) + note,
@@ -224,6 +227,10 @@ def write(results: Results) -> None:
         path.parent.mkdir(exist_ok=True)
         figures.save(figure, path)
         print(f"wrote {path.relative_to(DOCS.parent)}")
+
+
+def _has_run(results: Results, contestant: str) -> bool:
+    return any(results.tuned(task, contestant) for task in results.plan.tasks)
 
 
 def show(results: Results) -> None:
