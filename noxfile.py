@@ -150,10 +150,10 @@ def trainers(session: nox.Session, trainer: str) -> None:
 def embedding(session: nox.Session) -> None:
     """Test the core inside torchzero, pytorch_optimizer, Optimistix, and Keras on JAX and on PyTorch."""
     install(session, "-e", ".[jax,scipy,torch]", group="embedding")
-    path, folder = "tests/embedding", session.create_tmp()
+    path, folder = "tests/embedding", Path(session.create_tmp()).absolute()  # tests change the directory
     env = {
         **ONE_CORE,
-        "KERAS_HOME": folder,
+        "KERAS_HOME": str(folder),
         # Many of the tests compile the same steps.
         "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -195,7 +195,7 @@ class Reference:
 
     def _refresh(self) -> None:
         cfg, (nu, freedom) = self.config, self._spread()
-        part = 1.0
+        part: Any = 1.0
         if cfg.adaptive and (observed := sum(y @ y for _, y in map(self._pair, self.blocks))) > 0:
             expected = nu * (self.r_P + self.r) / freedom
             part = max(cfg.shrinkage, 1 - expected / observed)
