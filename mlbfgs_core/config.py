@@ -43,7 +43,7 @@ class Settings(TypedDict, total=False):
 
 
 _DEFAULT: Final[Settings] = {
-    "history_size": 10,
+    "history_size": 5,
     "update_every": 50,
     "adaptive": True,
     "check_every": 2,
@@ -61,6 +61,7 @@ _DEFAULT: Final[Settings] = {
     "preset": None,
 }
 _PUBLISHED: Final[Settings] = {
+    "history_size": 10,
     "adaptive": False,
     "noise_floor": 0.0,
     "min_cosine": 0.0,
@@ -73,6 +74,7 @@ _PRESETS: Final[dict[str, Settings]] = {
     "paper": {**_PUBLISHED, "beta": 0.9, "update_every": 20, "damping": (0.01, 10.0, 0.9)},
     "lbfgs": {**_PUBLISHED, "beta": 0.0, "update_every": 1},
     "fit": {
+        "history_size": 10,
         "update_every": 20,
         "min_cosine": 0.3,
         "shrinkage": 1.0,
@@ -179,7 +181,7 @@ class Config:
 
     Examples
     --------
-    >>> Config(preset="fit", history_size=5).update_every
+    >>> Config(preset="fit", beta=0.9).update_every
     20
     >>> Config(beta=1.5)
     Traceback (most recent call last):

@@ -36,8 +36,7 @@ class Diagnostics(NamedTuple):
     mu: Array
     """(B,): curvature ``s.y / s.s`` of the last pair, before damping."""
     tau: Array
-    """(B,): weight of `y` in the last stored pair, below 1 where noise was taken out of it or the paper's
-    damping was at work."""
+    """(B,): weight of `y` in the paper's damping of the last stored pair; 1 without it."""
     delta: Array
     """(B,): what the cosine floor and the noise floor added to `mu`."""
     gamma: Array

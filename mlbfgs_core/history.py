@@ -97,7 +97,7 @@ def refresh_call(
         slot = slots[number : number + 1]
         for leaf in block:
             mean = state.mean_params[leaf]
-            weights = (damping.tau[number], damping.along[number])
+            weights = (damping.weight[number], damping.along[number])
             history[leaf], grams[leaf] = call.kernels.push(
                 history[leaf],
                 slot,

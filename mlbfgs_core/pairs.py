@@ -38,10 +38,12 @@ class PairProducts(NamedTuple):
 
 
 class Damping(NamedTuple):
-    """How a pair is stored: ``y <- tau y + along s``; every field is (B,)."""
+    """How a pair is stored: ``y <- weight y + along s``; every field is (B,)."""
 
-    tau: Array
+    weight: Array
     along: Array
+    tau: Array
+    """Weight of the shrunk `y` in the paper's damping."""
     delta: Array
     """What the floors added to the curvature."""
     mu: Array
@@ -85,13 +87,12 @@ def check(call: Call, state: State, metrics: Sequence[Metric | None], asked: Arr
     """
     config, xp = call.config, call.xp
     pair = products(call, state, metrics)
-    s_top, y_top = xp.max(pair.s_scale), xp.max(pair.y_scale)
-    s_part = pair.s_scale / xp.where(s_top > 0, s_top, 1.0)
-    y_part = pair.y_scale / xp.where(y_top > 0, y_top, 1.0)
+    _, s_part = _common_scale(pair.s_scale, xp)
+    y_top, y_part = _common_scale(pair.y_scale, xp)
     spread, _ = _window_noise(call, state)
     y_norm, y_noise = _lengths_of_y(call, state, pair)
     row_noise, known = _row_noise(call, state)
-    rise = y_top * xp.sum(pair.sy * s_part * y_part)  # s.y in units of s_top, as is the next
+    rise = y_top * xp.sum(pair.sy * s_part * y_part)  # s.y in units of the largest s_scale, as is the next
     rise_noise = xp.sqrt(spread * xp.sum(pair.ss * s_part**2 * row_noise))
     passed = (y_norm > xp.sqrt(xp.ones_like(y_norm) * config.signal_to_noise) * y_noise) & (
         (rise > config.noise_floor * rise_noise) | ~xp.any(known)
@@ -143,7 +144,7 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     usable = positive & xp.isfinite(final_length) & (final_length > 0)
     usable = usable & (curvature > xp.finfo(call.dtype).eps * final_length)
     along = (1.0 - part) * tau * mu + (1.0 - tau) + delta
-    return Damping(part * tau, along, delta, mu, usable, 1.0 / safe_norm)
+    return Damping(part * tau, along, tau, delta, mu, usable, 1.0 / safe_norm)
 
 
 def paper_tau(config: Config, mu: Array, xp: Any) -> Array:
@@ -170,11 +171,16 @@ def paper_tau(config: Config, mu: Array, xp: Any) -> Array:
 def _lengths_of_y(call: Call, state: State, pair: PairProducts) -> tuple[Array, Array]:
     """0-d: ``|y|`` over all blocks, and what is expected of it from noise alone."""
     xp = call.xp
-    top = xp.max(pair.y_scale)
-    part = pair.y_scale / xp.where(top > 0, top, 1.0)
+    top, part = _common_scale(pair.y_scale, xp)
     spread, freedom = _window_noise(call, state)
     noise = xp.sqrt(spread * (state.scatter + state.prev_scatter) / freedom)
     return top * xp.sqrt(xp.sum(pair.yy * part**2)), noise
+
+
+def _common_scale(scales: Array, xp: Any) -> tuple[Array, Array]:
+    """The largest of the blocks' scales, 0-d; and each in units of it."""
+    top = xp.max(scales)
+    return top, scales / xp.where(top > 0, top, 1.0)
 
 
 def _window_noise(call: Call, state: State) -> tuple[Array, Array]:

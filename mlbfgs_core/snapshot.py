@@ -65,7 +65,7 @@ class Snapshot(NamedTuple):
         >>> run = Snapshot(("0.weight",), ((0,),), init(Config(), [weight]), (weight,), (None,))
         >>> dense = run.mapped(lambda name: "Dense_0.kernel", lambda name, a: np.swapaxes(a, -1, -2))
         >>> dense.names, dense.state.history[0].shape
-        (('Dense_0.kernel',), (2, 10, 8, 3))
+        (('Dense_0.kernel',), (2, 5, 8, 3))
         """
         names = tuple(map(rename, self.names))
 

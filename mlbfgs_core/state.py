@@ -82,9 +82,9 @@ class State(NamedTuple):
     mu: Array
     """Curvature ``s.y / s.s`` of the last pair, before damping."""
     tau: Array
-    """Weight of `y` in the last stored pair."""
+    """Weight of `y` in the paper's damping of the last stored pair."""
     delta: Array
-    """Weight of `s` in the last stored pair."""
+    """What the floors added to the curvature of the last stored pair."""
     cosine: Array
     """Cosine of the angle between the last direction and gradient."""
 
@@ -232,7 +232,7 @@ def plan_memory(config: Config, leaves: Sequence[Array], blocks: Blocks | None =
     >>> import numpy as np
     >>> plan = plan_memory(Config(history_dtype="float32"), [np.zeros(1000, dtype=np.float32)])
     >>> plan.history, plan.averages, plan.metric
-    (80000, 16000, 4000)
+    (40000, 16000, 4000)
     """
     blocks = _check(config, leaves, blocks)
     kinds = {"history": 0, "averages": 0, "metric": 0, "coefficients": 0}

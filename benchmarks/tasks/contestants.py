@@ -156,6 +156,15 @@ CONTESTANTS = {
             {"betas": (0.9, 0.99), "weight_decay": 0.0},
         ),
         Contestant(
+            "nadam",
+            "NAdam",
+            _plain(torch.optim.NAdam),
+            -5,
+            2e-3,
+            "Adam with Nesterov's momentum, as the default of this library has it; betas 0.9 and 0.999",
+            f"{_TORCH}NAdam.html",
+        ),
+        Contestant(
             "sgd",
             "SGD",
             _plain(torch.optim.SGD),

@@ -363,6 +363,24 @@ def test_advice_follows_from_the_numbers(fields, sentence):
     assert said.startswith(sentence)
 
 
+def test_advice_on_shrunk_pairs_does_not_depend_on_the_scale_of_the_loss():
+    config = core.Config(update_every=8, history_size=M, shrinkage=0.25, metric_power=0.0)
+    noise = np.random.default_rng(0).normal(size=(STEPS, DIM))
+
+    def said(scale):
+        params, state, sentences = [np.ones(DIM)], None, []
+        for step in range(STEPS):
+            state = core.init(config, params) if state is None else state
+            update, state = core.step(config, state, params, [scale * (params[0] + noise[step])])
+            params = [params[0] - RATE * update[0]]
+            sentences += advice(core.diagnostics(state))
+        return sentences
+
+    usual = said(1.0)
+    assert "pairs are mostly noise: raise the batch size or `update_every`" in usual
+    assert said(2.0**-20) == usual == said(2.0**20)
+
+
 def test_remarks_count_skipped_steps_and_judge_the_last_check():
     assert remarks(block(skipped=12))[:2] == ["100 steps taken", "12 steps skipped: non-finite gradients"]
     assert not [said for said in remarks(block()) if "skipped" in said]

@@ -153,7 +153,7 @@ def test_part_across_s_is_shrunk_by_the_part_of_y_that_is_no_noise(xp, rng, part
     state = refreshed(config, s, y, part * (y @ y), xp)
     factor = max(shrinkage, 1 - part)
     expected, unit = freed(s, y, factor)
-    assert to_numpy(state.tau)[0] == pytest.approx(factor, abs=1e-12)
+    assert to_numpy(state.tau)[0] == 1  # of the paper's damping, which is off
     assert relative(stored_y(state), expected) < 1e-12
     assert unit @ stored_y(state) == pytest.approx(unit @ y / np.linalg.norm(s), rel=1e-12)
     assert to_numpy(state.delta)[0] == 0
@@ -180,7 +180,7 @@ def test_papers_damping_is_of_the_shrunk_y(xp, rng, curvature):
     state = refreshed(core.Config(history_size=2, **settings), s, y, 0.4 * (y @ y), xp)
     shrunk, unit = freed(s, y, 0.6)
     tau = {-3.0: 0.9 / 4, 0.05: 0.9, 1.0: 0.9, 30.0: 4 / 29}[curvature]  # Niu et al. 2023
-    assert to_numpy(state.tau)[0] == pytest.approx(0.6 * tau, rel=1e-9)
+    assert to_numpy(state.tau)[0] == pytest.approx(tau, rel=1e-9)
     assert relative(stored_y(state), tau * shrunk + (1 - tau) * unit) < 1e-11
 
 
@@ -207,7 +207,6 @@ def test_blocks_share_the_shrinkage_of_the_whole_y(xp, rng, length):
     state = refreshed(
         config, np.concatenate([s, s_other]), joint, 0.4 * (joint @ joint), xp, blocks=((0,), (1,))
     )
-    np.testing.assert_allclose(to_numpy(state.tau), [0.6, 0.6], rtol=1e-12)
     assert relative(stored_y(state, 0), freed(s, y, 0.6)[0]) < 1e-12
     assert relative(stored_y(state, 1), freed(s_other, y_other, 0.6)[0]) < 1e-12
 
