@@ -200,7 +200,7 @@ def typing(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Train on noisy quadratics and handwritten digits; print tables, write figures to demo-output."""
     install(session, ".[demo]")
-    session.run("python", "benchmarks/demo.py", *session.posargs)
+    session.run("python", "-m", "benchmarks.demo", *session.posargs)
 
 
 @nox.session

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlbfgs_cupy import MLBFGS
 
-HISTORY = 10
+HISTORY = 5
 FLOOR = 4 * HISTORY + 15
 SETTINGS: dict[str, dict[str, Any]] = {
     "mL-BFGS, no refresh": {"adaptive": False, "update_every": 10**6},

@@ -1,6 +1,6 @@
 """Train for real, with mL-BFGS and with what one would use instead, and tell who won.
 
-Run ``python benchmarks/demo.py``. It needs the packages of the extra "demo" and a few minutes.
+Run ``python -m benchmarks.demo``. It needs the packages of the extra "demo" and a few minutes.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import digits
 import matplotlib as mpl
 import numpy as np
-import quadratics
 import torch
-from digits import OPTIMIZERS, Summary, Task
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from . import digits, quadratics
+from .claims.quadratics import Runs
+from .digits import OPTIMIZERS, Summary, Task
 
 OURS, BASELINE = "mL-BFGS", "AdamW"
 CAVEAT = (
@@ -45,7 +46,7 @@ def main() -> None:
     trainings = [len(OPTIMIZERS) * len(task.rates[BASELINE]) * seeds for task in tasks]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
-        total = len(quadratics.METHODS) + sum(trainings)
+        total = len(quadratics.SHOWN) + sum(trainings)
         bar = progress.add_task("loading the digits", total=total)
 
         @contextmanager
@@ -89,7 +90,7 @@ def save(figure: Figure, path: Path, console: Console) -> None:
     console.print(f"Figure: {path}", highlight=False, soft_wrap=True)
 
 
-def quadratic_table(outcomes: dict[str, quadratics.Outcome]) -> Table:
+def quadratic_table(outcomes: dict[str, Runs]) -> Table:
     """Runs that diverged, the speed and the loss at the end."""
     table = Table(title="Noisy quadratic, medians over the seeds", box=SIMPLE, title_justify="left")
     table.add_column("method")
@@ -97,9 +98,20 @@ def quadratic_table(outcomes: dict[str, quadratics.Outcome]) -> Table:
     for heading in ("steps to 1 % of the start", "loss in the last quarter"):
         table.add_column(heading, justify="right")
     for method, outcome in outcomes.items():
-        reach, diverged = outcome.steps_to_hundredth, f"{outcome.diverged} of {quadratics.SEEDS}"
-        table.add_row(method, diverged, f"{reach:g}" if np.isfinite(reach) else "-", f"{outcome.floor:.3g}")
+        reach, diverged = steps_to_hundredth(outcome), f"{outcome.diverged} of {quadratics.SEEDS}"
+        floor = np.median(outcome.floor)
+        table.add_row(
+            method,
+            diverged,
+            f"{reach:g}" if np.isfinite(reach) else "-",
+            f"{floor:.3g}" if np.isfinite(floor) else "-",
+        )
     return table
+
+
+def steps_to_hundredth(outcome: Runs) -> float:
+    """Median over the seeds of the steps to 1 % of the loss at the start; infinite if never."""
+    return float(np.median(outcome.steps_to(0.01)))
 
 
 def digits_table(summaries: dict[Task, dict[str, Summary]]) -> Table:
@@ -157,19 +169,20 @@ def reached(summaries: dict[str, Summary], name: str) -> tuple[float, float]:
     return float(summaries[name].mean("steps")[there[0]]), float(summaries[name].mean("seconds")[there[0]])
 
 
-def quadratic_verdict(outcomes: dict[str, quadratics.Outcome]) -> Iterator[str]:
+def quadratic_verdict(outcomes: dict[str, Runs]) -> Iterator[str]:
     """Who stayed stable, who was quick."""
     stable = [method for method, outcome in outcomes.items() if not outcome.diverged]
     gone = "; ".join(f"{name}: {outcome.diverged}" for name, outcome in outcomes.items() if outcome.diverged)
     yield f"quadratic, diverged of {quadratics.SEEDS} runs: {gone or 'none'}; none of {', '.join(stable)}."
-    order = sorted(stable, key=lambda method: outcomes[method].steps_to_hundredth)
-    speeds = ", ".join(f"{method} {text_of(outcomes[method].steps_to_hundredth)}" for method in order)
+    order = sorted(stable, key=lambda method: steps_to_hundredth(outcomes[method]))
+    speeds = ", ".join(f"{method} {text_of(steps_to_hundredth(outcomes[method]))}" for method in order)
     yield (
         f"quadratic, steps to 1 % of the start where nothing diverged: {speeds}. Newton is told the whole "
-        f"curvature, and the rate {quadratics.RATE} is 1 / the largest one, the textbook's choice for SGD."
+        f"curvature, and the rate {quadratics.RATE} is 1 / the largest one, the textbook's for gradient descent."
     )
-    floors = sorted(stable, key=lambda method: outcomes[method].floor)
-    yield f"quadratic, lowest loss in the last quarter: {floors[0]}, {outcomes[floors[0]].floor:.3g}."
+    floors = {method: float(np.median(outcomes[method].floor)) for method in stable}
+    lowest = min(floors, key=floors.__getitem__)
+    yield f"quadratic, lowest loss in the last quarter: {lowest}, {floors[lowest]:.3g}."
 
 
 def verdict(task: Task, summaries: dict[str, Summary]) -> Iterator[str]:

@@ -50,9 +50,7 @@ PARAMETERS = (10**9, 10**10, 10**11, 10**12)
 GPUS = (8, 64, 512, 4096)
 SETTINGS: dict[str, core.Settings] = {
     "default": {},
-    "history_size=5": {"history_size": 5},
     "bfloat16 history": {"history_dtype": "bfloat16"},
-    "both": {"history_size": 5, "history_dtype": "bfloat16"},
 }
 """From the most memory to the least."""
 ADAMW_MOVED, ADAMW_STATE = 7, 2
@@ -271,12 +269,11 @@ def projections(operations: tuple[float, float], hardware: Hardware = H100) -> I
 def table(points: Sequence[Projection], hardware: Hardware = H100) -> Iterator[str]:
     """One line for each point of the grid."""
     yield f"{hardware.name}; {hardware.tokens} tokens for each GPU and step; GB and ms are for each GPU"
-    groups = f"{'GB':^36}{'ms of a step':^27}{'ms beside it':^27}{'share of a step':^16}"
+    groups = f"{'GB':^27}{'ms of a step':^27}{'ms beside it':^27}{'share of a step':^16}"
     yield f"{'':13}{groups}"
     columns = (
         "default",
-        "one",
-        "both",
+        "bfloat16",
         "AdamW",
         "memory",
         "reduces",
@@ -289,7 +286,7 @@ def table(points: Sequence[Projection], hardware: Hardware = H100) -> Iterator[s
         f"{'params':6}{'GPUs':>6} " + "".join(f"{x:>9}" for x in columns) + f"{'ours':>8}{'AdamW':>8}  choose"
     )
     for p in points:
-        held = [p.memory[name] / 1e9 for name in ("default", "history_size=5", "both", "AdamW")]
+        held = [p.memory[name] / 1e9 for name in (*SETTINGS, "AdamW")]
         times = [1e3 * x for x in (p.moving, p.reducing, p.adamw, p.launching, p.compute, p.sharding)]
         line = f"{_power(p.parameters):6}{p.gpus:6d} " + "".join(f"{_digits(x):>9}" for x in (*held, *times))
         yield f"{line}{p.share(p.optimizer):8.2%}{p.share(p.adamw):8.2%}  {choice(p, hardware)}"
@@ -299,17 +296,16 @@ def choice(p: Projection, hardware: Hardware = H100) -> str:
     """What to set, for memory first."""
     fits = [name for name in SETTINGS if p.memory[name] <= hardware.room * hardware.memory]
     if not fits:
-        return f"{fewest_gpus('both', p.parameters, hardware)} GPUs at least"
-    name = "history_size=5 or bfloat16" if fits[0] == "history_size=5" else fits[0]
-    return f"{name}; latency" if p.reducing > p.moving else name
+        return f"{fewest_gpus('bfloat16 history', p.parameters, hardware)} GPUs at least"
+    return f"{fits[0]}; latency" if p.reducing > p.moving else fits[0]
 
 
 def needed(hardware: Hardware = H100) -> Iterator[str]:
     """The fewest GPUs for each model and setting."""
-    yield f"{'params':6}{'default':>10}{'history_size=5':>16}{'bfloat16':>10}{'both':>8}{'AdamW':>8}"
+    yield f"{'params':6}{'default':>10}{'bfloat16':>10}{'AdamW':>8}"
     for parameters in PARAMETERS:
         gpus = [fewest_gpus(name, parameters, hardware) for name in (*SETTINGS, "AdamW")]
-        yield f"{_power(parameters):6}{gpus[0]:10d}{gpus[1]:16d}{gpus[2]:10d}{gpus[3]:8d}{gpus[4]:8d}"
+        yield f"{_power(parameters):6}{gpus[0]:10d}{gpus[1]:10d}{gpus[2]:8d}"
 
 
 def latencies(hardware: Hardware = H100) -> Iterator[str]:
@@ -340,7 +336,7 @@ def draw(operations: tuple[float, float], path: Path, hardware: Hardware = H100)
     for number, parameters in enumerate(PARAMETERS):
         points = [project(parameters, count, operations, hardware) for count in gpus]
         color, label = f"C{number}", f"{_power(parameters)} parameters"
-        for name, dashes in (("default", "-"), ("both", "--"), ("AdamW", ":")):
+        for name, dashes in (("default", "-"), ("bfloat16 history", "--"), ("AdamW", ":")):
             left.loglog(gpus, [p.memory[name] / 1e9 for p in points], dashes, color=color)
         right.loglog(gpus, [1e3 * p.optimizer for p in points], color=color, label=label)
         right.loglog(gpus, [1e3 * p.adamw for p in points], ":", color=color, alpha=0.6)
@@ -348,7 +344,7 @@ def draw(operations: tuple[float, float], path: Path, hardware: Hardware = H100)
     least = [1e3 * p.least_reducing for p in points]
     right.loglog(gpus, least, "-.", color="gray", label="with adaptive=False, metric_power=0")
     left.axhline(hardware.memory / 1e9, color="k", linewidth=0.8, label="memory of a GPU")
-    for dashes, label in (("-", "default"), ("--", "history_size=5, bfloat16"), (":", "AdamW")):
+    for dashes, label in (("-", "default"), ("--", "bfloat16 history"), (":", "AdamW")):
         left.plot([], [], dashes, color="k", label=label)
     left.set(ylabel="GB of parameters, gradients and state per GPU", ylim=(2e-3, 2e4))
     right.set(ylabel="ms of an optimizer's step (AdamW dotted)", ylim=(1e-3, 2e5))

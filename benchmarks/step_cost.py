@@ -35,7 +35,7 @@ from mlbfgs_jax import mlbfgs, scale_by_mlbfgs
 from mlbfgs_torch import MLBFGS
 from mlbfgs_torch.kernels import TorchKernels
 
-HISTORY = 10
+HISTORY = 5
 EVERY = 50
 FLOOR = 4 * HISTORY + 15
 """Values that a step must move per parameter: the history twice; in the first pass the gradient, the mean

@@ -28,6 +28,7 @@ __all__ = [
     "descend",
     "direction_of",
     "runs",
+    "runs_of",
 ]
 
 RATE, STEPS, SEEDS = 0.1, 300, 20
@@ -137,11 +138,11 @@ def descend(
     yield x
 
 
-def _losses(job: tuple[Problem, str, core.Settings | None]) -> Runs:
-    problem, method, settings = job
-    losses = np.full((SEEDS, STEPS + 1), np.inf)
+def runs_of(problem: Problem, method: str, settings: core.Settings | None, steps: int = STEPS) -> Runs:
+    """All seeds of a method on a problem."""
+    losses = np.full((SEEDS, steps + 1), np.inf)
     for seed in range(SEEDS):
-        own = [problem.loss(x) for x in descend(problem, method, seed, settings)]
+        own = [problem.loss(x) for x in descend(problem, method, seed, settings, steps)]
         losses[seed, : len(own)] = own
     return Runs(losses)
 
@@ -152,7 +153,5 @@ def runs(
     """All seeds of every method on every problem, shared out over the cores."""
     jobs = [(problem, method, settings) for method, settings in methods.items() for problem in problems]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        results = dict(
-            zip(((method, problem) for problem, method, _ in jobs), pool.map(_losses, jobs), strict=True)
-        )
-    return {method: {problem: results[method, problem] for problem in problems} for method in methods}
+        results = iter(pool.map(runs_of, *zip(*jobs, strict=True)))
+        return {method: {problem: next(results) for problem in problems} for method in methods}

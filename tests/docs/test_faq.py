@@ -83,7 +83,7 @@ def changed_settings(_):
     for _ in range(3):
         model(torch.ones(1, 3)).sum().backward()
         optimizer.step()
-        optimizer.param_groups[0]["history_size"] = 5
+        optimizer.param_groups[0]["history_size"] = 10
 
 
 @provokes
@@ -140,7 +140,7 @@ def an_array_of_jax_in_numpy(_):
 @provokes
 def other_sizes_in_mid_run(_):
     optimizer = ArrayMLBFGS(np.ones(3))
-    optimizer.config = type(optimizer.config)(history_size=5)
+    optimizer.config = type(optimizer.config)(history_size=10)
 
 
 @provokes
@@ -215,7 +215,7 @@ def a_file_of_another_shape(_):
 @provokes
 def a_file_of_another_history(_):
     ArrayMLBFGS({"weight": np.ones(3)}).save_state("run.safetensors")
-    ArrayMLBFGS({"weight": np.ones(3)}, history_size=5).load_state("run.safetensors")
+    ArrayMLBFGS({"weight": np.ones(3)}, history_size=10).load_state("run.safetensors")
 
 
 @provokes
