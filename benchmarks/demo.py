@@ -178,7 +178,7 @@ def quadratic_verdict(outcomes: dict[str, Runs]) -> Iterator[str]:
     speeds = ", ".join(f"{method} {text_of(steps_to_hundredth(outcomes[method]))}" for method in order)
     yield (
         f"quadratic, steps to 1 % of the start where nothing diverged: {speeds}. Newton is told the whole "
-        f"curvature, and the rate {quadratics.RATE} is 1 / the largest one, the textbook's for gradient descent."
+        f"curvature, and the rate {quadratics.RATE} is 1 / the largest one, as gradient descent wants it."
     )
     floors = {method: float(np.median(outcomes[method].floor)) for method in stable}
     lowest = min(floors, key=floors.__getitem__)
