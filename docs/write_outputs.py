@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+# With what it prints, where a page shows that.
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```output\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import scipy.optimize
 import torch
 
 ROOT = Path(__file__).parents[2]
+BLOCK = runpy.run_path(str(ROOT / "docs" / "write_outputs.py"))["BLOCK"]
 
 
 def test_python_blocks_of_the_readme_run():
@@ -89,7 +90,7 @@ def test_python_blocks_of_the_distributed_page_run(tmp_path, monkeypatch):
 
 
 def run_blocks(path, names):
-    blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
-    for block in blocks:
-        exec(block, names)
+    blocks = BLOCK.findall(path.read_text(encoding="utf-8"))
+    for code, _ in blocks:
+        exec(code, names)
     return len(blocks)

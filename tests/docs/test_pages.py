@@ -15,7 +15,7 @@ import pytest
 
 import mlbfgs_core
 import mlbfgs_jax
-from tests.core.test_readme import ROOT
+from tests.core.test_readme import BLOCK, ROOT
 
 DOCS = ROOT / "docs"
 NOT_PAGES = ("_build", "_generated", "auto_gallery")
@@ -35,7 +35,6 @@ RUN_BY = {
     ),
     "embedding.md": "tests/embedding/test_page.py",
 }
-BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```output\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?")
 PACKAGES = ("mlbfgs_core", "mlbfgs_cupy", "mlbfgs_diagnostics", "mlbfgs_jax", "mlbfgs_scipy", "mlbfgs_torch")
 
