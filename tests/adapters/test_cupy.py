@@ -468,7 +468,7 @@ def test_new_settings_hold_from_the_next_step_on():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"history_size": 3}, "history_size at 10, .*, got 3"),
+        ({"history_size": 3}, "history_size at 5, .*, got 3"),
         ({"history_dtype": "float32"}, "history_dtype at float64, .*, got float32"),
         ({"metric_power": 0.0}, "metric_power > 0 at True, .*, got False"),
     ],
