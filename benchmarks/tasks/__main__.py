@@ -1,6 +1,7 @@
 """Tune and train each contestant on every task, time the steps, write tables and pictures of docs/results.md.
 
-With no command all three: ``run``, ``time``, ``report``. Runs that are there already are not made again.
+With no command all four: ``run``, ``variants`` of our default, ``time``, ``report``. Runs that are there
+already are not made again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .problems import TASKS
 from .runs import RESULTS
 from .search import Plan, Results
 
-COMMANDS = ("run", "time", "report")
+COMMANDS = ("run", "variants", "time", "report")
 SHORT = Plan(
     tasks=("autoencoder", "classifier", "digits", "transformer", "poisson"),
     contestants=("mlbfgs", "adamw", "sgd"),
@@ -79,6 +80,9 @@ def main() -> None:
     results = Results(plan(parsed), folder)
     commands = parsed.commands or COMMANDS
     if "run" in commands and not pool.make(results, parsed.workers):
+        raise SystemExit(130)
+    asked = "variants" in commands and not parsed.short
+    if asked and not pool.make(report.variants(results), parsed.workers):
         raise SystemExit(130)
     if "time" in commands:
         timing.measure(results)

@@ -7,7 +7,7 @@ documents, but where a note says otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytorch_optimizer
@@ -53,6 +53,8 @@ class Contestant:
         Whether it evaluates the loss itself, perhaps many times in a step.
     ours : bool
         Whether its runs depend on the code of this repository.
+    variant : bool
+        Whether it is our default with something changed, and not one of those that are compared.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Contestant:
     settings: dict[str, Any] = field(default_factory=dict)
     needs_closure: bool = False
     ours: bool = False
+    variant: bool = False
 
     def optimizers(self, model: nn.Module, lr: float) -> list[Optimizer]:
         """The optimizers of a model."""
@@ -74,6 +77,11 @@ class Contestant:
 def _plain(optimizer: Callable[..., Optimizer]) -> Build:
     """One optimizer for all parameters."""
     return lambda model, lr, **settings: [optimizer(model.parameters(), lr=lr, **settings)]
+
+
+def _ours(model: nn.Module, lr: float, **settings: Any) -> list[Optimizer]:
+    """One optimizer that knows the parameters' names."""
+    return [MLBFGS(model.named_parameters(), lr=lr, **settings)]
 
 
 def _muon(model: nn.Module, lr: float, **settings: Any) -> list[Optimizer]:
@@ -109,7 +117,6 @@ _TORCH = "https://docs.pytorch.org/docs/stable/generated/torch.optim."
 _KOZISTR = "https://github.com/kozistr/pytorch_optimizer"
 _TORCHZERO = "https://github.com/inikishev/torchzero"
 _ADAMW = _plain(torch.optim.AdamW)
-_OURS = _plain(MLBFGS)
 
 CONTESTANTS = {
     contestant.name: contestant
@@ -117,7 +124,7 @@ CONTESTANTS = {
         Contestant(
             "mlbfgs",
             "mL-BFGS",
-            _OURS,
+            _ours,
             -1,
             0.1,
             "this library with default settings",
@@ -127,7 +134,7 @@ CONTESTANTS = {
         Contestant(
             "mlbfgs_rms",
             'mL-BFGS "rms"',
-            _OURS,
+            _ours,
             -6,
             1e-3,
             'the default with step_length="rms": its learning rate does not depend on the size of the model',
@@ -253,7 +260,7 @@ CONTESTANTS = {
         Contestant(
             "mlbfgs_fit",
             'mL-BFGS "fit"',
-            _OURS,
+            _ours,
             -1,
             0.1,
             'this library with preset="fit"',
@@ -264,7 +271,7 @@ CONTESTANTS = {
         Contestant(
             "mlbfgs_paper",
             'mL-BFGS "paper"',
-            _OURS,
+            _ours,
             -3,
             0.1,
             'this library with preset="paper": the published formulas and nothing else',
@@ -275,7 +282,7 @@ CONTESTANTS = {
         Contestant(
             "mlbfgs_lbfgs",
             'mL-BFGS "lbfgs"',
-            _OURS,
+            _ours,
             -4,
             0.1,
             'this library with preset="lbfgs": textbook L-BFGS at every step, no line search',
@@ -284,4 +291,25 @@ CONTESTANTS = {
             ours=True,
         ),
     )
+}
+
+_CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "heavy_ball": ("heavy-ball momentum", {"nesterov": False}),
+    "no_momentum": ("no momentum", {"momentum": 0.0}),
+    "no_pairs": ("no pairs at all", {"adaptive": False, "update_every": 10**9}),
+    "history_10": ("ten pairs", {"history_size": 10}),
+    "no_shrinkage": ("noise stays in the pairs", {"shrinkage": 1.0}),
+    "no_floor": ("no cosine floor", {"min_cosine": 0.0}),
+    "fixed": ("a pair every 50 steps, noise stays in it", {"adaptive": False}),
+    "every_100": ("a pair at most every 100 steps", {"update_every": 100}),
+    "exponential": ("exponential averages, decay 0.9", {"beta": 0.9}),
+    "half_metric": ("half the metric, power 1/2", {"metric_power": 0.5}),
+    "no_metric": ("no metric", {"metric_power": 0.0}),
+    "layers": ("a block for each layer", {"blocks": "layer"}),
+}
+CONTESTANTS |= {
+    f"mlbfgs_{name}": replace(
+        CONTESTANTS["mlbfgs"], name=f"mlbfgs_{name}", title=title, settings=settings, variant=True
+    )
+    for name, (title, settings) in _CHANGES.items()
 }

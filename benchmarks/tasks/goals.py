@@ -14,7 +14,17 @@ from .problems import TASKS
 from .search import Results
 from .training import Record
 
-__all__ = ["Goal", "Reach", "better_adamw", "goals", "mean_curve", "mean_final", "mean_test", "reaches"]
+__all__ = [
+    "OURS",
+    "Goal",
+    "Reach",
+    "better_adamw",
+    "goals",
+    "mean_curve",
+    "mean_final",
+    "mean_test",
+    "reaches",
+]
 
 OURS, ADAMW = "mlbfgs", ("adamw", "adamw_99")
 

@@ -13,11 +13,11 @@ from rich.table import Table
 
 from . import figures, timing
 from .contestants import CONTESTANTS, rate
-from .goals import better_adamw, goals, mean_curve, mean_final, mean_test, reaches
+from .goals import OURS, better_adamw, goals, mean_curve, mean_final, mean_test, reaches
 from .problems import TASKS
 from .search import Results, interior
 
-__all__ = ["goals_text", "rates_text", "show", "write"]
+__all__ = ["goals_text", "rates_text", "show", "variants", "write"]
 
 DOCS = Path(__file__).parents[2] / "docs"
 NONE = "\N{EN DASH}"
@@ -193,6 +193,25 @@ def _note(results: Results) -> str:
     return "† Held out: not used in choosing default settings." if held_out else ""
 
 
+def variants(results: Results) -> Results:
+    """The default and its variants, on one seed of the tasks that are not held out."""
+    names = tuple(name for name, entry in CONTESTANTS.items() if entry.variant)
+    tasks = tuple(task for task in results.plan.seen if TASKS[task].base is None)
+    plan = replace(results.plan, tasks=tasks, contestants=(OURS, *names), seeds=1, one_setting=False)
+    return Results(plan, results.folder)
+
+
+def variants_text(results: Results) -> str:
+    """Table of the default's variants: final training losses in parts of the default's."""
+    results = variants(results)
+    tasks, (ours, *names) = results.plan.tasks, results.plan.contestants
+    rows = [["the default with", *(TASKS[task].title for task in tasks), "geometric mean"]]
+    for name in names:
+        values = [final(results, task, name) / final(results, task, ours) for task in tasks]
+        rows.append([CONTESTANTS[name].title, *map(number, [*values, _geometric_mean(values)])])
+    return markdown(rows)
+
+
 def contestants_text(results: Results) -> str:
     """Table of what the contestants are."""
     rows = [["name", "what it is"]]
@@ -216,6 +235,7 @@ def write(results: Results) -> None:
         "cost": cost_text(results),
         "one": one_text(results),
         "contestants": contestants_text(results),
+        "variants": variants_text(results),
     }
     for name, text in texts.items():
         path = DOCS / "_generated" / f"tasks_{name}.md"

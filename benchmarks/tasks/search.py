@@ -76,7 +76,7 @@ class Plan:
     Attributes
     ----------
     tasks, contestants : tuple of str
-        Names; by default all.
+        Names; by default all but variants.
     seeds : int
         Seeds of each final figure.
     least, most : int
@@ -86,7 +86,7 @@ class Plan:
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
-    contestants: tuple[str, ...] = tuple(CONTESTANTS)
+    contestants: tuple[str, ...] = tuple(name for name, entry in CONTESTANTS.items() if not entry.variant)
     seeds: int = 3
     least: int = 5
     most: int = 9

@@ -207,6 +207,20 @@ def write(folder, task, contestant, finals, curve=(1.0, 1.0)):
         runs.write_json(key.path(folder), {**content, "identity": runs.identity(task, contestant)})
 
 
+def test_variants_change_something_and_are_held_against_the_default(tmp_path):
+    changed = [entry.settings for entry in CONTESTANTS.values() if entry.variant]
+    assert len({repr(settings) for settings in [{}, *changed]}) == len(changed) + 1
+    results = Results(Plan(seeds=1, least=3, most=3), tmp_path)
+    assert not any(CONTESTANTS[name].variant for name in results.plan.contestants)
+    tasks = report.variants(results).plan.tasks
+    assert not any(TASKS[task].held_out for task in tasks)
+    for task, final in zip(tasks, [3.0] + [1.0] * (len(tasks) - 1), strict=True):
+        write(tmp_path, task, "mlbfgs", [4.0, 1.0, 2.0])
+        write(tmp_path, task, "mlbfgs_no_pairs", [final, 5.0, 6.0])
+    row = "| no pairs at all | 3 |" + " 1 |" * (len(tasks) - 1) + f" {3 ** (1 / len(tasks)):.3g} |"
+    assert row in report.variants_text(results)
+
+
 def test_goals_are_counted_from_the_files(tmp_path):
     names = ("mlbfgs", "adamw", "adamw_99")
     plan = Plan(tasks=tuple(TASKS), contestants=names, seeds=1, least=3, most=3, one_setting=False)
