@@ -24,7 +24,7 @@ from .training import Record
 __all__ = ["draw", "save"]
 
 COLOURS = {"mlbfgs": style.BLUE, "adamw": style.ORANGE, "sgd": style.GREEN}
-THIN = {"soap": style.PURPLE, "muon": style.SKY}
+THIN = {"soap": style.PURPLE, "muon": style.SKY, "kron": style.BLACK}
 COLUMNS = 4
 LOW, HIGH = 0.02, 30.0
 
