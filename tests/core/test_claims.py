@@ -66,16 +66,17 @@ def run(config, dim, problems):
     )
 
 
-def runs(config):
-    """`run` for all dimensions."""
-    for dim in sorted({problem[0] for problem in PROBLEMS}):
+def runs(config, most=1000):
+    """`run` for all dimensions up to one."""
+    for dim in sorted({problem[0] for problem in PROBLEMS if problem[0] <= most}):
         yield run(config, dim, tuple(problem[1:] for problem in PROBLEMS if problem[0] == dim))
 
 
-def diverged(config):
-    """How many of all runs exceed ten times their first loss."""
+def diverged(config, most=1000):
+    """How many runs exceed ten times their first loss."""
     return sum(
-        int(np.sum(np.any(~(losses <= 10 * start[..., None]), axis=-1))) for start, losses, _ in runs(config)
+        int(np.sum(np.any(~(losses <= 10 * start[..., None]), axis=-1)))
+        for start, losses, _ in runs(config, most)
     )
 
 
@@ -85,11 +86,11 @@ def test_no_run_of_fit_diverges_under_noise():
 
 @pytest.mark.parametrize(
     ("config", "least"),
-    [(LBFGS, 15), (LBFGS_10, 50), (PAPER_10, 50)],
+    [(LBFGS, 10), (LBFGS_10, 40), (PAPER_10, 50)],
     ids=["lbfgs, T=1", "lbfgs, T=10", "paper, T=10"],
 )
 def test_the_controls_diverge_under_the_same_noise(config, least):
-    assert diverged(config) >= least
+    assert diverged(config, most=20) >= least  # of 100 with noise
 
 
 @pytest.mark.parametrize(("dim", "condition"), [(2, 10), (20, 100)])
