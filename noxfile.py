@@ -22,7 +22,10 @@ ONE_CORE = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
     "JAX_PLATFORMS": "cpu",
 }
-EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+# On a busy machine they wait long for one another, which JAX takes for a deadlock after less than a minute.
+EIGHT_DEVICES = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 # For each backend alone: the extras that its users install, and tests that import no other framework.
 CORE = (
     "tests/core/test_arguments.py",

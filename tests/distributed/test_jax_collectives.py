@@ -61,7 +61,7 @@ def sent(program):
     return always, sorted(parts.values(), key=len)
 
 
-M = 10
+M = 5
 EACH_STEP = 2 * M + 4
 """For each leaf: projections on 2m rows, two squares, the scatter, and the square of the update."""
 EACH_CHECK = 2 + 3
