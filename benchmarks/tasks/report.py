@@ -235,8 +235,9 @@ def write(results: Results) -> None:
         "cost": cost_text(results),
         "one": one_text(results),
         "contestants": contestants_text(results),
-        "variants": variants_text(results),
     }
+    if any(_has_run(variants(results), name) for name in CONTESTANTS if CONTESTANTS[name].variant):
+        texts["variants"] = variants_text(results)
     for name, text in texts.items():
         path = DOCS / "_generated" / f"tasks_{name}.md"
         path.parent.mkdir(exist_ok=True)
