@@ -32,7 +32,7 @@ NETWORK_ABLATIONS: dict[str, dict[str, Any]] = {
     "the default": {},
     "no metric (power 0)": {"metric_power": 0.0},
     "half the metric (power 1/2)": {"metric_power": 0.5},
-    "half-way to SGD (power 1/2)": {"metric_power": 0.5},
+    "ten pairs": {"history_size": 10},
     "exponential averages, β = 0.9": {"beta": 0.9},
     "a pair every 50 steps": {"adaptive": False},
     "no pairs at all": {"adaptive": False, "update_every": 10**6},

@@ -73,11 +73,11 @@ def _panels(results: Results, mean_curve: Curve, scale: Callable[[str, str], flo
             at, loss = mean_curve(records)
             x = at * scale(task, name)
             panel.plot(x, loss, **_line(name))
-            if name in COLOURS:
+            if name in COLOURS | THIN:
                 end = np.nanmax([end, x[-1]])
                 losses += [loss[0], *loss[np.isfinite(loss)]]
         _limits(panel, end, losses)
-        panel.set_title(TASKS[task].title + (" †" if TASKS[task].held_out else ""), fontsize=9)
+        panel.set_title(TASKS[task].title + (" †" if TASKS[task].held_out else ""), fontsize=8)
         panel.tick_params(labelsize=8)
     figure.supxlabel(unit, fontsize=9)
     figure.supylabel("training loss", fontsize=9)

@@ -84,7 +84,7 @@ def goals_text(results: Results) -> str:
     """Table of our default settings against AdamW, and the goals."""
     found = reaches(results)
     rows = [["task", "final loss / AdamW's", "steps to AdamW's final loss", "time to it"]]
-    rows += [[title(r.task), number(r.ratio), percent(r.steps), percent(r.seconds)] for r in found]
+    rows += [[title(r.task), f"{r.ratio:.4g}", percent(r.steps), percent(r.seconds)] for r in found]
     verdicts = [
         f"- {goal.words}: {goal.count}, **{'met' if goal.met else 'not met'}**" for goal in goals(found)
     ]
