@@ -67,6 +67,15 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-n", "auto", *session.posargs, env=ONE_CORE)
 
 
+def compiled_once(session: nox.Session) -> dict[str, str]:
+    """An environment in which JAX keeps what it compiles, since many tests compile the same steps."""
+    return {  # absolute, since tests change the directory
+        "JAX_COMPILATION_CACHE_DIR": str(Path(session.create_tmp()).absolute() / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def declared(*lines: str) -> Iterator[Requirement]:
     """Requirements as pyproject.toml declares them; those on the package itself are of its extras."""
     for requirement in map(Requirement, lines):
@@ -131,10 +140,7 @@ def optax_suite(session: nox.Session) -> None:
     env = {
         **ONE_CORE,
         "XLA_FLAGS": f"{ONE_CORE['XLA_FLAGS']} {EIGHT_DEVICES}",
-        # Many of the tests compile the same steps.
-        "JAX_COMPILATION_CACHE_DIR": f"{session.create_tmp()}/compiled",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **compiled_once(session),
     }
     session.run("pytest", "-n", "auto", f"--confcutdir={path}", path, *session.posargs, env=env)
 
@@ -153,14 +159,11 @@ def trainers(session: nox.Session, trainer: str) -> None:
 def embedding(session: nox.Session) -> None:
     """Test the core inside torchzero, pytorch_optimizer, Optimistix, and Keras on JAX and on PyTorch."""
     install(session, "-e", ".[jax,scipy,torch]", group="embedding")
-    path, folder = "tests/embedding", Path(session.create_tmp()).absolute()  # tests change the directory
+    path = "tests/embedding"
     env = {
         **ONE_CORE,
-        "KERAS_HOME": str(folder),
-        # Many of the tests compile the same steps.
-        "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "KERAS_HOME": str(Path(session.create_tmp()).absolute()),
+        **compiled_once(session),
     }
     options = (f"--confcutdir={path}", *session.posargs)
     parallel = ("-n", "auto", "--dist", "loadfile")
