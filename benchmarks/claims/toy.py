@@ -29,13 +29,8 @@ TITLES = {
     "published": "published formulas, T = 10",
 }
 PLANE, HALF_WIDTH, HALF_HEIGHT = Problem(2, 10, 0.2), 3.2, 1.9
-CALM = (
-    Problem(2, 10, 0),
-    Problem(2, 100, 0),
-    Problem(20, 100, 0),
-    Problem(20, 10_000, 0),
-    Problem(200, 1_000, 0),
-)
+CALM = tuple(dict.fromkeys(problem._replace(noise=0.0) for problem in PROBLEMS if problem.dim <= 200))
+"""The same without noise, but for the largest, which adds no other spectrum."""
 FRACTIONS = (1e-2, 1e-3)
 SHOWN = ("gradient descent", "L-BFGS", "published", "Newton", "mL-BFGS")
 """Methods in the figure of the losses, the most important drawn last."""

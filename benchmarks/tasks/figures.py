@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from benchmarks.claims import style
 
 from . import timing
 from .contestants import CONTESTANTS
-from .problems import TASKS
+from .goals import mean_curve, title
 from .search import Results
-from .training import Record
 
 __all__ = ["draw", "save"]
 
@@ -29,10 +28,9 @@ COLUMNS = 4
 LOW, HIGH = 0.02, 30.0
 
 Ratio = Callable[[Results, str, str], float]
-Curve = Callable[[Sequence[Record]], tuple[np.ndarray, np.ndarray]]
 
 
-def draw(results: Results, ratio: Ratio, mean_curve: Curve) -> dict[str, Figure]:
+def draw(results: Results, ratio: Ratio) -> dict[str, Figure]:
     """Training loss by step and by time, and the final losses in parts of AdamW's."""
     style.setup()
 
@@ -43,8 +41,8 @@ def draw(results: Results, ratio: Ratio, mean_curve: Curve) -> dict[str, Figure]
         return timing.load(results.folder, task).get(name, {}).get("seconds", math.nan)
 
     return {
-        "steps": _panels(results, mean_curve, steps, "gradients"),
-        "seconds": _panels(results, mean_curve, seconds, "seconds"),
+        "steps": _panels(results, steps, "gradients"),
+        "seconds": _panels(results, seconds, "seconds"),
         "ratio": _dots(results, ratio),
     }
 
@@ -55,7 +53,7 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _panels(results: Results, mean_curve: Curve, scale: Callable[[str, str], float], unit: str) -> Figure:
+def _panels(results: Results, scale: Callable[[str, str], float], unit: str) -> Figure:
     """One panel for each task: the mean training loss over the seeds against steps times `scale`."""
     columns = min(COLUMNS, len(results.plan.tasks))
     rows = math.ceil(len(results.plan.tasks) / columns)
@@ -77,7 +75,7 @@ def _panels(results: Results, mean_curve: Curve, scale: Callable[[str, str], flo
                 end = np.nanmax([end, x[-1]])
                 losses += [loss[0], *loss[np.isfinite(loss)]]
         _limits(panel, end, losses)
-        panel.set_title(TASKS[task].title + (" †" if TASKS[task].held_out else ""), fontsize=8)
+        panel.set_title(title(task), fontsize=8)
         panel.tick_params(labelsize=8)
     figure.supxlabel(unit, fontsize=9)
     figure.supylabel("training loss", fontsize=9)
@@ -130,7 +128,7 @@ def _dots(results: Results, ratio: Ratio) -> Figure:
             )
     axes.set_xscale("log")
     axes.set_xlim(LOW, HIGH)
-    axes.set_yticks(range(len(tasks)), [TASKS[t].title + (" †" if TASKS[t].held_out else "") for t in tasks])
+    axes.set_yticks(range(len(tasks)), [title(task) for task in tasks])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("final training loss / that of the better AdamW (arrows: beyond the axis, or diverged)")
     axes.grid(axis="y", color="#F2F2F2")

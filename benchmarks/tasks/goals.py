@@ -24,6 +24,7 @@ __all__ = [
     "mean_final",
     "mean_test",
     "reaches",
+    "title",
 ]
 
 OURS, ADAMW = "mlbfgs", ("adamw", "adamw_99")
@@ -56,6 +57,11 @@ class Goal:
     words: str
     count: str
     met: bool
+
+
+def title(task: str) -> str:
+    """The task's title, marked where it was held out."""
+    return TASKS[task].title + (" †" if TASKS[task].held_out else "")
 
 
 def mean_final(records: Sequence[Record]) -> float:

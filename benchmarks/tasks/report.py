@@ -13,7 +13,7 @@ from rich.table import Table
 
 from . import figures, timing
 from .contestants import CONTESTANTS, rate
-from .goals import OURS, better_adamw, goals, mean_curve, mean_final, mean_test, reaches
+from .goals import OURS, better_adamw, goals, mean_final, mean_test, reaches, title
 from .problems import TASKS
 from .search import Results, interior
 
@@ -35,11 +35,6 @@ def percent(value: float) -> str:
     if math.isnan(value):
         return ""
     return f"{100 * value:.0f}%" if math.isfinite(value) else "never"
-
-
-def title(task: str) -> str:
-    """The task's title, marked where it was held out."""
-    return TASKS[task].title + (" †" if TASKS[task].held_out else "")
 
 
 def table(
@@ -243,7 +238,7 @@ def write(results: Results) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")
         print(f"wrote {path.relative_to(DOCS.parent)}")
-    for name, figure in figures.draw(results, ratio, mean_curve).items():
+    for name, figure in figures.draw(results, ratio).items():
         path = DOCS / "_static" / f"tasks_{name}.png"
         path.parent.mkdir(exist_ok=True)
         figures.save(figure, path)

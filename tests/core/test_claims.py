@@ -14,18 +14,8 @@ import numpy as np
 import pytest
 
 import mlbfgs_core as core
+from benchmarks.claims.quadratics import PROBLEMS, RATE, SEEDS, STEPS
 
-PROBLEMS = [  # dimension, condition, standard deviation of the gradient's noise
-    (2, 10, 0.2),
-    (2, 100, 0.2),
-    (20, 100, 0.0),
-    (20, 100, 0.05),
-    (20, 100, 0.2),
-    (20, 10_000, 0.05),
-    (200, 1_000, 0.2),
-    (1000, 100, 0.1),
-]
-SEEDS, STEPS, RATE = 20, 300, 0.1
 FIT = core.Config(preset="fit")
 LBFGS = core.Config(preset="lbfgs")
 LBFGS_10 = core.Config(preset="lbfgs", update_every=10)
