@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .blocks import Blocks
 from .call import Call, Reduce, When, prepare, run_if
 from .config import Config
-from .kernels import Kernels
+from .kernels import Kernels, Metric
 from .pairs import check
 from .state import State
 
@@ -19,8 +19,20 @@ NOISE_WEIGHT = 0.1
 """Least weight of a new sample in the running variance along a stored row."""
 
 
+class Weights(NamedTuple):
+    """How a step's gradient enters, per leaf (L,)."""
+
+    increments: Array | int
+    """Observations to add."""
+    mean: Array
+    """Weight of a new observation in the averages."""
+    moment: Array
+    """The same in the mean square."""
+
+
 class Observation(NamedTuple):
-    """The reduced inner products of one step, whether all of them are finite, and the metric."""
+    """The reduced inner products of one step, whether all of them are finite, and how the gradient enters
+    averages and metric."""
 
     rows: Array
     """(B, 2m): `b`, the stored rows times the gradient, in the metric."""
@@ -34,8 +46,9 @@ class Observation(NamedTuple):
     """(B,): squared norm of the parameters, where the length control needs it."""
     finite: Array
     """0-d bool, over all blocks."""
-    inverse_roots: tuple[Array | None, ...]
-    """The metric's ``q ** -0.5`` of each leaf, so that a step forms it once; the step consumes it."""
+    weights: Weights
+    metrics: tuple[Metric | None, ...]
+    """The metric of each leaf with its ``q ** -0.5``, so that a step forms it once; the step consumes it."""
 
 
 def project(
@@ -94,29 +107,28 @@ def project_call(
 ) -> Observation:
     """`project` after its arguments have been checked; `observed`: the gradient is in the averages."""
     config, kernels, xp = call.config, call.kernels, call.xp
-    _, mean_weights, moment_weights = _advance(call, state, grads)
-    metrics = call.metrics(state, weights=None if observed else moment_weights)
+    weights = _weights(call, state, grads)
+    metrics = call.metrics(state, weights=None if observed else weights.moment)
     parts: list[Array | None] = []
-    inverse_roots: list[Array | None] = []
     for leaf, grad in enumerate(grads):
         if grad is None:
             parts.append(None)
-            inverse_roots.append(None)
             continue
-        mean = state.mean_grads[leaf]
+        mean, metric = state.mean_grads[leaf], metrics[leaf]
         part = kernels.project(
             state.history[leaf],
             grad,
             mean if config.adaptive else None,
-            call.scalar(1.0 - mean_weights[leaf], mean),
-            metrics[leaf],
+            call.scalar(1.0 - weights.mean[leaf], mean),
+            metric,
             mean.dtype,
         )
-        inverse_roots.append(part.inverse_root)
+        if metric is not None:
+            metrics[leaf] = metric._replace(kept=part.inverse_root)
         numbers = [part.grad_square, part.metric_square, part.scatter]
         if config.step_length == "clip":
             numbers.append(kernels.square(_needed(params)[leaf], mean.dtype))
-        parts.append(xp.concat([part.rows, xp.stack([x for x in numbers if x is not None])]))
+        parts.append(xp.concat([part.rows, *(x[None] for x in numbers if x is not None)]))
     sums = call.reduce(call.block_sums(parts))
     rows = 2 * config.history_size
     rest = iter([sums[:, i] for i in range(rows, sums.shape[1])])
@@ -128,7 +140,8 @@ def project_call(
         scatter=next(rest) if config.adaptive else xp.zeros_like(grad_square),
         param_square=next(rest) if config.step_length == "clip" else None,
         finite=xp.all(xp.isfinite(sums)),
-        inverse_roots=tuple(inverse_roots),
+        weights=weights,
+        metrics=tuple(metrics),
     )
 
 
@@ -202,15 +215,14 @@ def observe_call(
     """`observe` after its arguments have been checked."""
     config, xp, keep = call.config, call.xp, seen.finite
     one = xp.astype(keep, xp.int32)
-    increments, mean_weights, moment_weights = _advance(call, state, grads)
-    metrics = call.metrics(state, weights=moment_weights)
+    increments = seen.weights.increments
     mean_params, mean_grads, moments = list(state.mean_params), list(state.mean_grads), list(state.moment)
     for leaf, grad in enumerate(grads):
         if grad is None:
             continue
-        weight = call.scalar(mean_weights[leaf], mean_params[leaf])
+        weight = call.scalar(seen.weights.mean[leaf], mean_params[leaf])
         mean_params[leaf], mean_grads[leaf], moment = call.kernels.update_means(
-            mean_params[leaf], mean_grads[leaf], metrics[leaf], params[leaf], grad, weight, keep
+            mean_params[leaf], mean_grads[leaf], seen.metrics[leaf], params[leaf], grad, weight, keep
         )
         if moment is not None:
             moments[leaf] = moment
@@ -235,7 +247,7 @@ def observe_call(
 
     def part(verdict: tuple[Array, Array]) -> tuple[Array, Array]:
         before = state._replace(pending=verdict[0], signal_to_noise=verdict[1])
-        return check(call, before, call.metrics(state, kept=seen.inverse_roots), asked)
+        return check(call, before, seen.metrics, asked)
 
     pending, ratio = run_if(when, asked, part, (state.pending, state.signal_to_noise))
     return state._replace(pending=pending, signal_to_noise=ratio)
@@ -254,30 +266,26 @@ def is_due(config: Config, window: Array, state: State) -> Array:
     return due
 
 
-def _advance(call: Call, state: State, grads: Sequence[Array | None]) -> tuple[Array, Array, Array]:
-    """Per leaf (L,): the observations to add, and the weights with which a new one enters the averages
-    and the mean square."""
+def _weights(call: Call, state: State, grads: Sequence[Array | None]) -> Weights:
     config, xp = call.config, call.xp
+    increments: Array | int = 1
+    steps, window = state.leaf_steps + 1, state.leaf_window + 1
     if any(grad is None for grad in grads):
         yes = xp.ones_like(state.step)
         increments = xp.stack([yes * 0 if grad is None else yes for grad in grads])
-    else:
-        increments = xp.ones_like(state.leaf_steps)
-    steps = xp.astype(xp.maximum(state.leaf_steps + increments, xp.ones_like(increments)), call.dtype)
-    window = xp.astype(xp.maximum(state.leaf_window + increments, xp.ones_like(increments)), call.dtype)
+        # Of a leaf without a gradient, what is not used but must not be infinite.
+        steps, window = (xp.maximum(n - 1 + increments, xp.ones_like(n)) for n in (steps, window))
+    steps, window = xp.astype(steps, call.dtype), xp.astype(window, call.dtype)
     if config.beta is None:
-        mean_weights = 1.0 / window
+        mean = 1.0 / window
     else:
-        mean_weights = xp.where(steps == 1.0, 1.0, xp.ones_like(steps) - config.beta)
-    if not config.uses_metric:
-        return increments, mean_weights, mean_weights
-    return increments, mean_weights, mean_square_weight(config, steps, xp)
+        mean = xp.where(steps == 1.0, 1.0, xp.ones_like(steps) - config.beta)
+    return Weights(increments, mean, mean_square_weight(config, steps) if config.uses_metric else mean)
 
 
-def mean_square_weight(config: Config, steps: Array, xp: Any) -> Array:
+def mean_square_weight(config: Config, steps: Array) -> Array:
     """Weight of the newest of so many squared gradients in their bias-corrected running mean."""
-    decay = xp.ones_like(steps) * config.metric_beta
-    return (1.0 - decay) / (1.0 - decay**steps)
+    return (1.0 - config.metric_beta) / (1.0 - config.metric_beta**steps)
 
 
 def _follow_noise(call: Call, state: State, seen: Observation) -> State:
@@ -291,14 +299,15 @@ def _follow_noise(call: Call, state: State, seen: Observation) -> State:
         return state
     now = seen.rows[:, : config.history_size]
     last, before = state.row_projection[:, 0, :], state.row_projection[:, 1, :]
+    projection = xp.concat([now[:, None, :], last[:, None, :]], axis=1)
     age = state.row_age + 1
-    count = xp.astype(age - 2, call.dtype)
-    known = count >= 1.0
-    weight = xp.maximum(1.0 / xp.where(known, count, 1.0), xp.full_like(count, NOISE_WEIGHT))
+    known = age >= 3
+    count = xp.astype(xp.where(known, age - 2, 1), call.dtype)
+    weight = xp.where(count * NOISE_WEIGHT < 1.0, 1.0 / count, NOISE_WEIGHT)
     sample = (now - 2.0 * last + before) ** 2 / 6.0
     noise = xp.where(keep & known, state.row_noise + weight * (sample - state.row_noise), state.row_noise)
     return state._replace(
-        row_projection=xp.where(keep, xp.stack([now, last], axis=1), state.row_projection),
+        row_projection=xp.where(keep, projection, state.row_projection),
         row_noise=noise,
         row_age=xp.where(keep, age, state.row_age),
     )

@@ -12,7 +12,7 @@ from .config import Config
 from .kernels import Kernels, Means, Metric
 from .state import LEAF_DTYPES, State, accumulation_dtype, dtype_name
 
-__all__ = ["Call", "Reduce", "When", "prepare", "run_if"]
+__all__ = ["Call", "Reduce", "When", "prepare", "run_if", "stack"]
 
 Array = Any
 Reduce = Callable[[Array], Array]
@@ -41,6 +41,11 @@ class Call(NamedTuple):
         """A coefficient in the accumulation dtype of a leaf's average."""
         return self.kernels.cast(value, leaf.dtype)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there are no other shards."""
+        return self.reduce is _identity
+
     def device(self, state: State) -> Any:
         """The state's device, traced or not."""
         return self.kernels.device(state.gamma)
@@ -51,15 +56,8 @@ class Call(NamedTuple):
             state.mean_params[leaf], state.mean_grads[leaf], state.prev_params[leaf], state.prev_grads[leaf]
         )
 
-    def metrics(
-        self,
-        state: State,
-        *,
-        weights: Array | None = None,
-        kept: Sequence[Array | None] | None = None,
-    ) -> list[Metric | None]:
-        """The metric of each leaf; `weights` (L,) are those with which a gradient is to enter, `kept` the
-        inverse roots of a projection."""
+    def metrics(self, state: State, weights: Array | None = None) -> list[Metric | None]:
+        """The metric of each leaf; `weights` (L,) are those with which a gradient is to enter."""
         if not self.config.uses_metric:
             return [None] * len(state.history)
         floors = state.mean_square * MEAN_SQUARE_FLOOR
@@ -71,9 +69,8 @@ class Call(NamedTuple):
                 result[leaf] = Metric(
                     moment,
                     weight,
-                    self.scalar(floors[number], moment) + self.xp.finfo(moment.dtype).smallest_normal,
+                    self.scalar(floors[number], moment) + self.kernels.least(moment.dtype),
                     self.config.metric_power,
-                    None if kept is None else kept[leaf],
                 )
         return result
 
@@ -92,13 +89,13 @@ class Call(NamedTuple):
         like = next(part for part in parts if part is not None)
         sums = []
         for block in self.blocks:
-            total = self.xp.zeros_like(like, dtype=self.dtype)
+            total = None
             for leaf in block:
-                part = parts[leaf]
-                if part is not None:
-                    total = total + self.kernels.cast(self.shared(part, leaf), self.dtype)
-            sums.append(total)
-        return self.xp.stack(sums)
+                if parts[leaf] is not None:
+                    part = self.kernels.cast(self.shared(parts[leaf], leaf), self.dtype)
+                    total = part if total is None else total + part
+            sums.append(self.xp.zeros_like(like, dtype=self.dtype) if total is None else total)
+        return stack(sums, self.xp)
 
 
 def prepare(
@@ -146,6 +143,12 @@ def prepare(
         raise TypeError(msg)
     xp = kernels.xp if kernels is not None else array_namespace(state.gamma)
     return Call(config, blocks, kernels or Kernels(xp), reduce or _identity, shares, xp, state.gamma.dtype)
+
+
+def stack(parts: Sequence[Array], xp: Any) -> Array:
+    """Along a new first axis; cheaper than `xp.stack` for numbers and for a single part."""
+    rows = [part[None, ...] for part in parts]
+    return rows[0] if len(rows) == 1 else xp.concat(rows)
 
 
 def run_if(when: When, predicate: Array, part: Callable[[Any], Any], operand: Any) -> Any:

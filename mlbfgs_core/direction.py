@@ -192,7 +192,7 @@ def upcoming(config: Config, state: State) -> Array:
     `when_due`: it depends only on steps that are already done.
     """
     xp, window = array_namespace(state.window), state.window + 1
-    return xp.stack([is_check(config, window, state), is_due(config, window, state)])
+    return xp.concat([is_check(config, window, state)[None], is_due(config, window, state)[None]])
 
 
 def direction(
@@ -292,7 +292,7 @@ def _direction(
     cosine = along / xp.where(both > 0, both, 1.0)
     size = xp.where(state.size > 0, state.size, 1.0)
     steps = xp.astype(xp.maximum(state.step, xp.ones_like(state.step)), call.dtype)
-    weight = mean_square_weight(config, steps, xp)
+    weight = mean_square_weight(config, steps)
     mean_square = state.mean_square + weight * (seen.grad_square / size - state.mean_square)
     state = state._replace(
         cosine=xp.where(keep, cosine, state.cosine),
@@ -313,7 +313,6 @@ def _combine(
     exact: bool,
 ) -> tuple[list[Array | None], list[Array | None]]:
     """The updates, and where their norm is not `exact` already their sums of squares."""
-    metrics = call.metrics(state, kept=seen.inverse_roots)
     update: list[Array | None] = [None] * len(grads)
     squares: list[Array | None] = [None] * len(grads)
     for number, block in enumerate(call.blocks):
@@ -325,7 +324,7 @@ def _combine(
                     grad,
                     call.scalar(c[number, :], mean),
                     call.scalar(gamma[number], mean),
-                    metrics[leaf],
+                    seen.metrics[leaf],
                     seen.finite,
                     mean.dtype,
                 )

@@ -83,7 +83,7 @@ def refresh_call(
     """`refresh` after its arguments have been checked; with an observation also its `rows`, with the
     gradient projected on the new pair too."""
     xp, m = call.xp, call.config.history_size
-    metrics = call.metrics(state, kept=None if seen is None else seen.inverse_roots)
+    metrics = call.metrics(state) if seen is None else seen.metrics
     pair = products(call, state, metrics)
     damping = damp(call, state, pair)
     complete = due & (state.prev_window > 0)

@@ -2,6 +2,7 @@
 
 An adapter may subclass `Kernels` and override any method by a faster one of the same meaning.
 Arrays that a method is documented to consume are updated in place where the backend allows it.
+Coefficients may be of another library than the leaves: `xp` is theirs, and the kernels convert.
 """
 
 from __future__ import annotations
@@ -127,6 +128,10 @@ class Kernels:
     def cast(self, x: Array, dtype: Any) -> Array:
         """`x` in a dtype; itself where it has that already, which saves a call."""
         return x if x.dtype == dtype else self.xp.astype(x, dtype, copy=False)
+
+    def least(self, dtype: Any) -> Any:
+        """The smallest normal number of a dtype."""
+        return self.xp.finfo(dtype).smallest_normal
 
     def store(self, array: Array, tile: Index, value: Array) -> Array:
         """`array` with `value` at the tile; consumes `array`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .call import Call
+from .call import Call, stack
 from .config import Config
 from .kernels import Metric, PairTile
 from .state import State
@@ -67,10 +67,15 @@ def products(call: Call, state: State, metrics: Sequence[Metric | None]) -> Pair
                     call.means(state, leaf), metrics[leaf], call.valid(state, leaf)
                 )
             ]
-        columns = zip(*tiles, strict=True)
-        parts = [xp.stack([xp.astype(x, call.dtype, copy=False) for x in column]) for column in columns]
+        columns = [[call.kernels.cast(x, call.dtype) for x in column] for column in zip(*tiles, strict=True)]
+        if len(tiles) == 1:
+            gathered.append([column[0] for column in columns])
+            continue
+        parts = [stack(column, xp) for column in columns]
         gathered.append(_add_scaled(*parts, s_total=xp.max(parts[0]), y_total=xp.max(parts[1]), xp=xp))
-    local = [xp.stack(column) for column in zip(*gathered, strict=True)]
+    local = [stack(column, xp) for column in zip(*gathered, strict=True)]
+    if call.is_whole:
+        return PairProducts(*local)
     scales = call.reduce(xp.stack(local[:2], axis=1))
     local = [x[:, None] for x in local]
     shard = _add_scaled(*local, s_total=scales[:, :1], y_total=scales[:, 1:], xp=xp)
@@ -89,8 +94,8 @@ def check(call: Call, state: State, metrics: Sequence[Metric | None], asked: Arr
     pair = products(call, state, metrics)
     _, s_part = _common_scale(pair.s_scale, xp)
     y_top, y_part = _common_scale(pair.y_scale, xp)
-    spread, _ = _window_noise(call, state)
-    y_norm, y_noise = _lengths_of_y(call, state, pair)
+    y_norm = y_top * xp.sqrt(xp.sum(pair.yy * y_part**2))
+    spread, y_noise = _window_noise(call, state)
     row_noise, known = _row_noise(call, state)
     rise = y_top * xp.sum(pair.sy * s_part * y_part)  # s.y in units of the largest s_scale, as is the next
     rise_noise = xp.sqrt(spread * xp.sum(pair.ss * s_part**2 * row_noise))
@@ -122,8 +127,10 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     mu = pair.sy / xp.where(pair.ss > 0, pair.ss, 1.0) * ratio
     length = pair.y_norm(xp) / safe_norm  # of y, in units of |s|; `mu` is its part along s
     part = xp.ones_like(mu)
+    spread, y_noise = _window_noise(call, state)
     if config.shrinks:
-        y_norm, y_noise = _lengths_of_y(call, state, pair)
+        y_top, y_part = _common_scale(pair.y_scale, xp)
+        y_norm = y_top * xp.sqrt(xp.sum(pair.yy * y_part**2))
         noise = xp.minimum(y_noise / xp.where(y_norm > 0, y_norm, 1.0), xp.ones_like(y_norm)) ** 2
         part = part * xp.maximum(1.0 - noise, xp.ones_like(noise) * config.shrinkage)
         cosine = xp.minimum(xp.abs(mu) / xp.where(length > 0, length, 1.0), xp.ones_like(mu))
@@ -136,7 +143,6 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     least = config.min_cosine * base_length
     if config.uses_noise:
         row_noise, _ = _row_noise(call, state)
-        spread, _ = _window_noise(call, state)
         least = xp.maximum(least, config.noise_floor * xp.sqrt(spread * row_noise) / safe_norm)
     delta = xp.maximum(least - base, xp.zeros_like(base))
     curvature = base + delta
@@ -168,15 +174,6 @@ def paper_tau(config: Config, mu: Array, xp: Any) -> Array:
     return xp.where(low | high, xp.minimum(binding, limit), limit)
 
 
-def _lengths_of_y(call: Call, state: State, pair: PairProducts) -> tuple[Array, Array]:
-    """0-d: ``|y|`` over all blocks, and what is expected of it from noise alone."""
-    xp = call.xp
-    top, part = _common_scale(pair.y_scale, xp)
-    spread, freedom = _window_noise(call, state)
-    noise = xp.sqrt(spread * (state.scatter + state.prev_scatter) / freedom)
-    return top * xp.sqrt(xp.sum(pair.yy * part**2)), noise
-
-
 def _common_scale(scales: Array, xp: Any) -> tuple[Array, Array]:
     """The largest of the blocks' scales, 0-d; and each in units of it."""
     top = xp.max(scales)
@@ -184,7 +181,8 @@ def _common_scale(scales: Array, xp: Any) -> tuple[Array, Array]:
 
 
 def _window_noise(call: Call, state: State) -> tuple[Array, Array]:
-    """Variance of ``M_g - P_g`` in units of one gradient's, and the scatters' degrees of freedom."""
+    """Variance of ``M_g - P_g`` in units of one gradient's; and what is expected of ``|y|``, over all
+    blocks, from noise alone: from the scatters and their degrees of freedom."""
     config, xp = call.config, call.xp
     now = xp.astype(xp.maximum(state.window, xp.ones_like(state.window)), call.dtype)
     before = xp.astype(xp.maximum(state.prev_window, xp.ones_like(state.window)), call.dtype)
@@ -200,7 +198,8 @@ def _window_noise(call: Call, state: State) -> tuple[Array, Array]:
         spread = (1.0 - beta**now) ** 2 * prev + limit * (1.0 - beta ** (2.0 * now))
         seen = now + before - xp.astype(first <= before, call.dtype)  # the very first adds no scatter
         freedom = seen * 2.0 * beta / (1.0 + beta)
-    return spread, xp.maximum(freedom, xp.ones_like(freedom))
+    freedom = xp.maximum(freedom, xp.ones_like(freedom))
+    return spread, xp.sqrt(spread * (state.scatter + state.prev_scatter) / freedom)
 
 
 def _row_noise(call: Call, state: State) -> tuple[Array, Array]:

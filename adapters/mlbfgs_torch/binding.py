@@ -43,9 +43,14 @@ class Bound:
         """The state; its numbers are views of the rows, or read from them."""
         return self._state._replace(**self._rows.read())
 
+    @property
+    def host_state(self) -> core.State:
+        """The state with its numbers as arrays of NumPy; of a CPU only."""
+        return self._state._replace(**self._rows.host.read(), size=self._state.size.numpy())
+
     def store(self, new: core.State) -> None:
         """Take over the numbers of a new state; its arrays have been updated in place."""
-        self._rows.write(new)
+        (self._rows if isinstance(new.gamma, Tensor) else self._rows.host).write(new)
 
 
 def forget_misfits(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.kernels import Means, Metric, Projection
+from mlbfgs_core.kernels import Means, Metric, PairTile, Projection
 
 __all__ = ["TorchKernels"]
 
@@ -38,6 +38,7 @@ class TorchKernels(core.Kernels):
         self._keeps = device.type == "cpu"
         self._scratch: dict[int, Tensor] = {}
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, torch.Size], Tensor] = {}
 
     def scratch(self, history: Tensor, leaf: Tensor, dtype: torch.dtype) -> Tensor:
         """Memory for a leaf's root and update, on a CPU the same at every step."""
@@ -66,11 +67,16 @@ class TorchKernels(core.Kernels):
         None: let the operation allocate it."""
         if not self._keeps or torch.compiler.is_compiling():
             return None
-        size = like.numel()
-        kept = self._buffers.get((name, dtype))
-        if kept is None or kept.shape[0] < size:
-            kept = self._buffers[name, dtype] = like.new_empty(size, dtype=dtype)
-        return kept[:size].view(like.shape)
+        key = name, dtype, like.shape
+        view = self._views.get(key)
+        if view is None:
+            size = like.numel()
+            kept = self._buffers.get((name, dtype))
+            if kept is None or kept.shape[0] < size:
+                kept = self._buffers[name, dtype] = like.new_empty(size, dtype=dtype)
+                self._views.clear()
+            view = self._views[key] = kept[:size].view(like.shape)
+        return view
 
     def rows(self, history: Tensor, tile: Any, dtype: torch.dtype) -> Tensor:
         """The tile of a history as a matrix of 2m rows, in the history's own dtype."""
@@ -102,7 +108,8 @@ class TorchKernels(core.Kernels):
         parts = x.shape[0] // _PART
         whole = parts * _PART
         # With `out`, `torch.autocast` leaves a product in full precision.
-        products = torch.mv(rows[:, whole:], x[whole:], out=x.new_empty(rows.shape[0]))
+        rest = (rows[:, whole:], x[whole:]) if parts else (rows, x)
+        products = torch.mv(*rest, out=x.new_empty(rows.shape[0]))
         if parts == 0:
             return products
         split = rows[:, :whole].unflatten(1, (parts, _PART)).permute(1, 2, 0)
@@ -172,9 +179,9 @@ class TorchKernels(core.Kernels):
                 off = torch.sub(g, mean_grad[tile], out=self.buffer("off", g, dtype))
                 off = off if metric is None else off.mul_(root)
                 rest.append(torch.dot(off, off) * scatter_weight)
-            parts = [self.times(self.rows(history, tile, dtype), scaled), torch.stack(rest)]
+            parts = [self.times(self.rows(history, tile, dtype), scaled), *rest]
             total = [one + other for one, other in zip(total, parts, strict=True)] if total else parts
-        sums = iter(total[1].unbind())
+        sums = iter(total[1:])
         return Projection(
             total[0],
             next(sums),
@@ -220,6 +227,19 @@ class TorchKernels(core.Kernels):
             root = metric.inverse_root(self, tile)
             s, y = s.div_(root), y.mul_(root)
         return s, y
+
+    def pair_products(self, means: Means, metric: Metric | None, valid: Tensor) -> list[PairTile]:
+        """Inner products of ``s`` and ``y``, tile by tile."""
+        if means.params.shape[0] == 0:
+            return super().pair_products(means, metric, valid)
+        products = []
+        for tile in self.tiles(means.params):
+            s, y = self.pair(means, metric, tile, valid)
+            scales = self.largest(s), self.largest(y)
+            for x, scale in zip((s, y), scales, strict=True):
+                x.div_(scale + (scale == 0))
+            products.append(PairTile(*scales, torch.dot(s, s), torch.dot(s, y), torch.dot(y, y)))
+        return products
 
     def write_pair(
         self,

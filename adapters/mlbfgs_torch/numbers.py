@@ -19,6 +19,8 @@ from mlbfgs_core.state import LEAF_COUNTS, layout
 
 __all__ = ["PER_BLOCK", "PER_UNIT", "Rows", "counts_and_label", "unpack"]
 
+Array = Any
+
 
 class _Field(NamedTuple):
     """Where a field of the state stands in a row, or the label of the block."""
@@ -121,6 +123,20 @@ class Rows:
             if field.flag or (several and field.scope == "block" and not field.real)
         ]
         self._views: dict[str, Tensor] | None = None
+        self._host: _HostRows | None = None
+
+    @property
+    def host(self) -> _HostRows:
+        """The same rows as arrays of NumPy; of a CPU only."""
+        if self._host is None:
+            self._host = _HostRows(
+                self._layout,
+                self._coefficients.numpy(),
+                self._counters.numpy(),
+                self._own.numpy(),
+                self._firsts.numpy(),
+            )
+        return self._host
 
     def of(self, leaf: int) -> dict[str, Tensor]:
         """The rows of one leaf, under their names."""
@@ -172,3 +188,46 @@ class Rows:
             elif field.scope == "block" and value.shape[0] != count:
                 value = value[self._own]
             yield value.reshape(count, -1)
+
+
+class _HostRows:
+    """The memory of `Rows` as NumPy arrays."""
+
+    def __init__(
+        self, layout: _Layout, coefficients: Array, counters: Array, own: Array, firsts: Array
+    ) -> None:
+        self._own, self._firsts, self._several = own, firsts, len(firsts) > 1
+        self._places = [
+            (field, rows, field.columns if field.shape else field.columns.start)
+            for fields, rows in ((layout.coefficients, coefficients), (layout.counters[:-1], counters))
+            for field in fields
+        ]
+        self._read: dict[str, Array] = {}
+
+    def read(self) -> dict[str, Array]:
+        """The fields of the state: numbers as numbers, matrices as views."""
+        values = {}
+        for field, rows, columns in self._places:
+            if field.scope == "unit":
+                value = rows[0, columns]
+            elif field.scope == "block" and not field.real:
+                value = rows[self._firsts, columns]
+            else:
+                value = rows[:, columns]
+            if field.shape:
+                value = value.reshape((-1, *field.shape))
+            values[field.name] = value != 0 if field.flag else value
+        self._read = values
+        return values
+
+    def write(self, state: core.State) -> None:
+        """Take over the numbers of a new state that are not the ones that were read."""
+        for field, rows, columns in self._places:
+            value = getattr(state, field.name)
+            if value is self._read.get(field.name):
+                continue
+            if field.shape:
+                value = value.reshape((len(value), -1))
+            if field.scope == "block" and not field.real and self._several:
+                value = value[self._own]
+            rows[:, columns] = value

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +30,7 @@ from .arguments import (
 )
 from .binding import forget_misfits
 from .checkpoint import contribution, outline, restore, take, whole
+from .host import as_tensor, quiet
 from .leaves import Member, as_real
 from .owners import divide, gather
 from .units import Partition, Unit
@@ -197,29 +199,33 @@ class MLBFGS(Optimizer):
         scale = getattr(self, "grad_scale", None)
         work = [(unit, unit.params(), unit.grads(scale)) for unit in self._units]
         work = [entry for entry in work if any(grad is not None for grad in entry[2])]
-        seen = [
-            core.project(unit.config, unit.state, params, grads, **unit.way) for unit, params, grads in work
-        ]
-        for (unit, params, grads), observation in zip(work, seen, strict=True):
-            finite, idle = self._verdict(seen, observation.finite.device)
-            check, due = unit.asked()
-            update, factor, state = core.unscaled_step(
-                unit.config,
-                unit.state,
-                params,
-                grads,
-                **unit.way,
-                when_check=check,
-                when_due=due,
-                observation=observation._replace(finite=finite),
-            )
-            if idle is not None:
-                state = state._replace(
-                    skipped=torch.where(idle, unit.state.skipped, state.skipped),
-                    accepted=torch.where(idle, unit.state.accepted, state.accepted),
+        with quiet():
+            calls = [unit.call() for unit, _, _ in work]
+            seen = [
+                core.project(unit.config, state, params, grads, **way)
+                for (unit, params, grads), (state, way) in zip(work, calls, strict=True)
+            ]
+            for (unit, params, grads), (before, way), own in zip(work, calls, seen, strict=True):
+                finite, idle = self._verdict(seen, own.finite)
+                check, due = unit.asked(before)
+                update, factor, state = core.unscaled_step(
+                    unit.config,
+                    before,
+                    params,
+                    grads,
+                    **way,
+                    when_check=check,
+                    when_due=due,
+                    observation=own._replace(finite=finite),
                 )
-            unit.remember(state)
-            unit.apply(params, update, factor, finite)
+                if idle is not None:
+                    xp = way["kernels"].xp
+                    state = state._replace(
+                        skipped=xp.where(idle, before.skipped, state.skipped),
+                        accepted=xp.where(idle, before.accepted, state.accepted),
+                    )
+                unit.remember(state)
+                unit.apply(params, update, factor, finite)
         return loss
 
     def diagnostics(self) -> list[core.Diagnostics]:
@@ -459,10 +465,9 @@ class MLBFGS(Optimizer):
             units.append(Unit(part, self.state, sum(len(unit.blocks) for unit in units), numbers))
         self._units = units
 
-    def _verdict(
-        self, seen: Sequence[core.Observation], device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
-        """Whether the step is accepted; and, with a learning rate of 0, whether it is none at all.
+    def _verdict(self, seen: Sequence[core.Observation], own: Any) -> tuple[Any, Any]:
+        """Whether the step is accepted; and, with a learning rate of 0, whether it is none at all (else
+        None); of the kind of `own`, a unit's own verdict.
 
         A step with a rate of 0 and gradients of zero is how `torch.distributed.checkpoint` makes an
         optimizer create its state: it must not count.
@@ -470,17 +475,20 @@ class MLBFGS(Optimizer):
         verdicts = [observation.finite for observation in seen]
         if getattr(self, "found_inf", None) is not None:
             verdicts.append(self.found_inf.reshape(()) == 0)
-        finite = _all(verdicts, device)
+        finite = _all(verdicts, own)
         rates = [group["lr"] for group in self.param_groups]
         if any(not isinstance(rate, Tensor) and rate != 0 for rate in rates):
             return finite, None
         zeros = [observation.grad_square.sum() == 0 for observation in seen]
         zeros += [rate.reshape(()) == 0 for rate in rates if isinstance(rate, Tensor)]
-        idle = _all(zeros, device)
+        idle = _all(zeros, own)
         return finite & ~idle, idle
 
 
-def _all(verdicts: Sequence[Tensor], device: torch.device) -> Tensor:
+def _all(verdicts: Sequence[Any], like: Any) -> Any:
+    """Whether all are true, as a tensor where `like` is one, and on its device, else as an array."""
     if len(verdicts) == 1:
         return verdicts[0]
-    return torch.stack([verdict.to(device, non_blocking=True) for verdict in verdicts]).all()
+    if not isinstance(like, Tensor):
+        return np.asarray([bool(verdict) for verdict in verdicts]).all()
+    return torch.stack([as_tensor(verdict).to(like.device, non_blocking=True) for verdict in verdicts]).all()

@@ -14,11 +14,15 @@ from mlbfgs_core.blocks import Blocks
 
 from . import sharding
 from .binding import agreed, bind
+from .host import HostKernels, reduced
 from .kernels import TorchKernels
 from .leaves import Leaf, Member, Memory, plan_leaves
 from .numbers import PER_BLOCK, PER_UNIT
 
-__all__ = ["Partition", "Unit"]
+__all__ = ["HOSTS", "Partition", "Unit"]
+
+HOSTS = {"cpu"}
+"""Types of devices on whose tensors NumPy can work."""
 
 
 class Partition(NamedTuple):
@@ -114,21 +118,34 @@ class Unit:
         )
         self._device = part.device
         self.kernels = TorchKernels(self._device)
+        self._host_kernels = HostKernels(self.kernels)
         self._views = [(member.param, memory[member.param]["history"]) for member in part.members]
         self.flags: _Flags | None = None
         shares = [*(leaf.share for leaf in self.leaves), *(1.0 for _ in self._absent)]
-        self.way: dict[str, Any] = {
-            "blocks": blocks,
-            "kernels": self.kernels,
-            "reduce": sharding.reduction(part.group, part.reduce_device),
-            "shares": None if all(share == 1.0 for share in shares) else shares,
-        }
-        """How the core is called."""
+        self._shares = None if all(share == 1.0 for share in shares) else shares
+        self._reduce = sharding.reduction(part.group, part.reduce_device)
 
     @property
     def state(self) -> core.State:
-        """The core's state."""
+        """The core's state, all of it tensors."""
         return self._bound.state
+
+    def call(self) -> tuple[core.State, dict[str, Any]]:
+        """The state for one step, and the arguments with which the core is called."""
+        host = self._is_host()
+        return self._bound.host_state if host else self.state, {
+            "blocks": self.blocks,
+            "kernels": self._host_kernels if host else self.kernels,
+            "reduce": reduced(self._reduce) if host else self._reduce,
+            "shares": self._shares,
+        }
+
+    def _is_host(self) -> bool:
+        """Whether a step computes its coefficients with NumPy: not where it is captured or compiled."""
+        return self._device.type in HOSTS and not self._captured()
+
+    def _captured(self) -> bool:
+        return torch.compiler.is_compiling() or any(leaf.group["capturable"] for leaf in self.leaves)
 
     def coefficients(self) -> dict[str, Tensor]:
         """Those of blocks and of the whole."""
@@ -154,11 +171,15 @@ class Unit:
         # take part.
         return [*own, None, *self._absent[1:]] if self._absent else own
 
-    def asked(self) -> tuple[bool | None, bool | None]:
+    def asked(self, state: core.State) -> tuple[bool | None, bool | None]:
         """Whether this step makes a check and takes a pair; None: mask it."""
-        if torch.compiler.is_compiling() or any(leaf.group["capturable"] for leaf in self.leaves):
+        if self._captured():
             self.flags = None
             return None, None
+        if self._is_host():
+            self.flags = None
+            check, due = core.upcoming(self.config, state)
+            return bool(check), bool(due)
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             msg = "MLBFGS needs `capturable`=True for a step captured in a CUDA graph, got False"
             raise RuntimeError(msg)
@@ -176,8 +197,8 @@ class Unit:
         self,
         params: Sequence[Tensor],
         update: Sequence[Tensor | None],
-        factor: Tensor,
-        finite: Tensor,
+        factor: Any,
+        finite: Any,
     ) -> None:
         """Momentum, weight decay and learning rate, all of them only where the step is accepted.
 
@@ -189,8 +210,11 @@ class Unit:
             if direction is None:
                 continue
             group, dtype = leaf.group, direction.dtype
-            accepted, length = finite.to(dtype), factor.to(dtype)
-            rate = accepted * _number(group["lr"])
+            if isinstance(finite, Tensor):
+                accepted, length, rate = finite.to(dtype), factor.to(dtype), _number(group["lr"])
+            else:
+                accepted, length, rate = float(finite), float(factor), float(group["lr"])
+            rate = accepted * rate
             decays = group["weight_decay"] != 0 and group["decoupled_weight_decay"]
             decay = 1 - rate * group["weight_decay"] if decays else None
             carry = None if buffer is None else 1 + accepted * (group["momentum"] - 1)
@@ -198,7 +222,7 @@ class Unit:
             for tile in self.kernels.tiles(direction):
                 change = direction[tile]
                 if buffer is not None:
-                    carried = buffer[tile].mul_(carry).addcmul_(change, length)
+                    carried = _add(buffer[tile].mul_(carry), change, length)
                     if group["nesterov"]:
                         change = change.mul_(length).add_(carried, alpha=group["momentum"])
                     else:
@@ -206,7 +230,7 @@ class Unit:
                 value = flat[tile].to(dtype)  # rounded once, at the end
                 if decay is not None:
                     value.mul_(decay)
-                value.addcmul_(change, weight, value=-1)
+                _add(value, change, weight, sign=-1)
                 if flat.dtype != dtype:
                     flat[tile].copy_(value)
             if not leaf.is_view:
@@ -255,6 +279,11 @@ def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:
     if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
         flat = flat.add(leaf.gather(leaf.params()), alpha=group["weight_decay"])
     return flat
+
+
+def _add(x: Tensor, y: Tensor, weight: float | Tensor, sign: int = 1) -> Tensor:
+    """``x + sign * weight * y`` in the place of `x`."""
+    return x.addcmul_(y, weight, value=sign) if isinstance(weight, Tensor) else x.add_(y, alpha=sign * weight)
 
 
 def _number(value: float | Tensor) -> float | Tensor:

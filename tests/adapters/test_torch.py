@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlbfgs_core as core
-from mlbfgs_torch import MLBFGS
+from mlbfgs_torch import MLBFGS, units
 from mlbfgs_torch import leaves as torch_leaves
 from mlbfgs_torch.numbers import unpack
 from tests.trainers.helpers import FAST, assert_same, train, weights
@@ -37,13 +37,21 @@ def flat(values):
     return torch.cat([value.detach().reshape(-1) for value in values])
 
 
+@pytest.fixture(params=["numpy", "tensors"])
+def coefficients(request, monkeypatch):
+    """What a step computes its coefficients with: on a CPU NumPy, elsewhere tensors."""
+    if request.param == "tensors":
+        monkeypatch.setattr(units, "HOSTS", ())
+    return request.param
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"update_every": 6}, FAST, {"preset": "fit", "update_every": 6}, {"preset": "lbfgs"}],
     ids=str,
 )
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_trajectory_is_the_cores(settings, nesterov):
+def test_trajectory_is_the_cores(settings, nesterov, coefficients):
     data, model = make_data(20), make_model()
     twin = weights(model)
     numbers = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": nesterov}
@@ -65,7 +73,7 @@ def test_trajectory_is_the_cores(settings, nesterov):
 
 @pytest.mark.parametrize("settings", [{"update_every": 6}, FAST, {"preset": "lbfgs"}], ids=str)
 @pytest.mark.parametrize("blocks", ["all", "parameter"])
-def test_small_parameters_side_by_side_give_the_same_trajectory(monkeypatch, settings, blocks):
+def test_small_parameters_side_by_side_give_the_same_trajectory(monkeypatch, settings, blocks, coefficients):
     def run():
         model, data = make_model(), make_data(20)
         optimizer = MLBFGS(model.parameters(), lr=0.05, weight_decay=0.1, blocks=blocks, **settings)
@@ -133,7 +141,7 @@ def test_copies_continue_like_the_original(duplicate):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_non_finite_gradient_changes_nothing_but_a_counter(poison):
+def test_a_non_finite_gradient_changes_nothing_but_a_counter(poison, coefficients):
     data, model = make_data(10), make_model()
     optimizer = MLBFGS(model.parameters(), weight_decay=0.1, **FAST)
     train(model, optimizer, data[:6])
@@ -153,7 +161,7 @@ def test_a_non_finite_gradient_changes_nothing_but_a_counter(poison):
     assert torch.isfinite(flat(model.parameters())).all()
 
 
-def test_a_nan_in_one_group_skips_the_step_of_all():
+def test_a_nan_in_one_group_skips_the_step_of_all(coefficients):
     model = make_model()
     first, last = model[0], model[2]
     optimizer = MLBFGS([{"params": first.parameters()}, {"params": last.parameters(), "history_size": 2}])
@@ -498,7 +506,8 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("settings", [{}, FAST, {"preset": "fit"}, {"capturable": True}], ids=str)
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
-def test_no_step_reads_a_number_off_a_tensor(settings, rate):
+def test_no_step_reads_a_number_off_a_tensor(settings, rate, monkeypatch):
+    monkeypatch.setattr(units, "HOSTS", ())  # as where reading a number would wait for the device
     model = make_model()
     optimizer = MLBFGS(model.parameters(), lr=rate, momentum=0.9, weight_decay=0.1, **settings)
     for inputs, targets in make_data(12):

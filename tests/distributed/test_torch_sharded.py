@@ -224,7 +224,10 @@ def collectives(layout, settings):
     for x, y in batches(16):
         optimizer.zero_grad()
         (wrapped(part(x)) - part(y)).square().mean().backward()
-        checked, refreshed = optimizer._units[0].flags.read() if optimizer._units else (False, False)
+        unit = next(iter(optimizer._units), None)
+        checked, refreshed = (
+            (False, False) if unit is None else core.upcoming(unit.config, unit.state).tolist()
+        )
         sizes = []
         original = dist.all_reduce
 
