@@ -38,7 +38,9 @@ class Reach:
     ----------
     task : str
     ratio : float
-        Our final training loss in parts of AdamW's.
+        Our final training loss in parts of AdamW's, each the mean of the seeds.
+    spread : tuple of float
+        The least and the largest of such ratios of one seed.
     steps, seconds : float
         Steps and seconds until AdamW's final training loss, in parts of AdamW's; infinite where it is not
         reached, NaN where the steps were not timed.
@@ -46,6 +48,7 @@ class Reach:
 
     task: str
     ratio: float
+    spread: tuple[float, float]
     steps: float
     seconds: float
 
@@ -115,7 +118,8 @@ def reach(results: Results, task: str) -> Reach | None:
     seconds = math.nan
     if OURS in times and adamw in times:
         seconds = steps * times[OURS]["seconds"] / times[adamw]["seconds"]
-    return Reach(task, mean_final(ours) / level, steps, seconds)
+    each = [own.final / other.final for own, other in zip(ours, theirs, strict=True)]
+    return Reach(task, mean_final(ours) / level, (min(each), max(each)), steps, seconds)
 
 
 def reaches(results: Results) -> list[Reach]:

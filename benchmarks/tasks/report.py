@@ -78,8 +78,11 @@ def ratio(results: Results, task: str, contestant: str) -> float:
 def goals_text(results: Results) -> str:
     """Table of our default settings against AdamW, and the goals."""
     found = reaches(results)
-    rows = [["task", "final loss / AdamW's", "steps to AdamW's final loss", "time to it"]]
-    rows += [[title(r.task), f"{r.ratio:.4g}", percent(r.steps), percent(r.seconds)] for r in found]
+    rows = [["task", "final loss / AdamW's", "seed by seed", "steps to AdamW's final loss", "time to it"]]
+    for entry in found:
+        spread = " to ".join(map(number, entry.spread))
+        reached = percent(entry.steps), percent(entry.seconds)
+        rows.append([title(entry.task), f"{entry.ratio:.4g}", spread, *reached])
     verdicts = [
         f"- {goal.words}: {goal.count}, **{'met' if goal.met else 'not met'}**" for goal in goals(found)
     ]

@@ -190,21 +190,36 @@ def test_a_run_that_is_killed_while_it_writes_leaves_no_file_of_that_name(tmp_pa
 
 def write(folder, task, contestant, finals, curve=(1.0, 1.0)):
     """Runs at three rates whose last losses are given, log-linear to a loss and a step in between."""
-    centre, steps = CONTESTANTS[contestant].centre, TASKS[task].steps
+    centre = CONTESTANTS[contestant].centre
     for exponent, final in zip(range(centre - 1, centre + 2), finals, strict=True):
-        key = Key(task, contestant, exponent, 0)
-        middle, part = curve
-        record = {
-            "steps": [0, round(part * steps), steps] if part < 1 else [0, steps],
-            "train": [100.0, middle, final] if part < 1 else [100.0, final],
-            "stopped": None,
-        }
-        lists = {
-            name: [0.0] * len(record["steps"])
-            for name in ("test", "seconds", "cpu_seconds", "optimizer_seconds")
-        }
-        content = {**record, **lists, "calls": steps, "parameters": 10, "state_bytes": 80}
-        runs.write_json(key.path(folder), {**content, "identity": runs.identity(task, contestant)})
+        write_run(folder, Key(task, contestant, exponent, 0), final, curve)
+
+
+def write_run(folder, key, final, curve=(1.0, 1.0)):
+    """One of them."""
+    (middle, part), steps = curve, TASKS[key.task].steps
+    record = {
+        "steps": [0, round(part * steps), steps] if part < 1 else [0, steps],
+        "train": [100.0, middle, final] if part < 1 else [100.0, final],
+        "stopped": None,
+    }
+    lists = {
+        name: [0.0] * len(record["steps"]) for name in ("test", "seconds", "cpu_seconds", "optimizer_seconds")
+    }
+    content = {**record, **lists, "calls": steps, "parameters": 10, "state_bytes": 80}
+    runs.write_json(key.path(folder), {**content, "identity": runs.identity(key.task, key.contestant)})
+
+
+def test_seeds_are_compared_one_by_one(tmp_path):
+    plan = Plan(("digits",), ("mlbfgs", "adamw"), seeds=3, least=3, most=3, one_setting=False)
+    for name, finals in (("mlbfgs", (1.0, 4.0, 2.0)), ("adamw", (2.0, 2.0, 4.0))):
+        centre = CONTESTANTS[name].centre
+        write(tmp_path, "digits", name, [9.0, finals[0], 9.0])
+        for seed in (1, 2):
+            write_run(tmp_path, Key("digits", name, centre, seed), finals[seed])
+    (found,) = reaches(Results(plan, tmp_path))
+    assert (found.ratio, *found.spread) == pytest.approx((7 / 8, 0.5, 2.0))
+    assert "| 0.875 | 0.5 to 2 |" in report.goals_text(Results(plan, tmp_path))
 
 
 def test_variants_change_something_and_are_held_against_the_default(tmp_path):
