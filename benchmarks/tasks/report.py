@@ -191,23 +191,32 @@ def _note(results: Results) -> str:
     return "† Held out: not used in choosing default settings." if held_out else ""
 
 
-def variants(results: Results) -> Results:
-    """The default and its variants, on one seed of the tasks that are not held out."""
-    names = tuple(name for name, entry in CONTESTANTS.items() if entry.variant)
-    tasks = tuple(task for task in results.plan.seen if TASKS[task].base is None)
-    plan = replace(results.plan, tasks=tasks, contestants=(OURS, *names), seeds=1, one_setting=False)
-    return Results(plan, results.folder)
+def variants(results: Results) -> list[Results]:
+    """The default and its variants on one seed: all of them on the tasks that are not held out; and the one
+    without pairs with large batches, which played no part in choosing anything."""
+    seen = tuple(task for task in results.plan.seen if TASKS[task].base is None)
+    large = tuple(task for task in results.plan.tasks if TASKS[task].base is not None)
+    changed = tuple(name for name, entry in CONTESTANTS.items() if entry.variant)
+    plan = replace(results.plan, seeds=1, one_setting=False)
+    return [
+        Results(replace(plan, tasks=tasks, contestants=(OURS, *names)), results.folder)
+        for tasks, names in ((seen, changed), (large, ("mlbfgs_no_pairs",)))
+        if tasks
+    ]
 
 
 def variants_text(results: Results) -> str:
-    """Table of the default's variants: final training losses in parts of the default's."""
-    results = variants(results)
+    """Tables of the default's variants: final training losses in parts of the default's."""
+    return "\n\n".join(markdown(_variants(part)) for part in variants(results))
+
+
+def _variants(results: Results) -> list[list[str]]:
     tasks, (ours, *names) = results.plan.tasks, results.plan.contestants
-    rows = [["the default with", *(TASKS[task].title for task in tasks), "geometric mean"]]
+    rows = [["the default with", *map(title, tasks), "geometric mean"]]
     for name in names:
         values = [final(results, task, name) / final(results, task, ours) for task in tasks]
         rows.append([CONTESTANTS[name].title, *map(number, [*values, _geometric_mean(values)])])
-    return markdown(rows)
+    return rows
 
 
 def contestants_text(results: Results) -> str:
@@ -234,7 +243,7 @@ def write(results: Results) -> None:
         "one": one_text(results),
         "contestants": contestants_text(results),
     }
-    if any(_has_run(variants(results), name) for name in CONTESTANTS if CONTESTANTS[name].variant):
+    if any(_has_run(part, name) for part in variants(results) for name in part.plan.contestants[1:]):
         texts["variants"] = variants_text(results)
     for name, text in texts.items():
         path = DOCS / "_generated" / f"tasks_{name}.md"

@@ -227,8 +227,9 @@ def test_variants_change_something_and_are_held_against_the_default(tmp_path):
     assert len({repr(settings) for settings in [{}, *changed]}) == len(changed) + 1
     results = Results(Plan(seeds=1, least=3, most=3), tmp_path)
     assert not any(CONTESTANTS[name].variant for name in results.plan.contestants)
-    tasks = report.variants(results).plan.tasks
+    tasks, large = (part.plan.tasks for part in report.variants(results))
     assert not any(TASKS[task].held_out for task in tasks)
+    assert all(TASKS[task].held_out for task in large)
     for task, final in zip(tasks, [3.0] + [1.0] * (len(tasks) - 1), strict=True):
         write(tmp_path, task, "mlbfgs", [4.0, 1.0, 2.0])
         write(tmp_path, task, "mlbfgs_no_pairs", [final, 5.0, 6.0])
