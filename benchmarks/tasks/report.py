@@ -80,7 +80,7 @@ def goals_text(results: Results) -> str:
     found = reaches(results)
     rows = [["task", "final loss / AdamW's", "seed by seed", "steps to AdamW's final loss", "time to it"]]
     for entry in found:
-        spread = " to ".join(map(number, entry.spread))
+        spread = "\N{EN DASH}".join(map(number, entry.spread))
         reached = percent(entry.steps), percent(entry.seconds)
         rows.append([title(entry.task), f"{entry.ratio:.4g}", spread, *reached])
     verdicts = [

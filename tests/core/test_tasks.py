@@ -219,7 +219,7 @@ def test_seeds_are_compared_one_by_one(tmp_path):
             write_run(tmp_path, Key("digits", name, centre, seed), finals[seed])
     (found,) = reaches(Results(plan, tmp_path))
     assert (found.ratio, *found.spread) == pytest.approx((7 / 8, 0.5, 2.0))
-    assert "| 0.875 | 0.5 to 2 |" in report.goals_text(Results(plan, tmp_path))
+    assert "| 0.875 | 0.5\N{EN DASH}2 |" in report.goals_text(Results(plan, tmp_path))
 
 
 def test_variants_change_something_and_are_held_against_the_default(tmp_path):
