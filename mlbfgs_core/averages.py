@@ -128,7 +128,8 @@ def project_call(
         numbers = [part.grad_square, part.metric_square, part.scatter]
         if config.step_length == "clip":
             numbers.append(kernels.square(_needed(params)[leaf], mean.dtype))
-        parts.append(xp.concat([part.rows, *(x[None] for x in numbers if x is not None)]))
+        sums = [part.rows, *(x[None] for x in numbers if x is not None)]
+        parts.append(xp.concat([kernels.cast(x, call.dtype) for x in sums]))
     sums = call.reduce(call.block_sums(parts))
     rows = 2 * config.history_size
     rest = iter([sums[:, i] for i in range(rows, sums.shape[1])])
@@ -214,7 +215,7 @@ def observe_call(
 ) -> State:
     """`observe` after its arguments have been checked."""
     config, xp, keep = call.config, call.xp, seen.finite
-    one = xp.astype(keep, xp.int32)
+    one, kept = xp.astype(keep, xp.int32), call.kernels.to_leaves(keep)
     increments = seen.weights.increments
     mean_params, mean_grads, moments = list(state.mean_params), list(state.mean_grads), list(state.moment)
     for leaf, grad in enumerate(grads):
@@ -222,7 +223,7 @@ def observe_call(
             continue
         weight = call.scalar(seen.weights.mean[leaf], mean_params[leaf])
         mean_params[leaf], mean_grads[leaf], moment = call.kernels.update_means(
-            mean_params[leaf], mean_grads[leaf], seen.metrics[leaf], params[leaf], grad, weight, keep
+            mean_params[leaf], mean_grads[leaf], seen.metrics[leaf], params[leaf], grad, weight, kept
         )
         if moment is not None:
             moments[leaf] = moment

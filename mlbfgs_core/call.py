@@ -76,7 +76,7 @@ class Call(NamedTuple):
 
     def valid(self, state: State, leaf: int) -> Array:
         """0-d bool: whether a leaf has been observed in this window and in the previous one."""
-        return (state.leaf_window[leaf] > 0) & (state.leaf_prev_window[leaf] > 0)
+        return self.kernels.to_leaves((state.leaf_window[leaf] > 0) & (state.leaf_prev_window[leaf] > 0))
 
     def shared(self, part: Array, leaf: int) -> Array:
         """What this shard adds of a leaf's inner products; a share of 0 keeps what is not finite."""
@@ -86,7 +86,7 @@ class Call(NamedTuple):
 
     def block_sums(self, parts: Sequence[Array | None]) -> Array:
         """Sum each block's parts (None: nothing) of shape (K,) or (): (B, K) or (B,)."""
-        like = next(part for part in parts if part is not None)
+        like = self.kernels.cast(next(part for part in parts if part is not None), self.dtype)
         sums = []
         for block in self.blocks:
             total = None
@@ -94,7 +94,7 @@ class Call(NamedTuple):
                 if parts[leaf] is not None:
                     part = self.kernels.cast(self.shared(parts[leaf], leaf), self.dtype)
                     total = part if total is None else total + part
-            sums.append(self.xp.zeros_like(like, dtype=self.dtype) if total is None else total)
+            sums.append(self.xp.zeros_like(like) if total is None else total)
         return stack(sums, self.xp)
 
 

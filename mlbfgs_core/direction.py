@@ -10,7 +10,7 @@ from array_api_compat import array_namespace
 
 from .averages import Observation, is_check, is_due, mean_square_weight, observe_call, project_call
 from .blocks import Blocks
-from .call import Call, Reduce, When, prepare, run_if
+from .call import Call, Reduce, When, prepare, run_if, stack
 from .config import Config
 from .history import refresh_call
 from .kernels import Kernels
@@ -192,7 +192,7 @@ def upcoming(config: Config, state: State) -> Array:
     `when_due`: it depends only on steps that are already done.
     """
     xp, window = array_namespace(state.window), state.window + 1
-    return xp.concat([is_check(config, window, state)[None], is_due(config, window, state)[None]])
+    return stack([is_check(config, window, state), is_due(config, window, state)], xp)
 
 
 def direction(
@@ -313,6 +313,7 @@ def _combine(
     exact: bool,
 ) -> tuple[list[Array | None], list[Array | None]]:
     """The updates, and where their norm is not `exact` already their sums of squares."""
+    keep = call.kernels.to_leaves(seen.finite)
     update: list[Array | None] = [None] * len(grads)
     squares: list[Array | None] = [None] * len(grads)
     for number, block in enumerate(call.blocks):
@@ -325,7 +326,7 @@ def _combine(
                     call.scalar(c[number, :], mean),
                     call.scalar(gamma[number], mean),
                     seen.metrics[leaf],
-                    seen.finite,
+                    keep,
                     mean.dtype,
                 )
                 if square is None and not exact:

@@ -94,7 +94,8 @@ def refresh_call(
     history = list(state.history)
     grams: list[Array] = [None] * len(history)
     for number, block in enumerate(call.blocks):
-        slot = slots[number : number + 1]
+        slot = call.kernels.to_leaves(slots[number : number + 1])
+        kept = call.kernels.to_leaves(keep[number])
         for leaf in block:
             mean = state.mean_params[leaf]
             weights = (damping.weight[number], damping.along[number])
@@ -106,7 +107,7 @@ def refresh_call(
                 call.valid(state, leaf),
                 call.scalar(damping.inverse_norm[number], mean),
                 (call.scalar(weights[0], mean), call.scalar(weights[1], mean)),
-                keep[number],
+                kept,
                 None if grads is None else grads[leaf],
             )
     sums = call.reduce(call.block_sums(grams))
@@ -146,7 +147,9 @@ def _turn_window(call: Call, state: State, due: Array) -> State:
     xp = call.xp
     turned = due & (state.leaf_window > 0)
     means = [
-        call.kernels.rotate(call.means(state, leaf), turned[leaf], restart=call.config.beta is None)
+        call.kernels.rotate(
+            call.means(state, leaf), call.kernels.to_leaves(turned[leaf]), restart=call.config.beta is None
+        )
         for leaf in range(len(state.history))
     ]
     return state._replace(

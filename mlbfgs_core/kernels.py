@@ -2,7 +2,7 @@
 
 An adapter may subclass `Kernels` and override any method by a faster one of the same meaning.
 Arrays that a method is documented to consume are updated in place where the backend allows it.
-Coefficients may be of another library than the leaves: `xp` is theirs, and the kernels convert.
+Coefficients may be of another library than the leaves: `xp` is theirs, and `cast` and `to_leaves` convert.
 """
 
 from __future__ import annotations
@@ -128,6 +128,10 @@ class Kernels:
     def cast(self, x: Array, dtype: Any) -> Array:
         """`x` in a dtype; itself where it has that already, which saves a call."""
         return x if x.dtype == dtype else self.xp.astype(x, dtype, copy=False)
+
+    def to_leaves(self, x: Array) -> Array:
+        """A flag or an index among the coefficients, as the kernels take it."""
+        return x
 
     def least(self, dtype: Any) -> Any:
         """The smallest normal number of a dtype."""

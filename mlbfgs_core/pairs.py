@@ -94,7 +94,7 @@ def check(call: Call, state: State, metrics: Sequence[Metric | None], asked: Arr
     pair = products(call, state, metrics)
     _, s_part = _common_scale(pair.s_scale, xp)
     y_top, y_part = _common_scale(pair.y_scale, xp)
-    y_norm = y_top * xp.sqrt(xp.sum(pair.yy * y_part**2))
+    y_norm = _joint_norm(pair.yy, y_top, y_part, xp)
     spread, y_noise = _window_noise(call, state)
     row_noise, known = _row_noise(call, state)
     rise = y_top * xp.sum(pair.sy * s_part * y_part)  # s.y in units of the largest s_scale, as is the next
@@ -127,10 +127,10 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     mu = pair.sy / xp.where(pair.ss > 0, pair.ss, 1.0) * ratio
     length = pair.y_norm(xp) / safe_norm  # of y, in units of |s|; `mu` is its part along s
     part = xp.ones_like(mu)
-    spread, y_noise = _window_noise(call, state)
+    if config.shrinks or config.uses_noise:
+        spread, y_noise = _window_noise(call, state)
     if config.shrinks:
-        y_top, y_part = _common_scale(pair.y_scale, xp)
-        y_norm = y_top * xp.sqrt(xp.sum(pair.yy * y_part**2))
+        y_norm = _joint_norm(pair.yy, *_common_scale(pair.y_scale, xp), xp)
         noise = xp.minimum(y_noise / xp.where(y_norm > 0, y_norm, 1.0), xp.ones_like(y_norm)) ** 2
         part = part * xp.maximum(1.0 - noise, xp.ones_like(noise) * config.shrinkage)
         cosine = xp.minimum(xp.abs(mu) / xp.where(length > 0, length, 1.0), xp.ones_like(mu))
@@ -178,6 +178,11 @@ def _common_scale(scales: Array, xp: Any) -> tuple[Array, Array]:
     """The largest of the blocks' scales, 0-d; and each in units of it."""
     top = xp.max(scales)
     return top, scales / xp.where(top > 0, top, 1.0)
+
+
+def _joint_norm(squares: Array, top: Array, parts: Array, xp: Any) -> Array:
+    """0-d: the norm over all blocks, from scaled squares of each and what `_common_scale` gives."""
+    return top * xp.sqrt(xp.sum(squares * parts**2))
 
 
 def _window_noise(call: Call, state: State) -> tuple[Array, Array]:

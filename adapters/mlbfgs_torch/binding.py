@@ -50,7 +50,7 @@ class Bound:
 
     def store(self, new: core.State) -> None:
         """Take over the numbers of a new state; its arrays have been updated in place."""
-        (self._rows if isinstance(new.gamma, Tensor) else self._rows.host).write(new)
+        self._rows.write(new)
 
 
 def forget_misfits(

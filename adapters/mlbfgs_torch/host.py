@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.kernels import Means, Metric, PairTile, Projection
 
 from .kernels import TorchKernels
 
@@ -29,11 +28,6 @@ _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 def as_tensor(x: Any) -> Tensor:
     """A NumPy array or number as a tensor, in the same memory; a tensor as it is."""
     return x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x))
-
-
-def as_number(x: Any, dtype: torch.dtype) -> Tensor:
-    """A number or a flag as a tensor of a leaf's accumulation dtype."""
-    return torch.from_numpy(np.asarray(x, _DTYPES[dtype]))
 
 
 def as_array(x: Any) -> Array:
@@ -61,96 +55,16 @@ class HostKernels(core.Kernels):
 
     def __init__(self, leaves: TorchKernels) -> None:
         super().__init__(xp, leaves.tile)
-        self.leaves = leaves
+        self.least, self.project, self.square = leaves.least, leaves.project, leaves.square
+        self.update_means, self.pair_products = leaves.update_means, leaves.pair_products
+        self.push, self.rotate, self.combine = leaves.push, leaves.rotate, leaves.combine
 
     def cast(self, x: Any, dtype: Any) -> Any:
         """A number in a leaf's dtype is a tensor, in that of coefficients an array."""
         if isinstance(dtype, torch.dtype):
-            return as_number(x, dtype)
+            return torch.from_numpy(np.asarray(x, _DTYPES[dtype]))
         return super().cast(as_array(x), dtype)
 
-    def least(self, dtype: torch.dtype) -> float:
-        """The smallest normal number of a leaf's dtype."""
-        return self.leaves.least(dtype)
-
-    def project(
-        self,
-        history: Tensor,
-        grad: Tensor,
-        mean_grad: Tensor | None,
-        scatter_weight: Tensor,
-        metric: Metric | None,
-        dtype: torch.dtype,
-    ) -> Projection:
-        """Project a gradient on the stored rows."""
-        *sums, root = self.leaves.project(history, grad, mean_grad, scatter_weight, metric, dtype)
-        return Projection(*map(as_array, sums), root)
-
-    def square(self, leaf: Tensor, dtype: torch.dtype) -> Array:
-        """Sum of squares of a leaf's finite values."""
-        return as_array(self.leaves.square(leaf, dtype))
-
-    def update_means(
-        self,
-        mean_params: Tensor,
-        mean_grads: Tensor,
-        metric: Metric | None,
-        param: Tensor,
-        grad: Tensor,
-        weight: Tensor,
-        keep: Array,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Averages of parameter, gradient and squared gradient."""
-        return self.leaves.update_means(
-            mean_params, mean_grads, metric, param, grad, weight, as_number(keep, mean_params.dtype)
-        )
-
-    def pair_products(self, means: Means, metric: Metric | None, valid: Array) -> list[PairTile]:
-        """Inner products of ``s`` and ``y``, tile by tile."""
-        tiles = self.leaves.pair_products(means, metric, as_number(valid, means.params.dtype))
-        return [PairTile(*map(as_array, tile)) for tile in tiles]
-
-    def push(
-        self,
-        history: Tensor,
-        slot: Array,
-        means: Means,
-        metric: Metric | None,
-        valid: Array,
-        inverse_norm: Tensor,
-        damping: tuple[Tensor, Tensor],
-        keep: Array,
-        grad: Tensor | None,
-    ) -> tuple[Tensor, Array]:
-        """Store a pair and form its inner products."""
-        history, sums = self.leaves.push(
-            history,
-            as_tensor(slot),
-            means,
-            metric,
-            as_number(valid, means.params.dtype),
-            inverse_norm,
-            damping,
-            as_number(keep, means.params.dtype),
-            grad,
-        )
-        return history, as_array(sums)
-
-    def rotate(self, means: Means, turn: Array, *, restart: bool) -> Means:
-        """This window's averages become the previous ones."""
-        return self.leaves.rotate(means, as_number(turn, means.params.dtype), restart=restart)
-
-    def combine(
-        self,
-        history: Tensor,
-        grad: Tensor,
-        coefficients: Tensor,
-        gamma: Tensor,
-        metric: Metric | None,
-        keep: Array,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Array | None]:
-        """``gamma g + B^T c``."""
-        kept = as_number(keep, dtype)
-        update, square = self.leaves.combine(history, grad, coefficients, gamma, metric, kept, dtype)
-        return update, as_array(square)
+    def to_leaves(self, x: Array) -> Tensor:
+        """A flag or an index as a tensor."""
+        return as_tensor(x)

@@ -34,10 +34,10 @@ class _Field(NamedTuple):
     shape: tuple[int, ...]
     flag: bool
 
-    def read(self, rows: Tensor) -> Tensor:
+    def read(self, rows: Array) -> Array:
         """Its values from one row, or from several along the first axis."""
         part = rows[..., self.columns]
-        part = part.unflatten(-1, self.shape) if self.shape else part[..., 0]
+        part = part.reshape((*part.shape[:-1], *self.shape)) if self.shape else part[..., 0]
         return part != 0 if self.flag else part
 
 
@@ -115,28 +115,16 @@ class Rows:
         self._firsts = torch.tensor([block[0] for block in blocks], device=device)
         self._labels = (self._own + first_label).to(torch.int32)
         self._coefficients, self._counters = self._packed(state)
-        self._fields = (*self._layout.coefficients, *self._layout.counters[:-1])
-        several = len(blocks) > 1
-        self._copied = [
-            field
-            for field in self._fields
-            if field.flag or (several and field.scope == "block" and not field.real)
-        ]
-        self._views: dict[str, Tensor] | None = None
-        self._host: _HostRows | None = None
+        self._tensors = _Reader(self._layout, self._coefficients, self._counters, self._firsts)
+        self._arrays: _Reader | None = None
 
     @property
-    def host(self) -> _HostRows:
-        """The same rows as arrays of NumPy; of a CPU only."""
-        if self._host is None:
-            self._host = _HostRows(
-                self._layout,
-                self._coefficients.numpy(),
-                self._counters.numpy(),
-                self._own.numpy(),
-                self._firsts.numpy(),
-            )
-        return self._host
+    def host(self) -> _Reader:
+        """The same memory as arrays of NumPy; of a CPU only."""
+        if self._arrays is None:
+            parts = (self._coefficients, self._counters, self._firsts)
+            self._arrays = _Reader(self._layout, *(part.numpy() for part in parts))
+        return self._arrays
 
     def of(self, leaf: int) -> dict[str, Tensor]:
         """The rows of one leaf, under their names."""
@@ -146,26 +134,14 @@ class Rows:
         }
 
     def read(self) -> dict[str, Tensor]:
-        """The fields of the state, which are views but for flags and the counters of several blocks."""
-        if torch.compiler.is_compiling():
-            return self._read(self._fields)
-        if self._views is None:
-            self._views = self._read([field for field in self._fields if field not in self._copied])
-        return self._views | self._read(self._copied)
-
-    def _read(self, fields: Sequence[_Field]) -> dict[str, Tensor]:
-        values = {}
-        for field in fields:
-            rows = self._coefficients if field.real else self._counters
-            if field.scope == "unit":
-                rows = rows[0]
-            elif field.scope == "block" and not field.real:
-                rows = rows[:1] if len(self._firsts) == 1 else rows[self._firsts]
-            values[field.name] = field.read(rows)
-        return values
+        """The fields of the state."""
+        return self._tensors.read()
 
     def write(self, state: core.State) -> None:
-        """Take over the numbers of a new state."""
+        """Take over the numbers of a new state, which are tensors, or else those that `host` gave."""
+        if not isinstance(state.gamma, Tensor):
+            self.host.write(state, self._own.numpy())
+            return
         for rows, new in zip((self._coefficients, self._counters), self._packed(state), strict=True):
             rows.copy_(new)
 
@@ -190,44 +166,54 @@ class Rows:
             yield value.reshape(count, -1)
 
 
-class _HostRows:
-    """The memory of `Rows` as NumPy arrays."""
+class _Reader:
+    """The rows of a state, as tensors or as arrays of NumPy, and the fields in them."""
 
-    def __init__(
-        self, layout: _Layout, coefficients: Array, counters: Array, own: Array, firsts: Array
-    ) -> None:
-        self._own, self._firsts, self._several = own, firsts, len(firsts) > 1
-        self._places = [
-            (field, rows, field.columns if field.shape else field.columns.start)
-            for fields, rows in ((layout.coefficients, coefficients), (layout.counters[:-1], counters))
-            for field in fields
+    def __init__(self, layout: _Layout, coefficients: Array, counters: Array, firsts: Array) -> None:
+        self._coefficients, self._counters, self._firsts = coefficients, counters, firsts
+        self._fields = (*layout.coefficients, *layout.counters[:-1])
+        self._several = len(firsts) > 1
+        self._copied = [
+            field
+            for field in self._fields
+            if field.flag or (self._several and field.scope == "block" and not field.real)
         ]
-        self._read: dict[str, Array] = {}
+        self._views: dict[str, Array] | None = None
 
     def read(self) -> dict[str, Array]:
-        """The fields of the state: numbers as numbers, matrices as views."""
+        """The fields, which are views but for flags and the counters of several blocks."""
+        if torch.compiler.is_compiling():
+            return self._read(self._fields)
+        if self._views is None:
+            self._views = self._read([field for field in self._fields if field not in self._copied])
+        return self._views | self._read(self._copied)
+
+    def _rows(self, field: _Field) -> Array:
+        return self._coefficients if field.real else self._counters
+
+    def _read(self, fields: Sequence[_Field]) -> dict[str, Array]:
         values = {}
-        for field, rows, columns in self._places:
+        for field in fields:
+            rows = self._rows(field)
             if field.scope == "unit":
-                value = rows[0, columns]
+                rows = rows[0]
             elif field.scope == "block" and not field.real:
-                value = rows[self._firsts, columns]
-            else:
-                value = rows[:, columns]
-            if field.shape:
-                value = value.reshape((-1, *field.shape))
-            values[field.name] = value != 0 if field.flag else value
-        self._read = values
+                rows = rows[self._firsts] if self._several else rows[:1]
+            values[field.name] = field.read(rows)
         return values
 
-    def write(self, state: core.State) -> None:
-        """Take over the numbers of a new state that are not the ones that were read."""
-        for field, rows, columns in self._places:
+    def write(self, state: core.State, own: Array) -> None:
+        """Take over the numbers that are not the views that were read; `own` tells the block of each leaf.
+        Of arrays: on tensors it would be an operation for each field."""
+        views = self._views or {}
+        for field in self._fields:
             value = getattr(state, field.name)
-            if value is self._read.get(field.name):
+            if value is views.get(field.name):
                 continue
+            if field.scope == "block" and not field.real and self._several:
+                value = value[own]
             if field.shape:
                 value = value.reshape((len(value), -1))
-            if field.scope == "block" and not field.real and self._several:
-                value = value[self._own]
-            rows[:, columns] = value
+            else:
+                value = value if field.scope == "unit" else value[:, None]
+            self._rows(field)[:, field.columns] = value

@@ -131,8 +131,9 @@ class Unit:
         return self._bound.state
 
     def call(self) -> tuple[core.State, dict[str, Any]]:
-        """The state for one step, and the arguments with which the core is called."""
-        host = self._is_host()
+        """The state for one step, and the arguments with which the core is called; coefficients are those of
+        NumPy where it can work on them, and nothing is captured or compiled."""
+        host = self._device.type in HOSTS and not self._captured()
         return self._bound.host_state if host else self.state, {
             "blocks": self.blocks,
             "kernels": self._host_kernels if host else self.kernels,
@@ -140,11 +141,8 @@ class Unit:
             "shares": self._shares,
         }
 
-    def _is_host(self) -> bool:
-        """Whether a step computes its coefficients with NumPy: not where it is captured or compiled."""
-        return self._device.type in HOSTS and not self._captured()
-
     def _captured(self) -> bool:
+        """Whether a step is recorded, to be made again without this code."""
         return torch.compiler.is_compiling() or any(leaf.group["capturable"] for leaf in self.leaves)
 
     def coefficients(self) -> dict[str, Tensor]:
@@ -176,7 +174,7 @@ class Unit:
         if self._captured():
             self.flags = None
             return None, None
-        if self._is_host():
+        if not isinstance(state.gamma, Tensor):
             self.flags = None
             check, due = core.upcoming(self.config, state)
             return bool(check), bool(due)
