@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ from packaging.requirements import Requirement
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests", "lint", "typing", "build"]
+
+# A session imports a small part of what it installs: that is compiled when it is first imported, and kept.
+FAST = "--no-compile"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 ROOT = Path(__file__).parent
 GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")
@@ -56,7 +61,7 @@ BACKENDS = {
 def install(session: nox.Session, *packages: str, group: str | None = None) -> None:
     """Install packages and a dependency group at the versions of the constraints file."""
     members = nox.project.dependency_groups(GROUPS, group) if group else ()
-    session.install(*CONSTRAINTS, *packages, *members)
+    session.install(FAST, *CONSTRAINTS, *packages, *members)
 
 
 @nox.session
@@ -99,7 +104,7 @@ def run_alone(session: nox.Session, backend: str, *, minimum: bool) -> None:
         line for line in nox.project.dependency_groups(GROUPS, "test") if Requirement(line).name != "torch"
     ]
     wanted = declared(*GROUPS["project"]["dependencies"], package, *tools)
-    session.install("-e", f".[{extras}]", *(map(oldest, wanted) if minimum else map(str, wanted)))
+    session.install(FAST, "-e", f".[{extras}]", *(map(oldest, wanted) if minimum else map(str, wanted)))
     session.run("pytest", "-n", "auto", f"--backends={backend}", *paths, *session.posargs, env=ONE_CORE)
 
 
