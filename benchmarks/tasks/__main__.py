@@ -25,6 +25,7 @@ SHORT = Plan(
     least=3,
     most=4,
     one_setting=False,
+    percents=(),
 )
 
 
@@ -66,6 +67,7 @@ def plan(parsed: argparse.Namespace) -> Plan:
         least=base.least,
         most=base.most,
         one_setting=base.one_setting,
+        percents=base.percents,
     )
 
 

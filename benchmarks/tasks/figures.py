@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from benchmarks.claims import style
 
 from . import timing
 from .contestants import CONTESTANTS
-from .goals import mean_curve, title
+from .goals import better_adamw, budgets, mean_curve, mean_final, title
+from .problems import TASKS
 from .search import Results
 
 __all__ = ["draw", "save"]
@@ -28,21 +30,33 @@ COLUMNS = 4
 LOW, HIGH = 0.02, 30.0
 
 Ratio = Callable[[Results, str, str], float]
+Curve = tuple[np.ndarray, np.ndarray]
 
 
 def draw(results: Results, ratio: Ratio) -> dict[str, Figure]:
-    """Training loss by step and by time, and the final losses in parts of AdamW's."""
+    """Training loss by step and by time, final losses by the time of a run and in parts of AdamW's."""
     style.setup()
-
-    def steps(task: str, name: str) -> float:
-        return 1.0
 
     def seconds(task: str, name: str) -> float:
         return timing.load(results.folder, task).get(name, {}).get("seconds", math.nan)
 
+    def by_step(task: str, name: str) -> Curve | None:
+        records = results.tuned(task, name)
+        return mean_curve(records) if records else None
+
+    def by_time(task: str, name: str) -> Curve | None:
+        curve = by_step(task, name)
+        return curve and (curve[0] * seconds(task, name), curve[1])
+
+    def by_budget(task: str, name: str) -> Curve:
+        parts, losses = budgets(results, task, name)
+        return parts * TASKS[task].steps * seconds(task, name), losses
+
+    shorter = Results(replace(results.plan, contestants=results.plan.shortened), results.folder)
     return {
-        "steps": _panels(results, steps, "gradients"),
-        "seconds": _panels(results, seconds, "seconds"),
+        "steps": _panels(results, by_step, "gradients"),
+        "seconds": _panels(results, by_time, "seconds"),
+        "budgets": _panels(shorter, by_budget, "seconds of the whole run", marker="o", markersize=3),
         "ratio": _dots(results, ratio),
     }
 
@@ -53,8 +67,8 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _panels(results: Results, scale: Callable[[str, str], float], unit: str) -> Figure:
-    """One panel for each task: the mean training loss over the seeds against steps times `scale`."""
+def _panels(results: Results, curve: Callable[[str, str], Curve | None], unit: str, **line: Any) -> Figure:
+    """One panel for each task: the mean training loss over the seeds against steps or seconds."""
     columns = min(COLUMNS, len(results.plan.tasks))
     rows = math.ceil(len(results.plan.tasks) / columns)
     figure, axes = plt.subplots(
@@ -65,21 +79,23 @@ def _panels(results: Results, scale: Callable[[str, str], float], unit: str) -> 
     for task, panel in zip(results.plan.tasks, axes.flat, strict=False):
         end, losses = 0.0, []
         for name in sorted(results.plan.contestants, key=lambda name: (name in COLOURS, name == "mlbfgs")):
-            records = results.tuned(task, name)
-            if not records:
+            drawn = curve(task, name)
+            if drawn is None:
                 continue
-            at, loss = mean_curve(records)
-            x = at * scale(task, name)
-            panel.plot(x, loss, **_line(name))
+            x, loss = drawn
+            panel.plot(x, loss, **_line(name), **line)
             if name in COLOURS | THIN:
                 end = np.nanmax([end, x[-1]])
                 losses += [loss[0], *loss[np.isfinite(loss)]]
+        if (adamw := better_adamw(results, task)) is not None:
+            level = mean_final(results.tuned(task, adamw))
+            panel.axhline(level, color=style.ORANGE, linewidth=0.6, linestyle=":")
         _limits(panel, end, losses)
         panel.set_title(title(task), fontsize=8)
         panel.tick_params(labelsize=8)
     figure.supxlabel(unit, fontsize=9)
     figure.supylabel("training loss", fontsize=9)
-    _legend(figure)
+    _legend(figure, results.plan.contestants)
     return figure
 
 
@@ -98,9 +114,10 @@ def _line(name: str) -> dict[str, Any]:
     return {"color": style.GREY, "linewidth": 0.6, "alpha": 0.6, "zorder": 2}
 
 
-def _legend(figure: Figure) -> None:
-    handles = [Line2D([], [], **_line(name)) for name in (*COLOURS, *THIN, "")]
-    labels = [*(CONTESTANTS[name].title for name in (*COLOURS, *THIN)), "the others"]
+def _legend(figure: Figure, contestants: Collection[str]) -> None:
+    named = [name for name in (*COLOURS, *THIN) if name in contestants]
+    handles = [Line2D([], [], **_line(name)) for name in (*named, "")]
+    labels = [*(CONTESTANTS[name].title for name in named), "the others"]
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=9)
 
 

@@ -57,10 +57,15 @@ def make(results: Results, workers: int | None = None) -> bool:
         partial(results.tuning, *names) for names in product(plan.tasks, plan.contestants)
     ]
     one: list[Wanted] = [partial(results.one_setting, name) for name in plan.contestants]
-    for title, chains in (("tuning", tuning), ("one setting", one if plan.one_setting else [])):
-        if not Stage(title, chains, results).make(workers):
-            return False
-    return True
+    shorter: list[Wanted] = [
+        partial(results.shorter, *names) for names in product(plan.tasks, plan.shortened)
+    ]
+    stages = (
+        ("tuning", tuning),
+        ("one setting", one if plan.one_setting else []),
+        ("shorter runs", shorter),
+    )
+    return all(Stage(title, chains, results).make(workers) for title, chains in stages)
 
 
 class Stage:
@@ -90,12 +95,12 @@ class Stage:
     def expected(self, key: Key) -> float:
         """Seconds that a run may take; those of unknown tasks come first, to become known."""
         times = self.seconds.get(key.task)
-        return sum(times) / len(times) if times else math.inf
+        return key.percent / 100 * sum(times) / len(times) if times else math.inf
 
     def finished(self, chain: int, key: Key, seconds: float) -> None:
         """Note a run that is over; its chain goes on when it was the last that it wanted."""
         self.made += 1
-        self.seconds.setdefault(key.task, []).append(seconds)
+        self.seconds.setdefault(key.task, []).append(seconds * 100 / key.percent)
         self.open[chain] -= 1
         if not self.open[chain]:
             self.ask(chain)
@@ -134,7 +139,8 @@ class Stage:
 
 def _describe(key: Key) -> str:
     task, contestant = TASKS[key.task].title, CONTESTANTS[key.contestant].title
-    return f"{task} · {contestant} · {rate(key.exponent):.3g} · seed {key.seed}"
+    part = "" if key.percent == 100 else f" · {key.percent}% of the steps"
+    return f"{task} · {contestant} · {rate(key.exponent):.3g} · seed {key.seed}{part}"
 
 
 def _timed(key: Key, folder: Path) -> float:

@@ -78,10 +78,14 @@ def ratio(results: Results, task: str, contestant: str) -> float:
 def goals_text(results: Results) -> str:
     """Table of our default settings against AdamW, and the goals."""
     found = reaches(results)
-    rows = [["task", "final loss / AdamW's", "seed by seed", "steps to AdamW's final loss", "time to it"]]
+    rows = [
+        ["task", "final loss / AdamW's", "seed by seed", "steps", "time", "planned steps", "planned time"]
+    ]
     for entry in found:
         spread = "\N{EN DASH}".join(map(number, entry.spread))
-        reached = percent(entry.steps), percent(entry.seconds)
+        reached = [
+            percent(part * cost) for part in (entry.steps, entry.planned) for cost in (1.0, entry.cost)
+        ]
         rows.append([title(entry.task), f"{entry.ratio:.4g}", spread, *reached])
     verdicts = [
         f"- {goal.words}: {goal.count}, **{'met' if goal.met else 'not met'}**" for goal in goals(found)
@@ -197,7 +201,7 @@ def variants(results: Results) -> list[Results]:
     seen = tuple(task for task in results.plan.seen if TASKS[task].base is None)
     large = tuple(task for task in results.plan.tasks if TASKS[task].base is not None)
     changed = tuple(name for name, entry in CONTESTANTS.items() if entry.variant)
-    plan = replace(results.plan, seeds=1, one_setting=False)
+    plan = replace(results.plan, seeds=1, one_setting=False, percents=())
     return [
         Results(replace(plan, tasks=tasks, contestants=(OURS, *names)), results.folder)
         for tasks, names in ((seen, changed), (large, ("mlbfgs_no_pairs",)))
@@ -273,7 +277,7 @@ def show(results: Results) -> None:
     console.print(shown)
     found = reaches(results)
     for entry in found:
-        steps, seconds = percent(entry.steps), percent(entry.seconds) or "unknown"
+        steps, seconds = percent(entry.steps), percent(entry.steps * entry.cost) or "unknown"
         console.print(
             f"{TASKS[entry.task].title}: {number(entry.ratio)} times AdamW's final loss; "
             f"to reach that: {steps} of AdamW's steps, {seconds} of its time"

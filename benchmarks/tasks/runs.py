@@ -26,16 +26,19 @@ RESULTS = Path(__file__).parents[2] / "results" / "tasks"
 
 
 class Key(NamedTuple):
-    """What makes a run: names of task and contestant, exponent of the learning rate on the grid, seed."""
+    """What makes a run: names of task and contestant, exponent of the learning rate on the grid, seed, and
+    for how many percent of the task's steps it is planned."""
 
     task: str
     contestant: str
     exponent: int
     seed: int
+    percent: int = 100
 
     def path(self, results: Path) -> Path:
         """The run's file."""
-        return results / self.task / self.contestant / f"{rate(self.exponent):.3g}" / f"{self.seed}.json"
+        name = f"{self.seed}" if self.percent == 100 else f"{self.seed}_{self.percent}"
+        return results / self.task / self.contestant / f"{rate(self.exponent):.3g}" / f"{name}.json"
 
 
 def identity(task: str, contestant: str) -> dict[str, str]:
@@ -55,7 +58,8 @@ def identity(task: str, contestant: str) -> dict[str, str]:
 def run(key: Key, results: Path) -> Path:
     """Make a run, and write its file when it is over."""
     task = TASKS[key.task]
-    record = train(task.make(key.seed), CONTESTANTS[key.contestant], rate(key.exponent), task.steps)
+    steps = round(task.steps * key.percent / 100)
+    record = train(task.make(key.seed), CONTESTANTS[key.contestant], rate(key.exponent), steps)
     about = {
         **key._asdict(),
         "rate": rate(key.exponent),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 from .contestants import CONTESTANTS
@@ -14,6 +15,8 @@ from .runs import RESULTS, Key, load
 from .training import Record
 
 __all__ = ["Plan", "Results", "interior", "next_exponents"]
+
+SHORTENED = ("mlbfgs", "adamw", "adamw_99")
 
 
 def next_exponents(centre: int, losses: Mapping[int, float], least: int = 5, most: int = 9) -> list[int]:
@@ -83,6 +86,8 @@ class Plan:
         Learning rates that are tried; see `next_exponents`.
     one_setting : bool
         Whether one learning rate for all tasks is looked for as well.
+    percents : tuple of int
+        Parts of the steps for which shorter runs of some contestants are planned, rising.
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -91,11 +96,17 @@ class Plan:
     least: int = 5
     most: int = 9
     one_setting: bool = True
+    percents: tuple[int, ...] = (20, 30, 40, 50, 60, 70, 80, 90)
 
     @cached_property
     def seen(self) -> tuple[str, ...]:
         """The tasks that are not held out."""
         return tuple(task for task in self.tasks if not TASKS[task].held_out)
+
+    @cached_property
+    def shortened(self) -> tuple[str, ...]:
+        """The contestants that make shorter runs too."""
+        return tuple(name for name in self.contestants if name in SHORTENED and self.percents)
 
 
 @dataclass
@@ -141,9 +152,10 @@ class Results:
         best = self.best(task, contestant)
         return [] if best is None else self.seeds(task, contestant, best)
 
-    def seeds(self, task: str, contestant: str, exponent: int) -> list[Record]:
+    def seeds(self, task: str, contestant: str, exponent: int, percent: int = 100) -> list[Record]:
         """The runs of all seeds at an exponent; none where there are not all of them."""
-        records = [self.record(Key(task, contestant, exponent, seed)) for seed in range(self.plan.seeds)]
+        keys = (Key(task, contestant, exponent, seed, percent) for seed in range(self.plan.seeds))
+        records = [self.record(key) for key in keys]
         return [record for record in records if record is not None] if None not in records else []
 
     def _unsearched(self, task: str, contestant: str, losses: Mapping[int, float]) -> list[int]:
@@ -158,6 +170,11 @@ class Results:
             return self._missing([task], contestant, wanted, [0])
         best = self.best(task, contestant)
         return [] if best is None else self._missing([task], contestant, [best], range(self.plan.seeds))
+
+    def shorter(self, task: str, contestant: str) -> list[Key]:
+        """Missing runs that are planned for fewer steps, at the tuned learning rate."""
+        best, seeds = self.best(task, contestant), range(self.plan.seeds)
+        return [] if best is None else self._missing([task], contestant, [best], seeds, self.plan.percents)
 
     def documented(self, contestant: str) -> int:
         """Exponent of the grid next to the documented learning rate."""
@@ -213,8 +230,12 @@ class Results:
         return list(dict.fromkeys(documented + found))
 
     def _missing(
-        self, tasks: Iterable[str], contestant: str, exponents: Iterable[int], seeds: Iterable[int]
+        self,
+        tasks: Iterable[str],
+        contestant: str,
+        exponents: Iterable[int],
+        seeds: Iterable[int],
+        percents: Iterable[int] = (100,),
     ) -> list[Key]:
-        exponents, seeds = list(exponents), list(seeds)
-        keys = (Key(t, contestant, exponent, seed) for t in tasks for exponent in exponents for seed in seeds)
+        keys = (Key(t, contestant, *rest) for t, *rest in product(tasks, exponents, seeds, percents))
         return [key for key in keys if self.record(key) is None]

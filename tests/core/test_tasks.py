@@ -126,6 +126,8 @@ def test_finished_runs_are_not_made_again(tiny):
     plan, folder, made = tiny
     assert pool.make(Results(plan, folder), 1)
     assert len(made) == len(set(made)) > 2 * 6
+    steps = {key.percent: json.loads(key.path(folder).read_text())["steps"][-1] for key in made}
+    assert steps == {percent: round(0.4 * percent) for percent in (*plan.percents, 100)}
     assert set(made) == {Key(*path_of(path)) for path in folder.rglob("*.json")}
     made.clear()
     assert pool.make(Results(plan, folder), 1)
@@ -222,6 +224,29 @@ def test_seeds_are_compared_one_by_one(tmp_path):
     assert "| 0.875 | 0.5\N{EN DASH}2 |" in report.goals_text(Results(plan, tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("finals", "planned"),
+    [
+        ({40: 4.0, 70: 1.0, 100: 0.5}, 0.55),  # 2 lies half way from 4 to 1 on the scale of logarithms
+        ({40: 1.0, 70: 4.0, 100: 1.0}, 0.85),  # a shorter run that was luckier does not count
+        ({40: 2.0, 70: 1.0, 100: 1.0}, 0.4),
+        ({40: 1.0, 70: math.inf, 100: 1.0}, 1.0),
+        ({40: 1.0, 70: 1.0, 100: 3.0}, math.inf),
+        ({40: 1.0, 100: 1.0}, math.nan),
+    ],
+)
+def test_planned_steps_are_those_from_which_on_every_run_ends_as_low(finals, planned, tmp_path):
+    names = ("mlbfgs", "adamw")
+    plan = Plan(("digits",), names, seeds=1, least=3, most=3, one_setting=False, percents=(40, 70))
+    write(tmp_path, "digits", "adamw", [9.0, 2.0, 9.0])
+    centre = CONTESTANTS["mlbfgs"].centre
+    write(tmp_path, "digits", "mlbfgs", [9.0, finals[100], 9.0])
+    for percent, final in finals.items():
+        write_run(tmp_path, Key("digits", "mlbfgs", centre, 0, percent), final)
+    (found,) = reaches(Results(plan, tmp_path))
+    assert found.planned == pytest.approx(planned, abs=1e-3, nan_ok=True)
+
+
 def test_variants_change_something_and_are_held_against_the_default(tmp_path):
     changed = [entry.settings for entry in CONTESTANTS.values() if entry.variant]
     assert len({repr(settings) for settings in [{}, *changed]}) == len(changed) + 1
@@ -261,11 +286,17 @@ def test_goals_are_counted_from_the_files(tmp_path):
     found = {entry.task: entry for entry in reaches(results)}
     assert list(found) == BASE
     first, last = found[BASE[0]], found[BASE[-1]]
-    assert (first.ratio, first.steps, first.seconds) == pytest.approx((0.5, 0.5, 0.75))
-    assert (last.ratio, last.steps, last.seconds) == (1.5, math.inf, math.inf)
+    assert (first.ratio, first.steps, first.cost) == pytest.approx((0.5, 0.5, 1.5))
+    assert (last.ratio, last.steps, last.cost) == (1.5, math.inf, 1.5)
     # From 100 to 0.9 in a straight line of logarithms.
     assert found[BASE[6]].steps == pytest.approx(math.log(100) / math.log(100 / 0.9))
     verdicts = [(goal.count, goal.met) for goal in goals(found.values())]
-    assert verdicts == [("8 of 10", True), ("above on 1 of 10", False), ("6 of 10", True), ("6 of 10", True)]
+    assert verdicts[:4] == [
+        ("8 of 10", True),
+        ("above on 1 of 10", False),
+        ("6 of 10", True),
+        ("6 of 10", True),
+    ]
+    assert verdicts[4:] == [("0 of 10", False)] * 2  # no run was planned for fewer steps
     assert "above on 1 of 10, **not met**" in report.goals_text(results)
     assert f"{rate(CONTESTANTS['mlbfgs'].centre - 1):.2g} ‡ (3, 1)" in report.rates_text(results)
