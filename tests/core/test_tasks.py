@@ -247,6 +247,24 @@ def test_planned_steps_are_those_from_which_on_every_run_ends_as_low(finals, pla
     assert found.planned == pytest.approx(planned, abs=1e-3, nan_ok=True)
 
 
+def test_the_page_is_written_from_the_files(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(report, "DOCS", tmp_path / "docs")
+    plan = Plan(("digits",), ("mlbfgs", "adamw"), seeds=1, least=3, most=3, one_setting=False, percents=(70,))
+    for name, final in (("mlbfgs", 1.0), ("adamw", 2.0)):
+        write(tmp_path, "digits", name, [9.0, final, 9.0])
+        write_run(tmp_path, Key("digits", name, CONTESTANTS[name].centre, 0, 70), 2 * final)
+    report.write(Results(plan, tmp_path))
+    tables = {path.stem: path.read_text() for path in (tmp_path / "docs" / "_generated").iterdir()}
+    assert set(tables) == {
+        f"tasks_{name}" for name in ("tuned", "ratio", "test", "goals", "rates", "cost", "one", "contestants")
+    }
+    assert "| **1** | 2 |" in tables["tasks_tuned"]
+    assert "| 0.5 | 0.5\N{EN DASH}0.5 |" in tables["tasks_goals"]
+    pictures = {path.name for path in (tmp_path / "docs" / "_static").iterdir()}
+    assert pictures == {f"tasks_{name}.png" for name in ("steps", "seconds", "budgets", "ratio")}
+
+
 def test_variants_change_something_and_are_held_against_the_default(tmp_path):
     changed = [entry.settings for entry in CONTESTANTS.values() if entry.variant]
     assert len({repr(settings) for settings in [{}, *changed]}) == len(changed) + 1
