@@ -50,7 +50,7 @@ _DEFAULT: Final[Settings] = {
     "signal_to_noise": 4.0,
     "noise_floor": 4.0,
     "beta": None,
-    "min_cosine": 0.4,
+    "min_cosine": 0.2,
     "shrinkage": 0.25,
     "damping": None,
     "step_length": "unit",

@@ -300,6 +300,7 @@ _CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "history_10": ("ten pairs", {"history_size": 10}),
     "no_shrinkage": ("noise stays in the pairs", {"shrinkage": 1.0}),
     "no_floor": ("no cosine floor", {"min_cosine": 0.0}),
+    "floor_40": ("a cosine floor of 0.4", {"min_cosine": 0.4}),
     "fixed": ("a pair every 50 steps, noise stays in it", {"adaptive": False}),
     "every_100": ("a pair at most every 100 steps", {"update_every": 100}),
     "exponential": ("exponential averages, decay 0.9", {"beta": 0.9}),
