@@ -86,7 +86,7 @@ def _panels(results: Results, curve: Callable[[str, str], Curve | None], unit: s
             panel.plot(x, loss, **_line(name), **line)
             if name in COLOURS | THIN:
                 end = np.nanmax([end, x[-1]])
-                losses += [loss[0], *loss[np.isfinite(loss)]]
+                losses += list(loss[np.isfinite(loss)])
         if (adamw := better_adamw(results, task)) is not None:
             level = mean_final(results.tuned(task, adamw))
             panel.axhline(level, color=style.ORANGE, linewidth=0.6, linestyle=":")
