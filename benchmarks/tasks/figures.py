@@ -36,9 +36,10 @@ Curve = tuple[np.ndarray, np.ndarray]
 def draw(results: Results, ratio: Ratio) -> dict[str, Figure]:
     """Training loss by step and by time, final losses by the time of a run and in parts of AdamW's."""
     style.setup()
+    times = {task: timing.load(results.folder, task) for task in results.plan.tasks}
 
     def seconds(task: str, name: str) -> float:
-        return timing.load(results.folder, task).get(name, {}).get("seconds", math.nan)
+        return times[task].get(name, {}).get("seconds", math.nan)
 
     def by_step(task: str, name: str) -> Curve | None:
         records = results.tuned(task, name)

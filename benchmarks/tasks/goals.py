@@ -12,11 +12,10 @@ import numpy as np
 
 from . import timing
 from .problems import TASKS
-from .search import Results
+from .search import ADAMW, OURS, Results
 from .training import Record
 
 __all__ = [
-    "OURS",
     "Goal",
     "Reach",
     "better_adamw",
@@ -28,8 +27,6 @@ __all__ = [
     "reaches",
     "title",
 ]
-
-OURS, ADAMW = "mlbfgs", ("adamw", "adamw_99")
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,8 @@ def goals(found: Iterable[Reach]) -> list[Goal]:
     base = [entry for entry in found if TASKS[entry.task].base is None]
     many = f"of {len(base)}"
     costs = np.array([entry.cost for entry in base])
-    whole, shorter = (np.array([getattr(entry, name) for entry in base]) for name in ("steps", "planned"))
+    whole = np.array([entry.steps for entry in base])
+    shorter = np.array([entry.planned for entry in base])
     ways = (whole, shorter, np.fmin(whole, shorter))
     lower = sum(entry.ratio < 1 for entry in base)
     above = sum(not entry.ratio <= 1.03 for entry in base)

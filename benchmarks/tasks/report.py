@@ -13,9 +13,9 @@ from rich.table import Table
 
 from . import figures, timing
 from .contestants import CONTESTANTS, rate
-from .goals import OURS, better_adamw, goals, mean_final, mean_test, reaches, title
+from .goals import better_adamw, goals, mean_final, mean_test, reaches, title
 from .problems import TASKS
-from .search import Results, interior
+from .search import OURS, Results, interior
 
 __all__ = ["goals_text", "rates_text", "show", "variants", "write"]
 

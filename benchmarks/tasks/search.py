@@ -14,9 +14,9 @@ from .problems import TASKS
 from .runs import RESULTS, Key, load
 from .training import Record
 
-__all__ = ["Plan", "Results", "interior", "next_exponents"]
+__all__ = ["ADAMW", "OURS", "Plan", "Results", "interior", "next_exponents"]
 
-SHORTENED = ("mlbfgs", "adamw", "adamw_99")
+OURS, ADAMW = "mlbfgs", ("adamw", "adamw_99")
 
 
 def next_exponents(centre: int, losses: Mapping[int, float], least: int = 5, most: int = 9) -> list[int]:
@@ -106,7 +106,7 @@ class Plan:
     @cached_property
     def shortened(self) -> tuple[str, ...]:
         """The contestants that make shorter runs too."""
-        return tuple(name for name in self.contestants if name in SHORTENED and self.percents)
+        return tuple(name for name in self.contestants if name in (OURS, *ADAMW) and self.percents)
 
 
 @dataclass

@@ -253,9 +253,8 @@ def test_the_page_is_written_from_the_files(tmp_path, monkeypatch):
     plan = Plan(("digits",), ("mlbfgs", "adamw"), seeds=1, least=3, most=3, one_setting=False, percents=(70,))
     for name, final in (("mlbfgs", 1.0), ("adamw", 2.0)):
         write(tmp_path, "digits", name, [9.0, final, 9.0])
-    write_run(
-        tmp_path, Key("digits", "mlbfgs", CONTESTANTS["mlbfgs"].centre, 0, 70), 2.0
-    )  # AdamW's is missing
+    # The shorter run of AdamW is missing.
+    write_run(tmp_path, Key("digits", "mlbfgs", CONTESTANTS["mlbfgs"].centre, 0, 70), 2.0)
     report.write(Results(plan, tmp_path))
     tables = {path.stem: path.read_text() for path in (tmp_path / "docs" / "_generated").iterdir()}
     assert set(tables) == {
