@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,12 @@ SMALL = {"4 arrays, 195 values": [(8, 16), (16,), (16, 3), (3,)], "60 arrays of 
 class Problem:
     """A quadratic with a gradient that has some noise."""
 
-    def __init__(self, shapes: list[tuple[int, ...]], settings: dict[str, Any]) -> None:
-        rng = np.random.default_rng(0)
-        self.params = [0.01 * rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
-        self.noise = [1e-4 * rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
-        self.grads = [np.empty_like(param) for param in self.params]
+    def __init__(self, xp: Any, shapes: list[tuple[int, ...]], settings: dict[str, Any]) -> None:
+        rng = xp.random.default_rng(0)
+        self.xp = xp
+        self.params = [0.01 * rng.standard_normal(shape, dtype=xp.float32) for shape in shapes]
+        self.noise = [1e-4 * rng.standard_normal(shape, dtype=xp.float32) for shape in shapes]
+        self.grads = [xp.empty_like(param) for param in self.params]
         self.optimizer = MLBFGS(self.params, history_size=HISTORY, **settings)
         self.sign = 1
 
@@ -47,53 +49,56 @@ class Problem:
         for _ in range(steps):
             self.sign = -self.sign
             for param, noise, grad in zip(self.params, self.noise, self.grads, strict=True):
-                np.multiply(noise, self.sign, out=grad)
+                self.xp.multiply(noise, self.sign, out=grad)
                 grad += param
-            total += milliseconds(lambda: self.optimizer.step(self.grads))
+            total += milliseconds(self.xp, lambda: self.optimizer.step(self.grads))
         return total / steps
 
 
-def milliseconds(work: Callable[[], Any]) -> float:
-    """Wall-clock of one call."""
+def milliseconds(xp: Any, work: Callable[[], Any]) -> float:
+    """Wall-clock of one call, a GPU's work included."""
+    synchronize = (lambda: None) if xp is np else xp.cuda.get_current_stream().synchronize
+    synchronize()
     start = time.perf_counter()
     work()
+    synchronize()
     return 1e3 * (time.perf_counter() - start)
 
 
 def timed(
-    shapes: list[tuple[int, ...]], steps: int, repeats: int
+    xp: Any, shapes: list[tuple[int, ...]], steps: int, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, int], float]:
     """Milliseconds of each window, pairs in the end, and the floor."""
-    problems = {name: Problem(shapes, settings) for name, settings in SETTINGS.items()}
+    problems = {name: Problem(xp, shapes, settings) for name, settings in SETTINGS.items()}
     size = sum(param.size for param in next(iter(problems.values())).params)
-    source = np.ones(FLOOR * size // 2, np.float32)
-    target = np.empty_like(source)
+    source = xp.ones(FLOOR * size // 2, xp.float32)
+    target = xp.empty_like(source)
     windows: dict[str, list[float]] = {name: [] for name in problems}
     floors = []
     for problem in problems.values():
         problem.window(5)
-    np.copyto(target, source)
+    xp.copyto(target, source)
     for _ in range(repeats):
-        floors.append(milliseconds(lambda: np.copyto(target, source)))
+        floors.append(milliseconds(xp, lambda: xp.copyto(target, source)))
         for name, problem in problems.items():
             windows[name].append(problem.window(steps))
     pairs = {name: int(problem.optimizer.diagnostics()[0].pairs[0]) for name, problem in problems.items()}
     return windows, pairs, statistics.median(floors)
 
 
-def report(repeats: int) -> Iterator[str]:
+def report(xp: Any, repeats: int) -> Iterator[str]:
     """The tables, line by line."""
-    yield f"NumPy {np.__version__}, float32, m = {HISTORY}"
+    yield f"{xp.__name__} {xp.__version__}, float32, m = {HISTORY}"
     yield f"{'':28}{'ms/step':>9}{'spread':>14}{'x floor':>9}{'pairs':>7}"
     for size, steps in LARGE.items():
-        windows, pairs, floor = timed([(size,)], steps, repeats)
+        windows, pairs, floor = timed(xp, [(size,)], steps, repeats)
         speed = 4 * FLOOR * size / floor / 1e6
-        yield f"n = {size:,}; floor {floor:.1f} ms at {speed:.0f} GB/s"
+        yield f"n = {size:,}; floor {floor:.3g} ms at {speed:.0f} GB/s"
         for name, times in windows.items():
-            middle, spread = statistics.median(times), f"{min(times):.1f}-{max(times):.1f}"
+            middle, spread = statistics.median(times), f"{min(times):.2f}-{max(times):.2f}"
             yield f"{name:28}{middle:9.2f}{spread:>14}{middle / floor:9.2f}{pairs[name]:7d}"
     yield ""
-    columns = [timed(shapes, 200, repeats)[0] for shapes in SMALL.values()]
+    columns = [timed(xp, shapes, 200, repeats)[0] for shapes in SMALL.values()]
     yield f"{'milliseconds per step':28}" + "".join(f"{name:>24}" for name in SMALL)
     for name in SETTINGS:
         yield f"{name:28}" + "".join(f"{statistics.median(column[name]):24.2f}" for column in columns)
@@ -103,7 +108,9 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="windows for each row")
-    for line in report(parser.parse_args().repeats):
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="NumPy's or CuPy's")
+    options = parser.parse_args()
+    for line in report(np if options.device == "cpu" else import_module("cupy"), options.repeats):
         print(line, flush=True)
 
 

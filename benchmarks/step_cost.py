@@ -6,6 +6,10 @@ memory, measured in the same run, that is the floor. All contestants take turns,
 ratios hold on a noisy machine. A second table is for a model of 60 small tensors, where the number of
 operations counts and not their size; a third times the core alone on NumPy and PyTorch; a fourth times
 whole compiled updates in JAX against optax's L-BFGS; a fifth the compilation of a training step.
+
+On a GPU (``--device cuda``) steps of GPT-2's parameters (124 million values in 148 tensors) are timed as
+well, and each kernel alone; and of each step the time after which the host goes on, and the device's own
+time without its gaps.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +35,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
 
 import mlbfgs_core as core
+from mlbfgs_core.kernels import Means, Metric
 from mlbfgs_jax import mlbfgs, scale_by_mlbfgs
 from mlbfgs_torch import MLBFGS
 from mlbfgs_torch.kernels import TorchKernels
@@ -49,12 +54,20 @@ OURS = {
     "mL-BFGS, paper, T = 50": {"preset": "paper", "update_every": EVERY},
 }
 PLAIN, PEER = "mL-BFGS, no refresh", "torch.optim.LBFGS"
-JAX_SIZES = (1_000_000, 10_000_000)
+GRAPH = "mL-BFGS, CUDA graph"
+LARGE = ("mL-BFGS, no refresh", "mL-BFGS, adaptive", "mL-BFGS, bfloat16 history", GRAPH, "AdamW, fused")
+"""Those that fit on one GPU side by side with GPT-2's parameters."""
+BUSY = 30_000_000
+"""Cycles, some 15 milliseconds, of work before a step of which the device's own time is measured."""
+COPIED = 2**28
+"""Values that are copied at most to measure the speed of the memory."""
+JAX_SIZES = {"cpu": (1_000_000, 10_000_000), "cuda": (1_000_000, 10_000_000, 100_000_000)}
 JAX_OURS = {
     **{name: settings for name, settings in OURS.items() if "capturable" not in settings},
     "mL-BFGS, lbfgs, T = 1": {"preset": "lbfgs"},
 }
 JAX_PEER, JAX_DONATED = "optax.scale_by_lbfgs", "the same, state donated"
+JAX_ADAM = "optax.scale_by_adam"
 BACKENDS = {"numpy": array_api_compat.numpy, "torch": array_api_compat.torch}
 TILES = {"numpy": 2**16, "torch": 2**18}
 SETTINGS: dict[str, core.Settings] = {"default": {}, "paper": {"preset": "paper"}}
@@ -67,6 +80,8 @@ class Row(NamedTuple):
     windows: list[float]
     bytes_per_parameter: float
     pairs: int
+    overlapped: list[tuple[float, float]]
+    """On a GPU: milliseconds after which the host goes on, and of the device without gaps, in each window."""
 
     @property
     def milliseconds(self) -> float:
@@ -87,6 +102,21 @@ def resnet18_shapes() -> list[tuple[int, ...]]:
     return [*shapes, (1000, 512), (1000,)]
 
 
+def gpt2_shapes() -> list[tuple[int, ...]]:
+    """Shapes of the parameters of GPT-2 with 12 layers of width 768 (Radford et al. 2019)."""
+    width = 768
+    layer: list[tuple[int, ...]] = [
+        (width,),
+        (width,),
+        (3 * width, width),
+        (3 * width,),
+        (width, width),
+        (width,),
+    ]
+    layer += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [(50257, width), (1024, width), *(12 * layer), (width,), (width,)]
+
+
 class Problem:
     """A quadratic with a gradient that has some noise, and an optimizer on it."""
 
@@ -102,6 +132,14 @@ class Problem:
             param.grad = torch.zeros_like(param)
         self.sign = 1.0
         self.optimizer = build(self.params)
+        self.step: Callable[[], Any] = self.optimizer.step
+
+    def capture(self) -> None:
+        """Make the steps from now on those of a CUDA graph."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.optimizer.step()
+        self.step = graph.replay
 
     def evaluate(self) -> float:
         """Write the gradient where it stays."""
@@ -119,8 +157,26 @@ class Problem:
                 total -= milliseconds(self.evaluate)
             else:
                 self.evaluate()
-                total += milliseconds(self.optimizer.step)
+                total += milliseconds(self.step)
         return total / steps
+
+    def overlapped(self, steps: int) -> tuple[float, float]:
+        """Mean milliseconds of a step, which the device begins when the host has asked for all of it: until
+        the host goes on, and on the device."""
+        host = device = 0.0
+        for _ in range(steps):
+            self.evaluate()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            torch.cuda._sleep(BUSY)
+            start.record()
+            before = time.perf_counter()
+            self.step()
+            host += time.perf_counter() - before
+            end.record()
+            torch.cuda.synchronize()
+            device += start.elapsed_time(end)
+        return 1e3 * host / steps, device / steps
 
     def bytes_per_parameter(self) -> float:
         """Of the optimizer's state."""
@@ -143,14 +199,15 @@ def milliseconds(work: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def contestants() -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
+def contestants(device: str) -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
     """Each optimizer by name, with so small a rate that nothing changes much."""
+    settings_of = {**OURS, GRAPH: {"capturable": True}} if device == "cuda" else OURS
 
     def ours(settings: dict[str, Any]) -> Callable[[list[nn.Parameter]], Optimizer]:
         return lambda params: MLBFGS(params, lr=1e-3, momentum=0.9, weight_decay=0.0, **settings)
 
     return {
-        **{name: ours({"history_size": HISTORY, **settings}) for name, settings in OURS.items()},
+        **{name: ours({"history_size": HISTORY, **settings}) for name, settings in settings_of.items()},
         PEER: lambda params: LBFGS(
             params, lr=1e-3, max_iter=1, history_size=HISTORY, tolerance_grad=0, tolerance_change=0
         ),
@@ -161,10 +218,10 @@ def contestants() -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
 
 def copying(values: int, device: str) -> float:
     """Milliseconds to move as many float32 values, half of them read and half written."""
-    source = torch.ones(values // 2, device=device)
+    source = torch.ones(min(values, COPIED) // 2, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    return milliseconds(lambda: target.copy_(source))
+    return milliseconds(lambda: target.copy_(source)) * values / (2 * source.numel())
 
 
 def both_products(n: int, device: str) -> tuple[float, float]:
@@ -179,21 +236,37 @@ def both_products(n: int, device: str) -> tuple[float, float]:
     )
 
 
-def optimizers(repeats: int, device: str) -> tuple[list[Row], float, list[float], int]:
-    """Rows of all contestants, the floor and the products in milliseconds, the number of parameters."""
-    problems = {name: Problem(build, resnet18_shapes(), device) for name, build in contestants().items()}
+def optimizers(
+    repeats: int, device: str, shapes: list[tuple[int, ...]], names: Sequence[str] = ()
+) -> tuple[list[Row], float, list[float], int]:
+    """Rows of all contestants or those named, the floor and the products in milliseconds, the number of
+    parameters."""
+    builds = contestants(device)
+    problems = {name: Problem(builds[name], shapes, device) for name in names or builds}
     n = sum(param.numel() for param in next(iter(problems.values())).params)
-    for problem in problems.values():
+    for name, problem in problems.items():
         problem.window(2 * HISTORY + 4)  # L-BFGS's history is full, ours has its memory
+        if name == GRAPH:
+            problem.capture()
     windows: dict[str, list[float]] = {name: [] for name in problems}
+    overlapped: dict[str, list[tuple[float, float]]] = {name: [] for name in problems}
     floors, products = [], []
     for _ in range(repeats):
         floors.append(copying(FLOOR * n, device))
         products.append(both_products(n, device))
         for name, problem in problems.items():
-            windows[name].append(problem.window(EVERY if "mL-BFGS" in name else 10))
+            steps = EVERY if "mL-BFGS" in name else 10
+            windows[name].append(problem.window(steps))
+            if device == "cuda" and name != PEER:  # which waits for the device
+                overlapped[name].append(problem.overlapped(steps))
     rows = [
-        Row(name, windows[name], problem.bytes_per_parameter(), _pairs(problem.optimizer))
+        Row(
+            name,
+            windows[name],
+            problem.bytes_per_parameter(),
+            _pairs(problem.optimizer),
+            overlapped[name],
+        )
         for name, problem in problems.items()
     ]
     return (
@@ -206,7 +279,10 @@ def optimizers(repeats: int, device: str) -> tuple[list[Row], float, list[float]
 
 def small(repeats: int, device: str) -> list[tuple[str, float]]:
     """Median milliseconds of a step for 60 tensors of 256 values."""
-    problems = {name: Problem(build, [(16, 16)] * 60, device) for name, build in contestants().items()}
+    problems = {name: Problem(build, [(16, 16)] * 60, device) for name, build in contestants(device).items()}
+    if GRAPH in problems:
+        problems[GRAPH].window(2 * HISTORY + 4)
+        problems[GRAPH].capture()
     times: dict[str, list[float]] = {name: [] for name in problems}
     for _ in range(repeats + 1):
         for name, problem in problems.items():
@@ -220,6 +296,44 @@ def _pairs(optimizer: Optimizer) -> int:
     if isinstance(optimizer, LBFGS):
         return len(next(iter(optimizer.state.values()))["old_dirs"])
     return 0
+
+
+def kernels_alone(n: int, repeats: int = 20) -> Iterator[str]:
+    """The table of the kernels in Triton, one leaf of n values: values moved, time and speed."""
+    from mlbfgs_torch.fused import FusedKernels
+
+    kernels, dtype = FusedKernels(torch.device("cuda")), torch.float32
+    grad, moment, root, update, param, momentum, *arrays = torch.rand(10, n, device="cuda")
+    means, history = Means(*arrays), torch.rand(2, HISTORY, n, device="cuda")
+    weights, slot = torch.rand(2 * HISTORY, device="cuda"), torch.ones(1, dtype=torch.int64, device="cuda")
+    half, least, true = (torch.tensor(x, device="cuda") for x in (0.5, 1e-3, True))
+    new, known = Metric(moment, half, least, 0.5), Metric(moment, None, least, 0.5, root)
+    rate = (0.1, 0.9, 0.01)
+    step = {
+        "project": (14, lambda: kernels.project(history, grad, means.grads, half, new, dtype)),
+        "combine": (13, lambda: kernels.combine(history, grad, weights, half, known, true, dtype)),
+        "update_means": (8, lambda: kernels.update_means(*means[:2], new, param, grad, half, true)),
+        "descend": (5, lambda: kernels.descend(param, update, half, momentum, *rate, true, nesterov=True)),
+    }
+    check = {"pair_products": (10, lambda: kernels.pair_products(means, known, true))}
+    refresh = {
+        "write_pair": (
+            7,
+            lambda: kernels.write_pair(history, slot, means, known, true, half, (half, half), true),
+        ),
+        "gram": (14, lambda: kernels.gram(history, slot, grad, known, dtype)),
+        "rotate": (6, lambda: kernels.rotate(means, true, restart=True)),
+    }
+    yield f"n = {n:,}; a copy: {4 * COPIED / copying(COPIED, 'cuda') / 1e6:.0f} GB/s"
+    yield f"{'':16}{'values':>8}{'ms':>8}{'GB/s':>7}"
+    for title, work in {"each step": step, "a check": check, "a refresh": refresh}.items():
+        total = 0.0
+        for name, (values, run) in work.items():
+            run()
+            time_of_one = milliseconds(lambda run=run: [run() for _ in range(repeats)]) / repeats
+            total += time_of_one
+            yield f"{name:16}{values:8}{time_of_one:8.2f}{4e-6 * values * n / time_of_one:7.0f}"
+        yield f"{title:16}{sum(values for values, _ in work.values()):8}{total:8.2f}"
 
 
 def direction_bandwidth(n: int, device: str) -> tuple[float, float]:
@@ -303,7 +417,7 @@ def jax_updates(n: int, repeats: int) -> Iterator[str]:
     """The table of JAX's updates: medians over windows in which all take turns."""
     peer = optax.scale_by_lbfgs(HISTORY)
     ours = {name: scale_by_mlbfgs(history_size=HISTORY, **settings) for name, settings in JAX_OURS.items()}
-    transformations = {JAX_PEER: peer, JAX_DONATED: peer, **ours}
+    transformations = {JAX_ADAM: optax.scale_by_adam(), JAX_PEER: peer, JAX_DONATED: peer, **ours}
     problems = {name: JaxProblem(name, tx, n) for name, tx in transformations.items()}
     times: dict[str, list[float]] = {name: [] for name in problems}
     for problem in problems.values():
@@ -314,9 +428,9 @@ def jax_updates(n: int, repeats: int) -> Iterator[str]:
     base = statistics.median(times[JAX_PEER])
     yield f"{'':28}{'ms/update':>10}{'spread':>14}{'x optax':>9}{'scratch B/param':>17}{'pairs':>7}"
     for name, problem in problems.items():
-        middle, spread = statistics.median(times[name]), f"{min(times[name]):.1f}-{max(times[name]):.1f}"
-        pairs = int(problem.state.pairs[0]) if name in ours else HISTORY
-        yield f"{name:28}{middle:10.1f}{spread:>14}{middle / base:9.2f}{problem.scratch:17.0f}{pairs:7d}"
+        middle, spread = statistics.median(times[name]), ranged(times[name])
+        pairs = int(problem.state.pairs[0]) if name in ours else HISTORY * (name != JAX_ADAM)
+        yield f"{name:28}{middle:10.2f}{spread:>14}{middle / base:9.2f}{problem.scratch:17.0f}{pairs:7d}"
 
 
 def jax_compilation(leaves: int, repeats: int) -> dict[str, float]:
@@ -353,11 +467,13 @@ def jax_compilation(leaves: int, repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def print_jax(repeats: int) -> None:
+def print_jax(repeats: int, device: str) -> None:
     """Print the tables of JAX."""
-    for n in JAX_SIZES:
-        print(f"\nJAX {jax.__version__}, whole compiled updates, n = {n:,}, float32, m = {HISTORY}")
-        print("\n".join(jax_updates(n, repeats)))
+    for n in JAX_SIZES[device]:
+        print(
+            f"\nJAX {jax.__version__}, whole compiled updates, n = {n:,}, float32, m = {HISTORY}", flush=True
+        )
+        print("\n".join(jax_updates(n, repeats)), flush=True)
     for leaves in (1, 12):
         seconds = jax_compilation(leaves, max(3, repeats))
         print(f"\nseconds to trace and compile a training step with {leaves} leaves")
@@ -365,36 +481,44 @@ def print_jax(repeats: int) -> None:
             print(f"{name:30}{value:8.2f}{value / seconds['optax.lbfgs']:8.2f} x optax.lbfgs")
 
 
-def report(rows: list[Row], floor: float, products: list[float], n: int) -> Iterator[str]:
+def report(model: str, rows: list[Row], floor: float, products: list[float], n: int) -> Iterator[str]:
     """The table of the optimizers."""
-    plain = next(row.milliseconds for row in rows if row.name == PLAIN)
-    peer = next(row.milliseconds for row in rows if row.name == PEER)
-    yield f"ResNet-18's parameters, n = {n:,}, float32, m = {HISTORY}, {device_name()}"
+    times = {row.name: row.milliseconds for row in rows}
+    yield f"{model}'s parameters, n = {n:,}, float32, m = {HISTORY}, {device_name()}"
     yield (
-        f"floor: {FLOOR} n values = {4 * FLOOR * n / 1e9:.2f} GB, {floor:.0f} ms at "
+        f"floor: {FLOOR} n values = {4 * FLOOR * n / 1e9:.2f} GB, {floor:.3g} ms at "
         f"{4 * FLOOR * n / floor / 1e6:.0f} GB/s, the copy speed of this run"
     )
     yield (
-        f"the two products with the history alone: {products[0]:.0f} ms; as two matrix-vector products: "
-        f"{products[1]:.0f} ms"
+        f"the two products with the history alone: {products[0]:.3g} ms; as two matrix-vector products: "
+        f"{products[1]:.3g} ms"
     )
+    waits = any(row.overlapped for row in rows)
     columns = (
-        f"{'ms/step':>8}{'spread':>12}{'x floor':>9}{'x LBFGS':>9}{'x plain':>9}{'B/param':>9}{'pairs':>7}"
+        f"{'ms/step':>8}{'spread':>14}{'x floor':>9}{'x LBFGS':>9}{'x plain':>9}{'B/param':>9}{'pairs':>7}"
     )
-    yield f"{'':28}{columns}"
+    yield f"{'':28}{columns}" + (f"{'host ms':>9}{'device ms':>11}{'x floor':>9}" if waits else "")
     for row in rows:
-        spread = f"{min(row.windows):.0f}-{max(row.windows):.0f}"
-        yield (
-            f"{row.name:28}{row.milliseconds:8.1f}{spread:>12}{row.milliseconds / floor:9.2f}"
-            f"{row.milliseconds / peer:9.2f}{row.milliseconds / plain:9.2f}"
-            f"{row.bytes_per_parameter:9.1f}{row.pairs:7d}"
+        peer = f"{row.milliseconds / times[PEER]:9.2f}" if PEER in times else f"{'-':>9}"
+        line = (
+            f"{row.name:28}{row.milliseconds:8.2f}{ranged(row.windows):>14}{row.milliseconds / floor:9.2f}"
+            f"{peer}{row.milliseconds / times[PLAIN]:9.2f}{row.bytes_per_parameter:9.1f}{row.pairs:7d}"
         )
+        if row.overlapped:
+            host, device = (statistics.median(each) for each in zip(*row.overlapped, strict=True))
+            line += f"{host:9.2f}{device:11.2f}{device / floor:9.2f}"
+        yield line
+
+
+def ranged(values: Sequence[float]) -> str:
+    """The smallest and the largest."""
+    return f"{min(values):.2f}-{max(values):.2f}"
 
 
 def device_name() -> str:
     """What the figures were measured on."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
     return f"{os.cpu_count()} cores of {platform.machine()}, PyTorch {torch.__version__}"
 
 
@@ -423,23 +547,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="windows per optimizer")
     parser.add_argument("--size", type=int, default=10_000_000, help="parameters in the core's table")
-    parser.add_argument("--device", default="cpu", help="of the optimizers, such as cuda")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of all but the core")
     parser.add_argument("--direction", type=int, default=0, help="also the direction alone at this size")
     parser.add_argument("--figure", type=Path, help="write a picture here")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
-    rows, floor, products, n = optimizers(options.repeats, options.device)
-    print("\n".join(report(rows, floor, products, n)))
+    rows, floor, products, n = optimizers(options.repeats, options.device, resnet18_shapes())
+    print("\n".join(report("ResNet-18", rows, floor, products, n)), flush=True)
+    if options.device == "cuda":
+        large = optimizers(options.repeats, options.device, gpt2_shapes(), LARGE)
+        print("\n".join(["", *report("GPT-2", *large)]), flush=True)
+        torch.cuda.empty_cache()
+        print("\n".join(["", "Kernels in Triton, float32, m = 5", *kernels_alone(124_000_000)]), flush=True)
     print("\n60 tensors of 256 values, milliseconds per step")
     for name, time_of_step in small(options.repeats, options.device):
-        print(f"{name:28}{time_of_step:8.2f}")
+        print(f"{name:28}{time_of_step:8.2f}", flush=True)
     if options.figure:
         draw(rows, floor, options.figure)
     if options.json:
         numbers = {row.name: {"milliseconds": row.windows, "bytes": row.bytes_per_parameter} for row in rows}
         options.json.write_text(json.dumps({"device": device_name(), "floor": floor, "rows": numbers}))
-    if options.device == "cpu" and options.size:
-        print_jax(options.repeats)
+    if options.size:
+        torch.cuda.empty_cache()  # does nothing where there is no GPU
+        print_jax(options.repeats, options.device)
     if options.direction:
         ours, copy = direction_bandwidth(options.direction, options.device)
         share = f"{ours:.0f} GB/s, {ours / copy:.0%} of a copy's {copy:.0f}"
