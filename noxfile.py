@@ -297,4 +297,5 @@ def build(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Test CuPy, PyTorch and JAX on a CUDA GPU; fails where there is none."""
     install(session, "-e", ".[cupy,jax,torch]", "jax[cuda12]", group="test")
-    session.run("pytest", "tests/gpu", *session.posargs)
+    env = {"TRITON_INTERPRET": "0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    session.run("pytest", "tests/gpu", *session.posargs, env=env)

@@ -11,6 +11,9 @@ import pytest
 from array_api_extra.testing import patch_lazy_xp_functions
 from hypothesis import HealthCheck, Phase, settings
 
+# Triton reads it when it is first imported: its kernels run on the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The `xp` fixture hands the same namespace to every example of a test, so its scope is no hazard.
 # Examples are seeds of generators, which shrinking makes no simpler.
 _common = {

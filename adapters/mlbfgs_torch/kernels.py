@@ -306,6 +306,42 @@ class TorchKernels(core.Kernels):
                 square = part if square is None else square + part
         return update, square
 
+    def descend(
+        self,
+        param: Tensor,
+        update: Tensor,
+        length: Any,
+        buffer: Tensor | None,
+        lr: float | Tensor,
+        momentum: float,
+        weight_decay: float,
+        keep: Any,
+        *,
+        nesterov: bool,
+    ) -> None:
+        """Momentum, decoupled weight decay and learning rate where `keep`; writes to the parameter and the
+        buffer, and consumes the update. Moves 5 values."""
+        dtype = update.dtype
+        if isinstance(keep, Tensor):
+            accepted, length, rate = keep.to(dtype), length.to(dtype), _number(lr)
+        else:
+            accepted, length, rate = float(keep), float(length), float(lr)
+        rate = accepted * rate
+        decay = 1 - rate * weight_decay if weight_decay != 0 else None
+        carry = None if buffer is None else 1 + accepted * (momentum - 1)
+        weight = rate * length if buffer is None else rate
+        for tile in self.tiles(update):
+            change = update[tile]
+            if buffer is not None:
+                carried = _add(buffer[tile].mul_(carry), change, length)
+                change = change.mul_(length).add_(carried, alpha=momentum) if nesterov else carried
+            value = param[tile].to(dtype)  # rounded once, at the end
+            if decay is not None:
+                value.mul_(decay)
+            _add(value, change, weight, sign=-1)
+            if param.dtype != dtype:
+                param[tile].copy_(value)
+
     def _clean(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A copy in a dtype with zeros for what is not finite."""
         out = self.buffer("scaled", x, dtype) if x.dtype == dtype else None
@@ -315,3 +351,12 @@ class TorchKernels(core.Kernels):
 def _finite(x: Tensor, out: Tensor | None) -> Tensor:
     """Zeros for what is not finite."""
     return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0, out=out)
+
+
+def _add(x: Tensor, y: Tensor, weight: float | Tensor, sign: int = 1) -> Tensor:
+    """``x + sign * weight * y`` in the place of `x`."""
+    return x.addcmul_(y, weight, value=sign) if isinstance(weight, Tensor) else x.add_(y, alpha=sign * weight)
+
+
+def _number(value: float | Tensor) -> float | Tensor:
+    return value.reshape(()) if isinstance(value, Tensor) else value

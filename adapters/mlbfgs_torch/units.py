@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -117,8 +119,8 @@ class Unit:
             known=numbers,
         )
         self._device = part.device
-        self.kernels = TorchKernels(self._device)
-        self._host_kernels = HostKernels(self.kernels)
+        self._plain_kernels = TorchKernels(self._device)
+        self._host_kernels = HostKernels(self._plain_kernels)
         self._views = [(member.param, memory[member.param]["history"]) for member in part.members]
         self.flags: _Flags | None = None
         shares = [*(leaf.share for leaf in self.leaves), *(1.0 for _ in self._absent)]
@@ -129,6 +131,13 @@ class Unit:
     def state(self) -> core.State:
         """The core's state, all of it tensors."""
         return self._bound.state
+
+    @property
+    def kernels(self) -> TorchKernels:
+        """The fastest there are here; a compiled step is fused by the compiler."""
+        if self._device.type != "cuda" or torch.compiler.is_compiling():
+            return self._plain_kernels
+        return fused_kernels(self._device) or self._plain_kernels
 
     def call(self) -> tuple[core.State, dict[str, Any]]:
         """The state for one step, and the arguments with which the core is called; coefficients are those of
@@ -207,32 +216,38 @@ class Unit:
         ):
             if direction is None:
                 continue
-            group, dtype = leaf.group, direction.dtype
-            if isinstance(finite, Tensor):
-                accepted, length, rate = finite.to(dtype), factor.to(dtype), _number(group["lr"])
-            else:
-                accepted, length, rate = float(finite), float(factor), float(group["lr"])
-            rate = accepted * rate
-            decays = group["weight_decay"] != 0 and group["decoupled_weight_decay"]
-            decay = 1 - rate * group["weight_decay"] if decays else None
-            carry = None if buffer is None else 1 + accepted * (group["momentum"] - 1)
-            weight = rate * length if buffer is None else rate
-            for tile in self.kernels.tiles(direction):
-                change = direction[tile]
-                if buffer is not None:
-                    carried = _add(buffer[tile].mul_(carry), change, length)
-                    if group["nesterov"]:
-                        change = change.mul_(length).add_(carried, alpha=group["momentum"])
-                    else:
-                        change = carried
-                value = flat[tile].to(dtype)  # rounded once, at the end
-                if decay is not None:
-                    value.mul_(decay)
-                _add(value, change, weight, sign=-1)
-                if flat.dtype != dtype:
-                    flat[tile].copy_(value)
+            group = leaf.group
+            self.kernels.descend(
+                flat,
+                direction,
+                factor,
+                buffer,
+                group["lr"],
+                group["momentum"],
+                group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
+                finite,
+                nesterov=group["nesterov"],
+            )
             if not leaf.is_view:
                 torch._foreach_copy_(leaf.real_params(), leaf.spread(flat))
+
+
+@cache
+def fused_kernels(device: torch.device) -> TorchKernels | None:
+    """Kernels in Triton, with a warning where it is there and does not work; None where there are none."""
+    try:
+        from .fused import FusedKernels
+    except ImportError:  # PyTorch's builds for Windows and for CPUs have no Triton
+        return None
+    try:
+        FusedKernels.check(device)
+    except Exception as error:  # a missing C compiler, an old GPU: whatever a compiler may raise
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"MLBFGS takes slower operations on {device}, since Triton fails there: {reason}", stacklevel=2
+        )
+        return None
+    return FusedKernels(device)
 
 
 class _Flags:
@@ -277,12 +292,3 @@ def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:
     if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
         flat = flat.add(leaf.gather(leaf.params()), alpha=group["weight_decay"])
     return flat
-
-
-def _add(x: Tensor, y: Tensor, weight: float | Tensor, sign: int = 1) -> Tensor:
-    """``x + sign * weight * y`` in the place of `x`."""
-    return x.addcmul_(y, weight, value=sign) if isinstance(weight, Tensor) else x.add_(y, alpha=sign * weight)
-
-
-def _number(value: float | Tensor) -> float | Tensor:
-    return value.reshape(()) if isinstance(value, Tensor) else value

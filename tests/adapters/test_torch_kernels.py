@@ -1,13 +1,26 @@
-"""The PyTorch kernels mean what the core's plain ones mean, at every size of leaf."""
+"""The PyTorch kernels mean what the core's plain ones mean, at every size of leaf.
+
+Triton's interpreter runs those of a GPU on the CPU. What is left to a GPU (`tests/gpu/test_cuda.py`) is that
+Triton compiles the same text, its launches, and bfloat16, to which the interpreter does not round but cuts.
+"""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from itertools import cycle
+from pathlib import Path
 
 import array_api_compat.torch as xp
 import pytest
 import torch
+from torch import nn
 
 import mlbfgs_core as core
 from mlbfgs_core.kernels import Means, Metric
+from mlbfgs_torch import MLBFGS, units
 from mlbfgs_torch import kernels as fast_kernels
 from mlbfgs_torch.kernels import TorchKernels
 
@@ -15,13 +28,32 @@ M = 3
 SIZES = [0, 1, 5, 40, 64, 77, 200]
 """Below, at and above both a split product and a tile of the small limits that the fixture sets."""
 
+SETTINGS = [
+    {"check_every": 1, "history_size": 4},
+    {"preset": "fit", "update_every": 4, "history_dtype": "float16"},
+    {"preset": "paper", "update_every": 3},
+]
+MIXED = (torch.float64, torch.float32)
 
-@pytest.fixture
-def both(monkeypatch):
+
+def fused_module():
+    if sys.platform != "linux":
+        pytest.skip("Triton is built for Linux only")
+    return import_module("mlbfgs_torch.fused")
+
+
+@pytest.fixture(params=["PyTorch", "Triton"])
+def both(request, monkeypatch):
     """The plain kernels, and the fast ones with limits so small that short leaves take every path."""
-    monkeypatch.setitem(fast_kernels._TILE, "cpu", 64)
-    monkeypatch.setattr(fast_kernels, "_PART", 16)
-    return core.Kernels(xp, 10**9), TorchKernels(torch.device("cpu"))
+    plain = core.Kernels(xp, 10**9)
+    if request.param == "PyTorch":
+        monkeypatch.setitem(fast_kernels._TILE, "cpu", 64)
+        monkeypatch.setattr(fast_kernels, "_PART", 16)
+        return plain, TorchKernels(torch.device("cpu"))
+    fused = fused_module()
+    monkeypatch.setattr(fused, "_BLOCK", 16)
+    monkeypatch.setattr(fused, "_PROGRAMS", 3)
+    return plain, fused.FusedKernels(torch.device("cpu"))
 
 
 class Leaf:
@@ -169,3 +201,92 @@ def test_inner_products_of_a_bfloat16_history_are_accumulated_in_float32(both):
     for kernels in both:
         seen = kernels.project(history, grad, None, torch.tensor(1.0), None, torch.float32)
         assert seen.rows.tolist() == [4001.0, 4001.0]  # bfloat16 has no 4001
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("rate", [0.3, torch.tensor(0.3, dtype=torch.float64)], ids=["float", "tensor"])
+def test_descend_is_momentum_with_decoupled_decay_rounded_once(both, dtype, momentum, nesterov, decay, rate):
+    _, kernels = both
+    leaf = Leaf(77)
+    param, update, buffer = leaf.param.to(dtype), leaf.grad.clone(), leaf.means.params.clone()
+    given = None if momentum is None else buffer
+    before = param.double().clone()
+    length, keep = torch.tensor(0.5, dtype=torch.float64), torch.tensor(True)
+    kernels.descend(param, update, length, given, rate, momentum or 0.0, decay, keep, nesterov=nesterov)
+    carried = 0.9 * leaf.means.params + 0.5 * leaf.grad
+    looking_ahead = 0.5 * leaf.grad + 0.9 * carried
+    change = 0.5 * leaf.grad if momentum is None else looking_ahead if nesterov else carried
+    expected = (before * (1 - 0.3 * decay) - 0.3 * change).to(dtype)
+    torch.testing.assert_close(param, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-15)
+    if momentum is not None:
+        torch.testing.assert_close(buffer, carried, rtol=1e-15, atol=1e-15)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    ("dtypes", "bound"), [((torch.float64,), 1e-8), (MIXED, 1e-2), ((torch.float16,), 5e-2)], ids=str
+)
+def test_training_is_the_same_with_either_kernels(both, settings, dtypes, bound, monkeypatch):
+    def train(kernels):
+        monkeypatch.setattr(units, "HOSTS", set())  # coefficients are tensors, as on a GPU
+        monkeypatch.setattr(units.Unit, "kernels", kernels)
+        torch.manual_seed(0)
+        kinds = zip([(7, 5), (), (3, 2)], cycle(dtypes))
+        params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, dtype in kinds]
+        optimizer = MLBFGS(params, lr=0.05, momentum=0.9, weight_decay=0.01, **settings)
+        for step in range(14):
+            for param in params:
+                param.grad = (1 + step % 3) * param.detach()
+            if step == 7:
+                params[0].grad[2] = float("nan")
+            optimizer.step()
+        assert int(optimizer.diagnostics()[0].pairs[0]) > 0
+        return [param.detach() for param in params]
+
+    _, fast = both
+    for one, other in zip(train(TorchKernels(torch.device("cpu"))), train(fast), strict=True):
+        torch.testing.assert_close(one, other, rtol=bound, atol=bound)
+
+
+def test_descend_leaves_everything_where_the_step_is_not_kept(both):
+    _, kernels = both
+    leaf = Leaf(77)
+    param, buffer = leaf.param.clone(), leaf.means.params.clone()
+    length, keep = torch.tensor(0.0, dtype=torch.float64), torch.tensor(False)
+    kernels.descend(param, leaf.grad, length, buffer, 0.3, 0.9, 0.1, keep, nesterov=True)
+    assert torch.equal(param, leaf.param)
+    assert torch.equal(buffer, leaf.means.params)
+
+
+def test_triton_compiles_every_kernel_for_old_and_new_gpus(tmp_path):
+    fused_module()
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, Path(__file__).with_name("compile_kernels.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    passes = ["largest", "pair_products", "rotate", "descend", "update_means", "write_pair"]
+    assert sorted(done.stdout.split()) == sorted(
+        f"_{name}" for name in ["project", "combine", "gram", *passes]
+    )
+
+
+def test_a_compiler_that_fails_costs_speed_and_not_the_run(monkeypatch):
+    fused = fused_module()
+
+    def fail(cls, device):
+        msg = "Failed to find C compiler"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(fused.FusedKernels, "check", classmethod(fail))
+    with pytest.warns(
+        UserWarning, match=r"slower operations on cpu.*RuntimeError: Failed to find C compiler"
+    ):
+        assert units.fused_kernels.__wrapped__(torch.device("cpu")) is None
+
+
+def test_without_triton_there_are_no_such_kernels(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlbfgs_torch.fused", None)
+    assert units.fused_kernels.__wrapped__(torch.device("cpu")) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, NamedTuple
 
 import array_api_compat.numpy
 import cupy
@@ -19,6 +20,7 @@ from mlbfgs_core.kernels import Means, Metric
 from mlbfgs_cupy import MLBFGS
 from mlbfgs_cupy.backends import backend_of
 from mlbfgs_jax import mlbfgs
+from mlbfgs_torch.fused import FusedKernels
 from tests.adapters.test_cupy import FAST, SETTINGS, Problem, flat
 
 LR, MOMENTUM, DECAY = 0.05, 0.9, 0.1
@@ -116,22 +118,42 @@ def test_trajectory_on_the_gpu_is_that_of_numpy_on_the_cpu(run, name, dtype, bou
     np.testing.assert_allclose(run(SETTINGS[name], dtype), expected, rtol=bound, atol=bound)
 
 
+class OnNumpy(NamedTuple):
+    """How the next test asks for arrays, kernels and dtypes."""
+
+    send: Any = np.asarray
+    fetch: Any = np.asarray
+    kernels: Any = Kernels(array_api_compat.numpy)
+    dtype: Any = np.dtype("float64")
+
+
+def on_cupy():
+    return OnNumpy(cupy.asarray, cupy.asnumpy, backend_of(cupy.zeros(1)).kernels)
+
+
+def on_torch():
+    def send(x):
+        return torch.asarray(x).cuda()
+
+    return OnNumpy(send, lambda x: x.cpu().numpy(), FusedKernels(torch.device("cuda")), torch.float64)
+
+
 @pytest.mark.parametrize("size", [5, 3_000_000])
 @pytest.mark.parametrize("power", [0.0, 0.5, 0.7])
 @pytest.mark.parametrize("history_dtype", ["float64", "float16"])
-def test_kernels_on_the_gpu_are_the_plain_ones_on_the_cpu(size, power, history_dtype):
+@pytest.mark.parametrize("library", [on_cupy, on_torch])
+def test_kernels_on_the_gpu_are_the_plain_ones_on_the_cpu(library, size, power, history_dtype):
     rng = np.random.default_rng(0)
     history = rng.normal(size=(2, 2, size)).astype(history_dtype)
     values = rng.normal(size=(7, size))
-    plain = Kernels(array_api_compat.numpy)
     results = []
-    for xp, kernels in ((np, plain), (cupy, backend_of(cupy.zeros(1)).kernels)):
-        own, grad, *means, moment, kept = xp.array(history), *(xp.array(x) for x in values)
-        means, dtype = Means(*means), np.dtype("float64")
-        half, true, slot = xp.asarray(0.5), xp.asarray(True), xp.asarray([1])
-        metric = Metric(moment**2, half, xp.asarray(1e-3), power, None) if power else None
+    for send, fetch, kernels, dtype in (OnNumpy(), library()):
+        own, grad, *means, moment, kept = send(history.copy()), *(send(x.copy()) for x in values)
+        means = Means(*means)
+        half, true, slot = send(np.asarray(0.5)), send(np.asarray(True)), send(np.asarray([1]))
+        metric = Metric(moment**2, half, send(np.asarray(1e-3)), power, None) if power else None
         known = metric and metric._replace(weight=None, kept=kept**2 + 0.1)
-        weights = xp.linspace(-1, 1, 4)
+        weights = send(np.linspace(-1, 1, 4))
         seen = kernels.project(own, grad, means.grads, half, metric, dtype)
         pushed = kernels.push(own, slot, means, known, true, half, (half, half), true, grad)
         pair = kernels.pair_products(means, known, true)
@@ -139,10 +161,11 @@ def test_kernels_on_the_gpu_are_the_plain_ones_on_the_cpu(size, power, history_d
         averaged = kernels.update_means(means.params, means.grads, metric, grad, grad, half, true)
         turned = kernels.rotate(means, true, restart=True)
         sums = sum(part.sy * part.s_scale * part.y_scale for part in pair)
-        results.append([*seen, *pushed, sums, *combined, *averaged, *turned])
+        kinds = [*seen, *pushed, sums, *combined, *averaged, *turned]
+        results.append([x if x is None else fetch(x) for x in kinds])
     for expected, result in zip(*results, strict=True):
         if expected is not None:
-            np.testing.assert_allclose(cupy.asnumpy(result), expected, rtol=1e-9, atol=1e-9 * size**0.5)
+            np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-9 * size**0.5)
 
 
 def fortran(x):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
 
-from mlbfgs_torch import MLBFGS
+from mlbfgs_torch import MLBFGS, units
+from mlbfgs_torch.fused import FusedKernels
+from mlbfgs_torch.kernels import TorchKernels
 
+pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 SETTINGS = [{}, {"preset": "lbfgs", "lr": 0.05}, {"adaptive": False, "update_every": 3}]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _needs_a_gpu():
     assert torch.cuda.is_available(), "these tests need a CUDA GPU, and PyTorch sees none"
+    assert os.environ.get("TRITON_INTERPRET") == "0", "these tests need Triton's compiler: TRITON_INTERPRET=0"
 
 
 def train(device, settings, steps, forbid_waiting):
@@ -37,6 +43,33 @@ def test_trajectory_on_the_gpu_is_that_on_the_cpu(settings):
     torch.testing.assert_close(
         train("cuda", settings, 30, False), train("cpu", settings, 30, False), rtol=1e-6, atol=1e-8
     )
+
+
+NARROW = {"history_dtype": "bfloat16", "adaptive": False, "update_every": 3}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-8), (torch.float32, 1e-3), (torch.bfloat16, 0.05)]
+)
+@pytest.mark.parametrize("settings", [*SETTINGS, NARROW], ids=str)
+def test_kernels_in_triton_are_used_and_train_like_those_of_pytorch(settings, dtype, bound, monkeypatch):
+    def run(kind):
+        if kind is TorchKernels:
+            monkeypatch.setattr(units, "fused_kernels", lambda device: None)
+        torch.manual_seed(0)
+        params = [
+            nn.Parameter(torch.randn(shape, device="cuda").to(dtype)) for shape in [(70, 50), (), (9001,)]
+        ]
+        optimizer = MLBFGS(params, momentum=0.9, weight_decay=0.01, **{"lr": 0.05, **settings})
+        for step in range(24):
+            for param in params:
+                param.grad = (1 + step % 3) * param.detach()
+            optimizer.step()
+        assert {type(unit.kernels) for unit in optimizer._units} == {kind}
+        return [param.detach() for param in params]
+
+    for one, other in zip(run(FusedKernels), run(TorchKernels), strict=True):
+        torch.testing.assert_close(one, other, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -1,0 +1,58 @@
+"""Compile the kernels in Triton for NVIDIA's GPUs, which needs none of these.
+
+It is a program, since Triton is told when it is imported whether it is to compile or to interpret.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mlbfgs_torch import fused
+
+CAPABILITIES = (75, 90)
+"""Of the oldest GPUs that Triton supports, and of an H100."""
+DTYPES = [  # of averages, and of gradients, parameters and history
+    ("fp32", "fp32"),
+    ("fp32", "bf16"),
+    ("fp32", "fp16"),
+    ("fp64", "fp64"),
+]
+SHORT = ("history", "grad", "param")
+FLAGS = ("keep", "valid", "turn")
+NUMBERS = ("stride", "slots", "n", "programs")
+CONSTANTS = {"ROWS": 10, "WIDTH": 32, "EXPONENT": 0.175, "BLOCK": 2048}
+
+
+def kind(name, dtype, short):
+    if name in NUMBERS:
+        return "i64"
+    return f"*{short if name in SHORT else 'i1' if name in FLAGS else 'i64' if name == 'slot' else dtype}"
+
+
+def main():
+    functions = [x for x in vars(fused).values() if isinstance(x, triton.JITFunction)]
+    kernels = [function for function in functions if "BLOCK" in function.arg_names]
+    for kernel in kernels:
+        for halvings in (3, -1) if "HALVINGS" in kernel.arg_names else (0,):
+            constants = {
+                (place,): halvings if name == "HALVINGS" else CONSTANTS.get(name, True)
+                for place, name in enumerate(kernel.arg_names)
+                if name.isupper()
+            }
+            for dtype, short in DTYPES:
+                signature = {
+                    name: "constexpr" if name.isupper() else kind(name, dtype, short)
+                    for name in kernel.arg_names
+                }
+                for capability in CAPABILITIES:
+                    source = ASTSource(kernel, signature, constants)
+                    triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    sys.stdout.write(" ".join(kernel.fn.__name__ for kernel in kernels))
+
+
+if __name__ == "__main__":
+    main()
