@@ -1,8 +1,9 @@
 """Time whole steps of `mlbfgs_cupy.MLBFGS` against the bytes that they must move.
 
-One float32 array of a million and of ten million values, and two small models. The floor is the time in
-which NumPy copies the 55 values per parameter that a step with default settings must move (see
-`step_cost.py`), measured in the same run; all settings take turns, window by window.
+One float32 array of a million and of ten million values, and two small models, in NumPy or, with
+``--device cuda``, in CuPy. The floor is the time in which that library copies the 35 values per parameter
+that a step with default settings must move (see `step_cost.py`), measured in the same run; all settings take
+turns, window by window.
 """
 
 from __future__ import annotations

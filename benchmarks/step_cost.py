@@ -57,6 +57,8 @@ PLAIN, PEER = "mL-BFGS, no refresh", "torch.optim.LBFGS"
 GRAPH = "mL-BFGS, CUDA graph"
 LARGE = ("mL-BFGS, no refresh", "mL-BFGS, adaptive", "mL-BFGS, bfloat16 history", GRAPH, "AdamW, fused")
 """Those that fit on one GPU side by side with GPT-2's parameters."""
+COMPILED = ("mL-BFGS, adaptive", "AdamW, foreach")
+"""Those whose step is compiled too, for small tensors."""
 BUSY = 30_000_000
 """Cycles, some 15 milliseconds, of work before a step of which the device's own time is measured."""
 COPIED = 2**28
@@ -279,7 +281,11 @@ def optimizers(
 
 def small(repeats: int, device: str) -> list[tuple[str, float]]:
     """Median milliseconds of a step for 60 tensors of 256 values."""
-    problems = {name: Problem(build, [(16, 16)] * 60, device) for name, build in contestants(device).items()}
+    builds, shapes = contestants(device), [(16, 16)] * 60
+    problems = {name: Problem(build, shapes, device) for name, build in builds.items()}
+    for name in COMPILED if device == "cpu" else ():
+        compiled = problems[f"{name}, compiled"] = Problem(builds[name], shapes, device)
+        compiled.step = torch.compile(compiled.optimizer.step)
     if GRAPH in problems:
         problems[GRAPH].window(2 * HISTORY + 4)
         problems[GRAPH].capture()
@@ -561,7 +567,7 @@ def main() -> None:
         print("\n".join(["", "Kernels in Triton, float32, m = 5", *kernels_alone(124_000_000)]), flush=True)
     print("\n60 tensors of 256 values, milliseconds per step")
     for name, time_of_step in small(options.repeats, options.device):
-        print(f"{name:28}{time_of_step:8.2f}", flush=True)
+        print(f"{name:30}{time_of_step:6.2f}", flush=True)
     if options.figure:
         draw(rows, floor, options.figure)
     if options.json:

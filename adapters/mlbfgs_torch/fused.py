@@ -539,10 +539,11 @@ def _parts(count: int, leaf: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _number(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number on the device, in full precision: Triton would take it as float32."""
-    if isinstance(value, Tensor):
-        return value.to(like)
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+    """A number on the device, in full precision: Triton would take it as float32. Only one that lies
+    elsewhere is read."""
+    if isinstance(value, Tensor) and value.device == like.device:
+        return value.to(like.dtype)
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)
 
 
 def _halvings(exponent: Any) -> tuple[int, float]:

@@ -93,7 +93,7 @@ def _panels(results: Results, curve: Callable[[str, str], Curve | None], unit: s
             panel.axhline(level, color=style.ORANGE, linewidth=0.6, linestyle=":")
         _limits(panel, end, losses)
         panel.set_title(title(task), fontsize=8)
-        panel.tick_params(labelsize=8)
+        panel.tick_params(which="both", labelsize=8)
     figure.supxlabel(unit, fontsize=9)
     figure.supylabel("training loss", fontsize=9)
     _legend(figure, results.plan.contestants)

@@ -72,7 +72,7 @@ def test_kernels_in_triton_are_used_and_train_like_those_of_pytorch(settings, dt
         torch.testing.assert_close(one, other, rtol=bound, atol=bound)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", [*SETTINGS, {"lr": torch.tensor(0.05)}], ids=str)
 def test_no_step_waits_for_the_gpu(settings):
     train("cuda", settings, 20, forbid_waiting=True)
 
