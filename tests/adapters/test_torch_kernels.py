@@ -273,20 +273,7 @@ def test_triton_compiles_every_kernel_for_old_and_new_gpus(tmp_path):
     )
 
 
-def test_a_compiler_that_fails_costs_speed_and_not_the_run(monkeypatch):
-    fused = fused_module()
-
-    def fail(cls, device):
-        msg = "Failed to find C compiler"
-        raise RuntimeError(msg)
-
-    monkeypatch.setattr(fused.FusedKernels, "check", classmethod(fail))
-    with pytest.warns(
-        UserWarning, match=r"slower operations on cpu.*RuntimeError: Failed to find C compiler"
-    ):
-        assert units.fused_kernels.__wrapped__(torch.device("cpu")) is None
-
-
+# What a compiler that fails leads to stands in `tests/docs/test_faq.py`.
 def test_without_triton_there_are_no_such_kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlbfgs_torch.fused", None)
     assert units.fused_kernels.__wrapped__(torch.device("cpu")) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from mlbfgs_cupy import MLBFGS as ArrayMLBFGS
 from mlbfgs_jax import diagnostics, mlbfgs
 from mlbfgs_jax import load_state as load_state_of_jax
 from mlbfgs_scipy import minimize_mlbfgs
-from mlbfgs_torch import MLBFGS
+from mlbfgs_torch import MLBFGS, units
 from tests.core.test_readme import ROOT
 
 PROVOKED = {}
@@ -50,6 +51,17 @@ def an_unknown_preset(_):
 @provokes
 def layers_without_names(_):
     MLBFGS(torch.nn.Linear(3, 2).parameters(), blocks="layer")
+
+
+@provokes
+def a_compiler_that_is_missing(monkeypatch):
+    def fail(device):
+        msg = "Failed to find C compiler. Please specify via CC environment variable or set "
+        raise RuntimeError(msg + "triton.knobs.build.impl.")
+
+    module = SimpleNamespace(FusedKernels=SimpleNamespace(check=fail))
+    monkeypatch.setitem(sys.modules, "mlbfgs_torch.fused", module)
+    assert units.fused_kernels.__wrapped__(torch.device("cuda:0")) is None
 
 
 @provokes
