@@ -67,8 +67,8 @@ def install(session: nox.Session, *packages: str, group: str | None = None) -> N
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test on NumPy, array-api-strict, PyTorch and JAX, without a GPU; arguments go to pytest."""
-    tasks = nox.project.dependency_groups(GROUPS, "tasks")
-    install(session, "-e", ".[jax,scipy,torch]", *tasks, group="test")
+    others = nox.project.dependency_groups(GROUPS, "tasks", "triton")
+    install(session, "-e", ".[jax,scipy,torch]", *others, group="test")
     session.run("pytest", "-n", "auto", *session.posargs, env=ONE_CORE)
 
 
@@ -93,15 +93,16 @@ def declared(*lines: str) -> Iterator[Requirement]:
 def oldest(requirement: Requirement) -> str:
     """The requirement pinned to its lower bound."""
     (bound,) = (part.version for part in requirement.specifier if part.operator == ">=")
-    return f"{requirement.name}=={bound}"
+    return f"{requirement.name}=={bound}" + (f"; {requirement.marker}" if requirement.marker else "")
 
 
 def run_alone(session: nox.Session, backend: str, *, minimum: bool) -> None:
     """Install one backend without the constraints file, and run its tests."""
     extras, paths = BACKENDS[backend]
     package = f"{GROUPS['project']['name']}[{extras}]"
+    groups = ("test", "triton") if backend == "torch" else ("test",)
     tools = [
-        line for line in nox.project.dependency_groups(GROUPS, "test") if Requirement(line).name != "torch"
+        line for line in nox.project.dependency_groups(GROUPS, *groups) if Requirement(line).name != "torch"
     ]
     wanted = declared(*GROUPS["project"]["dependencies"], package, *tools)
     session.install(FAST, "-e", f".[{extras}]", *(map(oldest, wanted) if minimum else map(str, wanted)))

@@ -18,7 +18,6 @@ CAPABILITIES = (75, 90)
 DTYPES = [  # of averages, and of gradients, parameters and history
     ("fp32", "fp32"),
     ("fp32", "bf16"),
-    ("fp32", "fp16"),
     ("fp64", "fp64"),
 ]
 SHORT = ("history", "grad", "param")
