@@ -17,7 +17,7 @@ from array_api_compat import is_array_api_obj, is_array_api_strict_namespace, is
 
 from .two_loop import repeat
 
-__all__ = ["Array", "Kernels", "Means", "Metric", "PairTile", "Projection"]
+__all__ = ["Array", "Kernels", "Means", "Metric", "PairTile", "Projection", "square_roots"]
 
 Array = Any
 Index = Any
@@ -77,6 +77,12 @@ class Projection(NamedTuple):
     scatter: Array | None
     inverse_root: Array | None
     """The metric's ``q ** -0.5``, of the leaf's shape, for the other kernels of this step."""
+
+
+def square_roots(exponent: Any) -> int | None:
+    """How many square roots make a power (none at all for the first), or None where they don't."""
+    halvings = -math.log2(exponent) if isinstance(exponent, float) and exponent > 0 else 0.5
+    return int(halvings) if halvings.is_integer() and halvings >= 0 else None
 
 
 class Kernels:
@@ -198,10 +204,10 @@ class Kernels:
     def inverse_power(self, x: Array, exponent: Any) -> Array:
         """``x ** -exponent`` of a positive array; by square roots where they suffice (far cheaper).
         May consume `x`."""
-        halvings = -math.log2(exponent) if isinstance(exponent, float) and exponent > 0 else 0.5
-        if not halvings.is_integer() or halvings < 0:
+        roots = square_roots(exponent)
+        if roots is None:
             return x**-exponent
-        for _ in range(int(halvings)):
+        for _ in range(roots):
             x = self.xp.sqrt(x)
         return 1.0 / x
 

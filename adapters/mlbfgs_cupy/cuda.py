@@ -8,12 +8,11 @@ as it is stored.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import mlbfgs_core as core
-from mlbfgs_core.kernels import Means, Metric, PairTile, Projection
+from mlbfgs_core.kernels import Means, Metric, PairTile, Projection, square_roots
 
 from .cuda_source import BODIES, OWN_VALUES
 
@@ -252,7 +251,7 @@ def _if(word: str, given: Any) -> dict[str, int]:
 
 def _inverse_power(exponent: float) -> str:
     """``x ** -exponent`` in C; by square roots where they suffice."""
-    halvings = -math.log2(exponent)
-    if not halvings.is_integer() or halvings < 0:
+    roots = square_roots(exponent)
+    if roots is None:
         return f"pow(x, T({-exponent!r}))"
-    return "(T(1) / " + "sqrt(" * int(halvings) + "x" + ")" * int(halvings) + ")"
+    return "(T(1) / " + "sqrt(" * roots + "x" + ")" * roots + ")"

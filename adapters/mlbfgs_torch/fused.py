@@ -7,7 +7,6 @@ programs does not depend on the GPU.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlbfgs_core.kernels import Means, Metric, PairTile, Projection
+from mlbfgs_core.kernels import Means, Metric, PairTile, Projection, square_roots
 
 from .kernels import TorchKernels
 
@@ -30,14 +29,14 @@ _ROWS = 64
 
 
 @triton.jit
-def _inverse_power(x, HALVINGS: tl.constexpr, EXPONENT: tl.constexpr):
+def _inverse_power(x, ROOTS: tl.constexpr, EXPONENT: tl.constexpr):
     """``x ** -EXPONENT``, by square roots where they suffice."""
-    if HALVINGS >= 0:
-        for _ in tl.static_range(HALVINGS):
+    if ROOTS is None:
+        power = tl.exp2(-EXPONENT * tl.log2(x))
+    else:
+        for _ in tl.static_range(ROOTS):
             x = tl.sqrt(x)
         power = 1.0 / x
-    else:
-        power = tl.exp2(-EXPONENT * tl.log2(x))
     return power
 
 
@@ -56,9 +55,9 @@ def _finite(x):
 
 @triton.jit
 def _project(
-    history, stride, grad, mean, moment, weight, floor, root, sums, n, programs,
+    history, stride, grad, mean, moment, weight, floor, root, sums, n,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, METRIC: tl.constexpr, WEIGHTED: tl.constexpr,
-    SCATTER: tl.constexpr, HALVINGS: tl.constexpr, EXPONENT: tl.constexpr, BLOCK: tl.constexpr,
+    SCATTER: tl.constexpr, ROOTS: tl.constexpr, EXPONENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T = sums.dtype.element_ty
     number = tl.arange(0, WIDTH)
@@ -74,7 +73,7 @@ def _project(
             v = tl.load(moment + k, own, 0.0)
             if WEIGHTED:
                 v += tl.load(weight) * (g * g - v)
-            q = _inverse_power(v + tl.load(floor), HALVINGS, EXPONENT)
+            q = _inverse_power(v + tl.load(floor), ROOTS, EXPONENT)
             tl.store(root + k, q, own)
             scaled = g * q
             total += tl.where(number == ROWS + 1, tl.sum(scaled * scaled), 0.0)
@@ -86,13 +85,13 @@ def _project(
         for row in tl.static_range(ROWS):
             h = tl.load(history + tl.full((), row, tl.int64) * stride + k, own, 0.0).to(T)
             total += tl.where(number == row, tl.sum(h * scaled), 0.0)
-        start += programs * BLOCK
-    tl.store(sums + number * programs + tl.program_id(0), total, number < ROWS + 3)
+        start += tl.num_programs(0) * BLOCK
+    tl.store(sums + number * tl.num_programs(0) + tl.program_id(0), total, number < ROWS + 3)
 
 
 @triton.jit
 def _combine(
-    history, stride, grad, coefficients, gamma, root, keep, update, sums, n, programs,
+    history, stride, grad, coefficients, gamma, root, keep, update, sums, n,
     ROWS: tl.constexpr, METRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T = sums.dtype.element_ty
@@ -115,7 +114,7 @@ def _combine(
         d = tl.where(own & tl.load(keep), d, 0.0)
         tl.store(update + k, d, own)
         total += tl.sum(d * d)
-        start += programs * BLOCK
+        start += tl.num_programs(0) * BLOCK
     tl.store(sums + tl.program_id(0) + tl.arange(0, 1), total)
 
 
@@ -133,9 +132,7 @@ def _pair(now_p, now_g, prev_p, prev_g, root, valid, k, own, METRIC: tl.constexp
 
 
 @triton.jit
-def _largest(
-    now_p, now_g, prev_p, prev_g, root, valid, most, n, programs, METRIC: tl.constexpr, BLOCK: tl.constexpr
-):
+def _largest(now_p, now_g, prev_p, prev_g, root, valid, most, n, METRIC: tl.constexpr, BLOCK: tl.constexpr):
     T = most.dtype.element_ty
     s_most, y_most = tl.zeros((1,), T), tl.zeros((1,), T)
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -144,15 +141,15 @@ def _largest(
         s, y = _pair(now_p, now_g, prev_p, prev_g, root, valid, k, k < n, METRIC)
         s_most = tl.maximum(s_most, tl.max(tl.abs(s)))
         y_most = tl.maximum(y_most, tl.max(tl.abs(y)))
-        start += programs * BLOCK
+        start += tl.num_programs(0) * BLOCK
     place = most + tl.program_id(0) + tl.arange(0, 1)
     tl.store(place, s_most)
-    tl.store(place + programs, y_most)
+    tl.store(place + tl.num_programs(0), y_most)
 
 
 @triton.jit
 def _pair_products(
-    now_p, now_g, prev_p, prev_g, root, valid, scales, sums, n, programs,
+    now_p, now_g, prev_p, prev_g, root, valid, scales, sums, n,
     METRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T = sums.dtype.element_ty
@@ -169,11 +166,11 @@ def _pair_products(
         ss += tl.sum(s * s)
         sy += tl.sum(s * y)
         yy += tl.sum(y * y)
-        start += programs * BLOCK
+        start += tl.num_programs(0) * BLOCK
     place = sums + tl.program_id(0) + tl.arange(0, 1)
     tl.store(place, ss)
-    tl.store(place + programs, sy)
-    tl.store(place + 2 * programs, yy)
+    tl.store(place + tl.num_programs(0), sy)
+    tl.store(place + 2 * tl.num_programs(0), yy)
 
 
 @triton.jit
@@ -195,7 +192,7 @@ def _write_pair(
 
 @triton.jit
 def _gram(
-    history, stride, slots, slot, grad, root, sums, n, programs,
+    history, stride, slots, slot, grad, root, sums, n,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, GRAD: tl.constexpr, METRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T = sums.dtype.element_ty
@@ -218,8 +215,8 @@ def _gram(
                 g *= tl.load(root + k, own, 0.0)
             total += tl.where(number == 2 * ROWS, tl.sum(s * g), 0.0)
             total += tl.where(number == 2 * ROWS + 1, tl.sum(y * g), 0.0)
-        start += programs * BLOCK
-    tl.store(sums + number * programs + tl.program_id(0), total, number < 2 * ROWS + 2)
+        start += tl.num_programs(0) * BLOCK
+    tl.store(sums + number * tl.num_programs(0) + tl.program_id(0), total, number < 2 * ROWS + 2)
 
 
 @triton.jit
@@ -291,6 +288,10 @@ class FusedKernels(TorchKernels):
         four = Means(*torch.zeros(4, 1, device=device))
         cls(device).rotate(four, torch.ones((), dtype=torch.bool, device=device), restart=True)
 
+    def _root(self, metric: Metric | None) -> Tensor | None:
+        """The metric's ``q ** -0.5``; None without a metric."""
+        return None if metric is None else metric.inverse_root(self, (...,))
+
     def project(
         self,
         history: Tensor,
@@ -307,7 +308,7 @@ class FusedKernels(TorchKernels):
         root = None if metric is None else self.scratch(history, grad, dtype)
         sums = _parts(rows + 3, grad, dtype)
         weight = None if metric is None else metric.weight
-        halvings, exponent = (-1, 0.0) if metric is None else _halvings(metric.power / 4)
+        exponent = 1.0 if metric is None else metric.power / 4
         _launch(
             _project,
             sums.shape[1],
@@ -321,13 +322,12 @@ class FusedKernels(TorchKernels):
             root,
             sums,
             grad.shape[0],
-            sums.shape[1],
             ROWS=rows,
             WIDTH=triton.next_power_of_2(rows + 3),
             METRIC=metric is not None,
             WEIGHTED=weight is not None,
             SCATTER=mean_grad is not None,
-            HALVINGS=halvings,
+            ROOTS=square_roots(exponent),
             EXPONENT=exponent,
         )
         total = sums.sum(1)
@@ -352,7 +352,7 @@ class FusedKernels(TorchKernels):
         """``gamma g + B^T c``, in one pass."""
         if not _flat(history, grad) or 2 * history.shape[1] > _ROWS:
             return super().combine(history, grad, coefficients, gamma, metric, keep, dtype)
-        root = None if metric is None else metric.inverse_root(self, (...,))
+        root = self._root(metric)
         update = self.scratch(history, grad, dtype) if root is None else root
         squares = _parts(1, grad, dtype)
         _launch(
@@ -368,7 +368,6 @@ class FusedKernels(TorchKernels):
             update,
             squares,
             grad.shape[0],
-            squares.shape[1],
             ROWS=2 * history.shape[1],
             METRIC=metric is not None,
         )
@@ -409,13 +408,12 @@ class FusedKernels(TorchKernels):
         x = means.params
         if not _flat(*means):
             return super().pair_products(means, metric, valid)
-        given = (*means, None if metric is None else metric.inverse_root(self, (...,)), valid)
+        given = (*means, self._root(metric), valid)
         most, sums = _parts(2, x, x.dtype), _parts(3, x, x.dtype)
         uses_metric = metric is not None
-        _launch(_largest, most.shape[1], *given, most, x.shape[0], most.shape[1], METRIC=uses_metric)
+        _launch(_largest, most.shape[1], *given, most, x.shape[0], METRIC=uses_metric)
         scales = most.amax(1)
-        given = (*given, scales, sums, x.shape[0], sums.shape[1])
-        _launch(_pair_products, sums.shape[1], *given, METRIC=uses_metric)
+        _launch(_pair_products, sums.shape[1], *given, scales, sums, x.shape[0], METRIC=uses_metric)
         return [PairTile(*scales, *sums.sum(1))]
 
     def write_pair(
@@ -440,7 +438,7 @@ class FusedKernels(TorchKernels):
             history.shape[1],
             slot,
             *means,
-            None if metric is None else metric.inverse_root(self, (...,)),
+            self._root(metric),
             valid,
             inverse_norm,
             *damping,
@@ -466,10 +464,9 @@ class FusedKernels(TorchKernels):
             history.shape[1],
             slot,
             grad,
-            None if metric is None else metric.inverse_root(self, (...,)),
+            self._root(metric),
             sums,
             leaf.shape[0],
-            sums.shape[1],
             ROWS=rows,
             WIDTH=triton.next_power_of_2(2 * rows + 2),
             GRAD=grad is not None,
@@ -544,9 +541,3 @@ def _number(value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor) and value.device == like.device:
         return value.to(like.dtype)
     return torch.full((), float(value), dtype=like.dtype, device=like.device)
-
-
-def _halvings(exponent: Any) -> tuple[int, float]:
-    """How many square roots make a power, or -1, and the power."""
-    halvings = -math.log2(exponent) if exponent > 0 else 0.5
-    return (int(halvings) if halvings.is_integer() and halvings >= 0 else -1), float(exponent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.kernels import Means, Metric, PairTile, Projection
+from mlbfgs_core.kernels import Means, Metric, PairTile, Projection, square_roots
 
 __all__ = ["TorchKernels"]
 
@@ -144,10 +143,10 @@ class TorchKernels(core.Kernels):
 
     def inverse_power(self, x: Tensor, exponent: Any) -> Tensor:
         """``x ** -exponent``; consumes `x`."""
-        halvings = -math.log2(exponent)
-        if not halvings.is_integer() or halvings < 1:
+        roots = square_roots(exponent)
+        if not roots:
             return x.pow_(-exponent)
-        for _ in range(int(halvings) - 1):
+        for _ in range(roots - 1):
             x.sqrt_()
         return x.rsqrt_()
 

@@ -211,13 +211,14 @@ class Unit:
 
         `params` is what the method of this name gave, and is written to.
         """
+        kernels = self.kernels
         for leaf, flat, direction, buffer in zip(
             self.leaves, params, update, self._bound.momentum, strict=False
         ):
             if direction is None:
                 continue
             group = leaf.group
-            self.kernels.descend(
+            kernels.descend(
                 flat,
                 direction,
                 factor,

@@ -22,8 +22,8 @@ DTYPES = [  # of averages, and of gradients, parameters and history
 ]
 SHORT = ("history", "grad", "param")
 FLAGS = ("keep", "valid", "turn")
-NUMBERS = ("stride", "slots", "n", "programs")
-CONSTANTS = {"ROWS": 10, "WIDTH": 32, "EXPONENT": 0.175, "BLOCK": 2048}
+NUMBERS = ("stride", "slots", "n")
+CONSTANTS = {"ROWS": 10, "WIDTH": 32, "EXPONENT": 0.175, "BLOCK": fused._BLOCK}
 
 
 def kind(name, dtype, short):
@@ -36,9 +36,9 @@ def main():
     functions = [x for x in vars(fused).values() if isinstance(x, triton.JITFunction)]
     kernels = [function for function in functions if "BLOCK" in function.arg_names]
     for kernel in kernels:
-        for halvings in (3, -1) if "HALVINGS" in kernel.arg_names else (0,):
+        for roots in (3, None) if "ROOTS" in kernel.arg_names else (None,):
             constants = {
-                (place,): halvings if name == "HALVINGS" else CONSTANTS.get(name, True)
+                (place,): roots if name == "ROOTS" else CONSTANTS.get(name, True)
                 for place, name in enumerate(kernel.arg_names)
                 if name.isupper()
             }
@@ -49,7 +49,7 @@ def main():
                 }
                 for capability in CAPABILITIES:
                     source = ASTSource(kernel, signature, constants)
-                    triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+                    triton.compile(source, target=GPUTarget("cuda", capability, 32), options=fused._OPTIONS)
     sys.stdout.write(" ".join(kernel.fn.__name__ for kernel in kernels))
 
 

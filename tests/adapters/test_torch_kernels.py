@@ -225,6 +225,18 @@ def test_descend_is_momentum_with_decoupled_decay_rounded_once(both, dtype, mome
         torch.testing.assert_close(buffer, carried, rtol=1e-15, atol=1e-15)
 
 
+def trained(params, steps, settings, spoiled=None):
+    """An optimizer after steps whose gradients change from one to the next; one may be spoiled by a NaN."""
+    optimizer = MLBFGS(params, momentum=0.9, weight_decay=0.01, **{"lr": 0.05, **settings})
+    for step in range(steps):
+        for param in params:
+            param.grad = (1 + step % 3) * param.detach()
+        if step == spoiled:
+            params[0].grad[2] = float("nan")
+        optimizer.step()
+    return optimizer
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize(
     ("dtypes", "bound"), [((torch.float64,), 1e-8), (MIXED, 1e-2), ((torch.float16,), 5e-2)], ids=str
@@ -236,13 +248,7 @@ def test_training_is_the_same_with_either_kernels(both, settings, dtypes, bound,
         torch.manual_seed(0)
         kinds = zip([(7, 5), (), (3, 2)], cycle(dtypes))
         params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, dtype in kinds]
-        optimizer = MLBFGS(params, lr=0.05, momentum=0.9, weight_decay=0.01, **settings)
-        for step in range(14):
-            for param in params:
-                param.grad = (1 + step % 3) * param.detach()
-            if step == 7:
-                params[0].grad[2] = float("nan")
-            optimizer.step()
+        optimizer = trained(params, 14, settings, spoiled=7)
         assert int(optimizer.diagnostics()[0].pairs[0]) > 0
         return [param.detach() for param in params]
 

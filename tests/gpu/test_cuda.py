@@ -11,6 +11,7 @@ from torch import nn
 from mlbfgs_torch import MLBFGS, units
 from mlbfgs_torch.fused import FusedKernels
 from mlbfgs_torch.kernels import TorchKernels
+from tests.adapters.test_torch_kernels import trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 SETTINGS = [{}, {"preset": "lbfgs", "lr": 0.05}, {"adaptive": False, "update_every": 3}]
@@ -60,11 +61,7 @@ def test_kernels_in_triton_are_used_and_train_like_those_of_pytorch(settings, dt
         params = [
             nn.Parameter(torch.randn(shape, device="cuda").to(dtype)) for shape in [(70, 50), (), (9001,)]
         ]
-        optimizer = MLBFGS(params, momentum=0.9, weight_decay=0.01, **{"lr": 0.05, **settings})
-        for step in range(24):
-            for param in params:
-                param.grad = (1 + step % 3) * param.detach()
-            optimizer.step()
+        optimizer = trained(params, 24, settings)
         assert {type(unit.kernels) for unit in optimizer._units} == {kind}
         return [param.detach() for param in params]
 
