@@ -11,7 +11,7 @@ Large-Scale Neural Network Optimization", TMLR 2023, arXiv:2307.13744.
 
 from .averages import Observation, observe, project
 from .blocks import partition
-from .config import Config, Settings, preset_momentum, preset_nesterov
+from .config import Config, Settings, default_rate, preset_momentum, preset_nesterov
 from .curvature import Spectrum, curvatures, spectrum
 from .diagnostics import Diagnostics, block_names, diagnostics
 from .direction import direction, step, unscaled_step, upcoming
@@ -34,6 +34,7 @@ __all__ = [
     "State",
     "block_names",
     "curvatures",
+    "default_rate",
     "diagnostics",
     "direction",
     "init",

@@ -12,13 +12,14 @@ __all__ = [
     "Settings",
     "StepLength",
     "check_real",
+    "default_rate",
     "is_zero",
     "preset_momentum",
     "preset_nesterov",
 ]
 
 Preset = Literal["default", "paper", "lbfgs", "fit"]
-StepLength = Literal["unit", "rms", "clip", "none"]
+StepLength = Literal["rms", "unit", "clip", "none"]
 
 
 class Settings(TypedDict, total=False):
@@ -53,7 +54,7 @@ _DEFAULT: Final[Settings] = {
     "min_cosine": 0.2,
     "shrinkage": 0.25,
     "damping": None,
-    "step_length": "unit",
+    "step_length": "rms",
     "clip_factor": 2.0,
     "metric_power": 1.0,
     "metric_beta": 0.99,
@@ -83,7 +84,7 @@ _PRESETS: Final[dict[str, Settings]] = {
     },
 }
 _MOMENTUM: Final = {"default": 0.9, "paper": 0.9, "lbfgs": 0.0, "fit": 0.0}
-_STEP_LENGTHS: Final = ("unit", "rms", "clip", "none")
+_STEP_LENGTHS: Final = ("rms", "unit", "clip", "none")
 _HISTORY_DTYPES: Final = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -148,10 +149,10 @@ class Config:
         that is not gradient noise, but by no less than this; 1 leaves `y` as it is.
     damping : (float, float, float) or None
         The paper's ``(sigma_L, sigma_H, tau_0)``; ``None`` turns it off.
-    step_length : {"unit", "rms", "clip", "none"}
-        Scale the direction over all blocks to length 1 ("rms": to root mean square 1, so that one learning
-        rate, about 1e-3, serves models of every size), or limit it to `clip_factor` times its own running
-        length, or leave it.
+    step_length : {"rms", "unit", "clip", "none"}
+        Scale the direction over all blocks to root mean square 1, so that one learning rate, about 1e-3,
+        serves models of every size ("unit": to length 1), or limit it to `clip_factor` times its own
+        running length, or leave it.
     clip_factor : float
         See `step_length`.
     metric_power : float
@@ -176,7 +177,7 @@ class Config:
     Notes
     -----
     Difference from the paper: the cosine floor, the shrinkage, the adaptive schedule, interval means, the
-    unit length and the metric are not in it; ``preset="paper"`` has none of them. The paper leaves
+    fixed length and the metric are not in it; ``preset="paper"`` has none of them. The paper leaves
     ``beta``, ``T`` and the damping to the problem; the preset's values are this library's choice.
 
     Examples
@@ -302,6 +303,17 @@ def preset_nesterov(preset: str | None) -> bool:
     (True, False)
     """
     return _check_preset(preset) == "default"
+
+
+def default_rate(step_length: StepLength) -> float:
+    """Learning rate of an optimizer that is given none: 1e-3 for "rms", else 0.1.
+
+    Examples
+    --------
+    >>> default_rate(Config().step_length), default_rate(Config(preset="fit").step_length)
+    (0.001, 0.1)
+    """
+    return 1e-3 if step_length == "rms" else 0.1
 
 
 def _check_preset(preset: str | None) -> str:

@@ -158,7 +158,7 @@ def unscaled_step(
     >>> from mlbfgs_core import init
     >>> config, x = Config(), np.asarray([3.0, 4.0])
     >>> update, factor, _ = unscaled_step(config, init(config, [x]), [x], [x])
-    >>> round(float(np.linalg.norm(update[0] * factor)), 6)
+    >>> round(float(np.sqrt(np.mean((update[0] * factor) ** 2))), 6)
     1.0
     """
     call = prepare(config, state, blocks, kernels, reduce, shares, params=params, grads=grads)
@@ -354,10 +354,10 @@ def _length(call: Call, state: State, seen: Observation, norm: Array) -> tuple[A
     config, xp = call.config, call.xp
     positive = norm > 0
     safe = xp.where(positive, norm, 1.0)
-    if config.step_length == "unit":
-        return 1.0 / safe, state.length
     if config.step_length == "rms":
         return xp.sqrt(xp.sum(state.size)) / safe, state.length
+    if config.step_length == "unit":
+        return 1.0 / safe, state.length
     running = xp.where(state.length > 0, state.length, norm)
     length = xp.minimum(norm, config.clip_factor * running)
     rate = 1.0 / (xp.ones_like(norm) * config.update_every)

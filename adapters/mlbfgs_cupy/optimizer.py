@@ -26,8 +26,9 @@ class MLBFGS:
     params : array, sequence of arrays or mapping of names to arrays
         NumPy or CuPy arrays of any shape and strides, of float16, bfloat16, float32, float64, complex64
         or complex128, which `step` updates in place. Without names they are "param0", "param1", ...
-    lr : float or 0-d array
-        Length of a step, before momentum, with the default ``step_length="unit"``.
+    lr : float or 0-d array, optional
+        Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``; by
+        default 1e-3, with another `step_length` 0.1.
     momentum : float, optional
         Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
     weight_decay : float
@@ -77,14 +78,14 @@ class MLBFGS:
     >>> x = np.asarray([3.0, 4.0])
     >>> opt = MLBFGS(x, lr=0.5, momentum=0.0)
     >>> opt.step(2 * x)
-    >>> round(float(np.linalg.norm(x - [3.0, 4.0])), 6)
+    >>> round(float(np.sqrt(np.mean((x - [3.0, 4.0]) ** 2))), 6)
     0.5
     """
 
     def __init__(
         self,
         params: Any,
-        lr: Any = 0.1,
+        lr: Any = None,
         momentum: float | None = None,
         weight_decay: float = 0.0,
         *,
@@ -99,7 +100,7 @@ class MLBFGS:
             raise TypeError(msg)
         self.nesterov = core.preset_nesterov(config.preset) if nesterov is None else nesterov
         numbers = {
-            "lr": lr,
+            "lr": core.default_rate(config.step_length) if lr is None else lr,
             "momentum": core.preset_momentum(config.preset) if momentum is None else momentum,
             "weight_decay": weight_decay,
         }

@@ -58,7 +58,7 @@ def save_state(
     >>> import tempfile
     >>> from mlbfgs_jax import mlbfgs
     >>> path = tempfile.mkdtemp() + "/run.safetensors"
-    >>> params, tx = {"w": jnp.ones(3)}, mlbfgs(0.1)
+    >>> params, tx = {"w": jnp.ones(3)}, mlbfgs(1e-3)
     >>> save_state(path, params, tx.init(params))
     >>> restored, state = load_state(path, params, tx.init(params))
     >>> restored["w"].tolist()

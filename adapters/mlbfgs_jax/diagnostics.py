@@ -45,7 +45,7 @@ def diagnostics(opt_state: optax.OptState) -> list[core.Diagnostics]:
     --------
     >>> import jax.numpy as jnp
     >>> from mlbfgs_jax import mlbfgs
-    >>> (figures,) = diagnostics(mlbfgs(0.1).init({"w": jnp.ones(3)}))
+    >>> (figures,) = diagnostics(mlbfgs(1e-3).init({"w": jnp.ones(3)}))
     >>> int(figures.step)
     0
     """

@@ -203,7 +203,8 @@ def mlbfgs(
     Parameters
     ----------
     learning_rate : float or schedule
-        Length of a step, before momentum, with the default ``step_length="unit"``.
+        Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``: about
+        1e-3, as for `optax.adam`.
     momentum : float, optional
         Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
     weight_decay : float or schedule
@@ -242,13 +243,13 @@ def mlbfgs(
     Examples
     --------
     >>> import jax, jax.numpy as jnp, optax
-    >>> tx = mlbfgs(0.1, momentum=0.0)
+    >>> tx = mlbfgs(1e-3, momentum=0.0)
     >>> params = {"w": jnp.ones(3)}
     >>> state = tx.init(params)
     >>> grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
     >>> updates, state = tx.update(grads, state, params)
-    >>> round(float(optax.tree.norm(updates)), 6)
-    0.1
+    >>> updates["w"]
+    Array([-0.001, -0.001, -0.001], dtype=float32)
     """
     config = _config(settings)
     if momentum is None:

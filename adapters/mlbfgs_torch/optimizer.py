@@ -47,8 +47,9 @@ class MLBFGS(Optimizer):
         As for `torch.optim.AdamW`. A group may carry its own `lr`, `momentum`, `weight_decay`,
         `maximize` and any setting. Groups whose settings agree share blocks, pairs and step length,
         whatever their `lr`; groups with other settings stand alone.
-    lr : float or tensor
-        Length of a step, before momentum, with the default ``step_length="unit"``.
+    lr : float or tensor, optional
+        Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``; by
+        default 1e-3, with another `step_length` 0.1.
     momentum : float, optional
         Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
     weight_decay : float
@@ -105,7 +106,7 @@ class MLBFGS(Optimizer):
     Examples
     --------
     >>> model = torch.nn.Linear(3, 1)
-    >>> optimizer = MLBFGS(model.parameters(), lr=0.1)
+    >>> optimizer = MLBFGS(model.parameters(), lr=1e-3)
     >>> model(torch.ones(2, 3)).square().mean().backward()
     >>> optimizer.step()
     """
@@ -116,7 +117,7 @@ class MLBFGS(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor | None = None,
         momentum: float | None = None,
         weight_decay: float = 0.0,
         *,
@@ -130,7 +131,7 @@ class MLBFGS(Optimizer):
     ) -> None:
         config = core.Config(**settings)
         defaults: dict[str, Any] = {
-            "lr": lr,
+            "lr": core.default_rate(config.step_length) if lr is None else lr,
             "momentum": core.preset_momentum(config.preset) if momentum is None else momentum,
             "weight_decay": weight_decay,
             "nesterov": core.preset_nesterov(config.preset) if nesterov is None else nesterov,

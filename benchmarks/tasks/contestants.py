@@ -19,7 +19,10 @@ from torch.optim import Optimizer
 
 from mlbfgs_torch import MLBFGS
 
-__all__ = ["CONTESTANTS", "Contestant", "rate"]
+__all__ = ["CONTESTANTS", "UNIT", "Contestant", "rate"]
+
+UNIT = "mlbfgs_unit"
+"""The contestant of which the variants are variants."""
 
 Build = Callable[..., list[Optimizer]]
 
@@ -54,7 +57,7 @@ class Contestant:
     ours : bool
         Whether its runs depend on the code of this repository.
     variant : bool
-        Whether it is our default with something changed, and not one of those that are compared.
+        Whether it is `UNIT` with something changed, and not one of those that are compared.
     """
 
     name: str
@@ -125,21 +128,21 @@ CONTESTANTS = {
             "mlbfgs",
             "mL-BFGS",
             _ours,
-            -1,
-            0.1,
+            -6,
+            1e-3,
             "this library with default settings",
             "https://arxiv.org/abs/2307.13744",
             ours=True,
         ),
         Contestant(
-            "mlbfgs_rms",
-            'mL-BFGS "rms"',
+            "mlbfgs_unit",
+            'mL-BFGS "unit"',
             _ours,
-            -6,
-            1e-3,
-            'the default with step_length="rms": its learning rate does not depend on the size of the model',
+            -1,
+            0.1,
+            'the default with step_length="unit": its learning rate is the length of the whole step',
             "https://arxiv.org/abs/2307.13744",
-            {"step_length": "rms"},
+            {"step_length": "unit"},
             ours=True,
         ),
         Contestant(
@@ -308,9 +311,14 @@ _CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "no_metric": ("no metric", {"metric_power": 0.0}),
     "layers": ("a block for each layer", {"blocks": "layer"}),
 }
+# On the unit's grid of learning rates, which is the default's but for a factor that each task has.
 CONTESTANTS |= {
     f"mlbfgs_{name}": replace(
-        CONTESTANTS["mlbfgs"], name=f"mlbfgs_{name}", title=title, settings=settings, variant=True
+        CONTESTANTS[UNIT],
+        name=f"mlbfgs_{name}",
+        title=title,
+        settings={**CONTESTANTS[UNIT].settings, **settings},
+        variant=True,
     )
     for name, (title, settings) in _CHANGES.items()
 }
