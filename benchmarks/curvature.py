@@ -95,7 +95,7 @@ def train(data: Data, size: int, steps: int, width: int, *, exact: bool = False,
     """A classifier with one hidden layer, at a rate that falls to 0."""
     torch.manual_seed(SEED)
     model = nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 10))
-    optimizer = MLBFGS(model.named_parameters(), lr=0.1, **settings)
+    optimizer = MLBFGS(model.named_parameters(), lr=2e-3, **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     recorder, found = Recorder(every=2), {}
     for step, (images, labels) in enumerate(data.batches(size, steps)):

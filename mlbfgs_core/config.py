@@ -150,9 +150,9 @@ class Config:
     damping : (float, float, float) or None
         The paper's ``(sigma_L, sigma_H, tau_0)``; ``None`` turns it off.
     step_length : {"rms", "unit", "clip", "none"}
-        Scale the direction over all blocks to root mean square 1, so that one learning rate, about 1e-3,
-        serves models of every size ("unit": to length 1), or limit it to `clip_factor` times its own
-        running length, or leave it.
+        Scale the direction over all blocks to root mean square 1 over the parameters that have a gradient,
+        so that one learning rate, about 1e-3, serves models of every size ("unit": to length 1), or limit
+        it to `clip_factor` times its own running length, or leave it.
     clip_factor : float
         See `step_length`.
     metric_power : float

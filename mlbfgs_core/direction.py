@@ -275,17 +275,24 @@ def _direction(
     norm = xp.sqrt(xp.sum(norm_square))
 
     # The coefficients give the norm of all of `H g` in the metric: is it that of the update?
-    exact = not config.uses_metric and all(grad is not None for grad in grads)
+    whole = all(grad is not None for grad in grads)
+    exact = whole and not config.uses_metric
     unit = xp.ones_like(norm)
     if config.step_length != "none":  # of unit length in the metric first, so that nothing overflows
         unit = 1.0 / xp.where(norm > 0, norm, 1.0)
     update, squares = _combine(call, state, grads, seen, c * unit, gamma * unit, exact=exact)
+    moving = state.size
     if not exact:
-        norm_square = call.reduce(call.block_sums(squares)) / unit**2
+        if not whole:
+            squares = _with_sizes(call, squares, grads)
+        sums = call.reduce(call.block_sums(squares))
+        if not whole:
+            sums, moving = sums[:, 0], sums[:, 1]
+        norm_square = sums / unit**2
         norm = xp.sqrt(xp.sum(norm_square))
     factor, length = xp.ones_like(norm), state.length
     if config.step_length != "none":
-        factor, length = _length(call, state, seen, norm)
+        factor, length = _length(call, state, seen, norm, moving)
     factor = xp.where(keep, factor / unit, 0.0)
 
     both = xp.sqrt(norm_square) * xp.sqrt(seen.grad_square)
@@ -335,6 +342,20 @@ def _combine(
     return update, squares
 
 
+def _with_sizes(
+    call: Call, squares: Sequence[Array | None], grads: Sequence[Array | None]
+) -> list[Array | None]:
+    """Each leaf's sum of squares and its number of values, as one array."""
+    result: list[Array | None] = []
+    for square, grad in zip(squares, grads, strict=True):
+        if square is None or grad is None:
+            result.append(None)
+            continue
+        square = call.kernels.cast(square, call.dtype)
+        result.append(stack([square, call.xp.full_like(square, math.prod(grad.shape))], call.xp))
+    return result
+
+
 def _scale_of_start(call: Call, state: State, square: Array) -> Array:
     """`gamma` of each block; for one without a pair that of the others, or 1: the paper's ``d = g``.
 
@@ -349,13 +370,16 @@ def _scale_of_start(call: Call, state: State, square: Array) -> Array:
     return xp.where(has, state.gamma, xp.where(count > 0, known, first))
 
 
-def _length(call: Call, state: State, seen: Observation, norm: Array) -> tuple[Array, Array]:
-    """The factor that gives a direction of this norm its length, and the new running length."""
+def _length(
+    call: Call, state: State, seen: Observation, norm: Array, moving: Array
+) -> tuple[Array, Array]:
+    """The factor that gives a direction of this norm its length, and the new running length; `moving` (B,)
+    are the numbers of parameters that have a gradient."""
     config, xp = call.config, call.xp
     positive = norm > 0
     safe = xp.where(positive, norm, 1.0)
     if config.step_length == "rms":
-        return xp.sqrt(xp.sum(state.size)) / safe, state.length
+        return xp.sqrt(xp.sum(moving)) / safe, state.length
     if config.step_length == "unit":
         return 1.0 / safe, state.length
     running = xp.where(state.length > 0, state.length, norm)

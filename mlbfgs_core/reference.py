@@ -263,7 +263,7 @@ class Reference:
         if cfg.step_length == "unit":
             return [d / norm for d in directions]
         if cfg.step_length == "rms":
-            return [d * (np.sqrt(sum(len(g) for g in grads)) / norm) for d in directions]
+            return [d * (np.sqrt(sum(np.sum(own) for own in present)) / norm) for d in directions]
         if not with_pairs:
             theta, dim = np.concatenate(thetas)[np.concatenate(present)], sum(len(g) for g in grads)
             part = min(0.01 * 1.5 ** (self.steps - 1), 0.3)

@@ -248,8 +248,8 @@ def mlbfgs(
     >>> state = tx.init(params)
     >>> grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
     >>> updates, state = tx.update(grads, state, params)
-    >>> updates["w"]
-    Array([-0.001, -0.001, -0.001], dtype=float32)
+    >>> [round(float(change), 6) for change in updates["w"]]
+    [-0.001, -0.001, -0.001]
     """
     config = _config(settings)
     if momentum is None:

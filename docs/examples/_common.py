@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from mlbfgs_torch import MLBFGS
 
-RATES = {"mlbfgs": 0.1, "sgd": 0.1, "adamw": 1e-3}
+RATES = {"mlbfgs": 1e-3, "sgd": 0.1, "adamw": 1e-3}
 
 
 class Job(NamedTuple):

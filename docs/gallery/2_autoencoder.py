@@ -55,7 +55,7 @@ def train(make_optimizer, steps=500):
 
 best = {}
 for name, method, rates in (
-    ("mL-BFGS", MLBFGS, (0.03, 0.1, 0.3, 1.0)),
+    ("mL-BFGS", MLBFGS, (3e-4, 1e-3, 3e-3, 1e-2)),
     ("AdamW", torch.optim.AdamW, (3e-3, 1e-2, 3e-2, 1e-1)),
 ):
     runs = {rate: train(lambda params, rate=rate, method=method: method(params, lr=rate)) for rate in rates}

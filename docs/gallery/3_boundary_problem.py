@@ -60,13 +60,13 @@ def train(make_optimizer, steps=1000):
 
 # %%
 # Each with three learning rates; the best one is drawn. ``preset="fit"`` is made for quadratics, whose
-# curvature stays the same. That of a network's loss does not, and steps of a fixed length, as by default, get
+# curvature stays the same. That of a network's loss does not, and steps of a fixed size, as by default, get
 # through.
 
 best = {}
 for name, make, rates in (
     ('mL-BFGS, preset="fit"', lambda p, lr: MLBFGS(p, lr=lr, preset="fit"), (0.1, 0.3, 1.0)),
-    ("mL-BFGS", lambda p, lr: MLBFGS(p, lr=lr), (0.1, 0.3, 1.0)),
+    ("mL-BFGS", lambda p, lr: MLBFGS(p, lr=lr), (3e-3, 1e-2, 3e-2)),
     ("AdamW", lambda p, lr: torch.optim.AdamW(p, lr=lr), (3e-3, 1e-2, 3e-2)),
 ):
     runs = {lr: train(lambda params, lr=lr, make=make: make(params, lr)) for lr in rates}

@@ -33,7 +33,7 @@ def predict(params, x):
 
 
 steps = 300
-tx = mlbfgs(optax.cosine_decay_schedule(0.3, steps))
+tx = mlbfgs(optax.cosine_decay_schedule(0.03, steps))
 
 
 def train(key):

@@ -42,7 +42,7 @@ def train_in_torch(params, optimizer, steps):
 
 
 params = {name: torch.nn.Parameter(torch.tensor(array)) for name, array in start.items()}
-optimizer = MLBFGS(list(params.items()), lr=0.05)
+optimizer = MLBFGS(list(params.items()), lr=2e-3)
 in_torch = train_in_torch(params, optimizer, 150)
 file = Path(tempfile.mkdtemp()) / "run.safetensors"
 optimizer.save_state(file)
@@ -56,7 +56,7 @@ def loss_in_jax(params):
     return jnp.mean((jnp.tanh(inputs @ params["hidden"]) @ params["out"] - targets) ** 2)
 
 
-tx = mlbfgs(0.05)
+tx = mlbfgs(2e-3)
 blank = jax.tree.map(jnp.zeros_like, {name: jnp.asarray(array) for name, array in start.items()})
 moved, state = load_state(file, blank, tx.init(blank))
 

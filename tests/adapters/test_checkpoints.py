@@ -200,13 +200,13 @@ def test_complex_parameters_and_missing_gradients_travel(tmp_path):
 def test_half_precision_parameters_travel_between_torch_and_jax(dtype, tmp_path):
     values = np.linspace(-1, 1, 12, dtype=np.float32)
     param = torch.nn.Parameter(torch.asarray(values).to(getattr(torch, dtype)))
-    optimizer = mlbfgs_torch.MLBFGS([("x", param)], check_every=1, history_dtype=dtype)
+    optimizer = mlbfgs_torch.MLBFGS([("x", param)], RATE, check_every=1, history_dtype=dtype)
     for step in range(12):
         param.grad = param.detach() * (2 + step % 2)
         optimizer.step()
     optimizer.save_state(tmp_path / "run")
     params = {"x": jnp.zeros(12, dtype)}
-    tx = mlbfgs_jax.mlbfgs(0.1, check_every=1, history_dtype=dtype)
+    tx = mlbfgs_jax.mlbfgs(RATE, check_every=1, history_dtype=dtype)
     params, state = mlbfgs_jax.load_state(tmp_path / "run", params, tx.init(params))
     np.testing.assert_array_equal(to_numpy(params["x"]), to_numpy(param))
     assert str(state[0].history["x"].dtype) == dtype

@@ -15,7 +15,7 @@ from mlbfgs_jax import mlbfgs
 from mlbfgs_torch import MLBFGS
 from tests.helpers import to_numpy
 
-STEPS, RATE, MOMENTUM, DECAY = 200, 0.05, 0.9, 0.01
+STEPS, RATE, MOMENTUM, DECAY = 200, 0.004, 0.9, 0.1
 NAMES = ("hidden.weight", "hidden.bias", "out.weight", "out.bias")
 SETTINGS = {
     "default": {},

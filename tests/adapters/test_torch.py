@@ -305,7 +305,7 @@ def test_groups_with_their_own_settings_stand_alone():
     optimizer = MLBFGS(model[0].parameters(), momentum=0.9, **FAST)
     optimizer.add_param_group({"params": list(model[2].parameters()), "preset": "fit", "weight_decay": 0.1})
     assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.0]
-    assert [group["step_length"] for group in optimizer.param_groups] == ["unit", "clip"]
+    assert [group["step_length"] for group in optimizer.param_groups] == ["rms", "clip"]
     train(model, optimizer, data)
     assert [int(record.step) for record in optimizer.diagnostics()] == [8, 8]
 
@@ -685,7 +685,7 @@ def test_a_step_with_rate_zero_and_zero_gradients_does_not_count():
             for param in model.parameters():
                 param.grad = torch.zeros_like(param)
             optimizer.step()
-            optimizer.param_groups[0]["lr"] = 0.1
+            optimizer.param_groups[0]["lr"] = 1e-3
             record = optimizer.diagnostics()[0]
             assert (int(record.step), int(record.skipped)) == (0, 0)
         runs.append(weights(train(model, optimizer, data)))

@@ -21,7 +21,7 @@ def test_python_blocks_of_the_readme_run():
     assert np.all(np.abs(names["x"]) < 1e-2)
     assert type(names["optimizer"]).__name__ == "MLBFGS"
     assert callable(names["tx"].update)
-    np.testing.assert_allclose(names["weight"], 0.905)  # 1 - 1.9 * 0.05: momentum looks ahead
+    np.testing.assert_allclose(names["weight"], 0.9981)  # 1 - 1.9 * 0.001: momentum looks ahead
     np.testing.assert_allclose(names["result"].x, 1.0, atol=1e-4)
 
 

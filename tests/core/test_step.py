@@ -25,7 +25,7 @@ SETTINGS = {
     "fit": {"preset": "fit"},
     "ema, adaptive": {"beta": 0.8, "update_every": 6},
     "adam's metric": {"metric_power": 1.0, "step_length": "none", "update_every": 6},
-    "root mean square 1": {"step_length": "rms", "update_every": 6},
+    "length 1": {"step_length": "unit", "update_every": 6},
     "odd metric": {"metric_power": 0.3, "step_length": "clip", "update_every": 6},
     "both dampings": {"damping": (0.1, 5.0, 0.9), "update_every": 6},
 }

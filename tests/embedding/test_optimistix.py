@@ -51,9 +51,9 @@ def test_parameters_may_be_a_tree_and_the_call_may_be_jitted():
 
 @pytest.mark.parametrize("settings", [FAST, ADAPTIVE], ids=["fixed interval", "adaptive"])
 def test_with_a_learning_rate_each_step_is_that_of_the_dense_twin(settings):
-    search = optx.LearningRate(0.1)
+    search = optx.LearningRate(0.04)
     solver = MLBFGS(rtol=0.0, atol=0.0, search=search, **{"preset": "default", **settings})
-    twin = Descent(settings, np.ones(5), lr=0.1)
+    twin = Descent(settings, np.ones(5), lr=0.04)
     for _ in range(12):
         twin.step(np.asarray(SCALES) * twin.x)
 

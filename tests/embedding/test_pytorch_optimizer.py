@@ -43,7 +43,7 @@ def flat(model):
 @pytest.mark.parametrize("settings", [{}, FAST, ADAPTIVE, {"preset": "paper", "update_every": 3}])
 def test_each_step_is_that_of_the_pytorch_adapter(settings, maximize):
     model, twin = make_model(), make_model()
-    options = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.01, "maximize": maximize, **settings}
+    options = {"lr": 0.01, "momentum": 0.8, "weight_decay": 0.01, "maximize": maximize, **settings}
     optimizer = MLBFGS(model.parameters(), **options)
     expected = mlbfgs_torch.MLBFGS(twin.parameters(), **options)
     for _ in range(15):
@@ -109,8 +109,8 @@ def test_each_group_has_its_own_rate_and_curvature():
         before = [torch.cat([p.detach().reshape(-1) for p in model[i].parameters()]) for i in (0, 2)]
         train(model, optimizer, 1)
         after = [torch.cat([p.detach().reshape(-1) for p in model[i].parameters()]) for i in (0, 2)]
-        lengths = [float(torch.linalg.norm(b - a)) for a, b in zip(before, after, strict=True)]
-        assert lengths == pytest.approx([0.2, 0.05], rel=1e-9)
+        sizes = [float((b - a).square().mean().sqrt()) for a, b in zip(before, after, strict=True)]
+        assert sizes == pytest.approx([0.2, 0.05], rel=1e-9)
 
 
 def test_lookahead_interpolates_between_its_steps():

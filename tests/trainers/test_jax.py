@@ -25,9 +25,9 @@ FAST = {"adaptive": False, "update_every": 2, "history_size": 3}
 """A pair every other step, so that short tests run on the quasi-Newton path."""
 
 STEPS = 30
-PLAIN = mlbfgs(optax.cosine_decay_schedule(0.1, STEPS), weight_decay=0.001, **FAST)
+PLAIN = mlbfgs(optax.cosine_decay_schedule(0.007, STEPS), weight_decay=0.01, **FAST)
 CLIPPED = optax.chain(optax.clip_by_global_norm(0.1), PLAIN)
-DEFAULT = mlbfgs(0.1, check_every=1, update_every=5, history_dtype="bfloat16")
+DEFAULT = mlbfgs(0.007, check_every=1, update_every=5, history_dtype="bfloat16")
 
 
 class Linen(nn.Module):
@@ -155,7 +155,7 @@ def test_a_step_that_donates_its_state_compiles_once_and_changes_no_bit():
 
 
 def test_bfloat16_parameters_learn_with_averages_in_float32():
-    tx = mlbfgs(optax.cosine_decay_schedule(0.1, STEPS), **FAST)
+    tx = mlbfgs(optax.cosine_decay_schedule(0.007, STEPS), **FAST)
     state, losses = train(make_state(tx, model=Linen(jnp.bfloat16)), make_data())
     assert_learned(losses)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
@@ -208,7 +208,7 @@ def test_nnx_parameters_left_out_by_wrt_stay_as_they_are():
 
 def test_nnx_layers_are_blocks():
     model = Nnx()
-    optimizer = nnx.Optimizer(model, mlbfgs(0.1, blocks="layer", **FAST), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, mlbfgs(0.007, blocks="layer", **FAST), wrt=nnx.Param)
     train((model, optimizer), make_data(8), nnx_step(nnx.Param))
     assert nnx.as_pure(optimizer.opt_state)[0].pairs.shape == (2,)
     assert_quasi_newton(nnx.as_pure(optimizer.opt_state))
@@ -271,7 +271,7 @@ def test_the_frozen_part_of_an_equinox_model_stays_as_it_is():
 
 def test_an_equinox_leaf_whose_gradient_is_none_stays_as_it_is():
     model, batch = make_equinox(), make_data(1)[0]
-    tx = mlbfgs(0.1, weight_decay=0.1, **FAST)
+    tx = mlbfgs(0.007, weight_decay=0.1, **FAST)
 
     @eqx.filter_jit
     def step(model, opt_state):
@@ -326,7 +326,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path, tx, checkpoint):
 @each_checkpoint
 @pytest.mark.parametrize("preset", ["default", "fit", "lbfgs", "paper"])
 def test_every_array_of_every_preset_comes_back(tmp_path, preset, checkpoint):
-    target = make_state(mlbfgs(0.1, preset=preset, history_size=3))
+    target = make_state(mlbfgs(0.007, preset=preset, history_size=3))
     leaves, treedef = jax.tree.flatten(target)
     state = treedef.unflatten([(leaf + number).astype(leaf.dtype) for number, leaf in enumerate(leaves)])
     assert_same(checkpoint(state, target, tmp_path / "checkpoint"), state)

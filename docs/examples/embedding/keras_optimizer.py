@@ -1,6 +1,6 @@
 """mL-BFGS as a Keras optimizer, for the JAX and PyTorch backends.
 
-model.compile(MLBFGS(0.1), loss="mse")
+model.compile(MLBFGS(1e-3), loss="mse")
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MLBFGS(keras.optimizers.Optimizer):
     Parameters
     ----------
     learning_rate : float or schedule
-        Length of a step, before momentum.
+        Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``.
     momentum : float, optional
         Momentum on the direction; by default that of the preset.
     nesterov : bool, optional
@@ -43,7 +43,7 @@ class MLBFGS(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate: Any = 0.1,
+        learning_rate: Any = 1e-3,
         momentum: float | None = None,
         nesterov: bool | None = None,
         settings: core.Settings | None = None,

@@ -1,6 +1,6 @@
 """mL-BFGS as an optimizer of pytorch_optimizer, which its `Lookahead`, `SAM` and other wrappers take.
 
-Lookahead(MLBFGS(model.parameters(), lr=0.1))
+Lookahead(MLBFGS(model.parameters(), lr=1e-3))
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class MLBFGS(BaseOptimizer):
     Parameters
     ----------
     params : iterable of tensors or groups
-        A group has its own curvature and its own step of length `lr`.
+        A group has its own curvature and its own step of size `lr`.
     lr : float
-        Length of a step, before momentum.
+        Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``.
     momentum : float
         Momentum on the direction: Nesterov's with the default preset, heavy-ball with the others.
     weight_decay : float
@@ -46,7 +46,7 @@ class MLBFGS(BaseOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 0.1,
+        lr: float = 1e-3,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         maximize: bool = False,

@@ -1,6 +1,6 @@
 """mL-BFGS as a module of torchzero, which chains with its learning rates, momenta, clips and line searches.
 
-tz.Optimizer(model.parameters(), MLBFGS(), tz.m.NAG(0.9), tz.m.LR(0.1))
+tz.Optimizer(model.parameters(), MLBFGS(), tz.m.NAG(0.9), tz.m.LR(1e-3))
 """
 
 from __future__ import annotations
