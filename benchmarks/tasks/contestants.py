@@ -19,10 +19,7 @@ from torch.optim import Optimizer
 
 from mlbfgs_torch import MLBFGS
 
-__all__ = ["CONTESTANTS", "UNIT", "Contestant", "rate"]
-
-UNIT = "mlbfgs_unit"
-"""The contestant of which the variants are variants."""
+__all__ = ["CONTESTANTS", "Contestant", "rate"]
 
 Build = Callable[..., list[Optimizer]]
 
@@ -57,7 +54,7 @@ class Contestant:
     ours : bool
         Whether its runs depend on the code of this repository.
     variant : bool
-        Whether it is `UNIT` with something changed, and not one of those that are compared.
+        Whether it is our default with something changed, and not one of those that are compared.
     """
 
     name: str
@@ -311,14 +308,9 @@ _CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "no_metric": ("no metric", {"metric_power": 0.0}),
     "layers": ("a block for each layer", {"blocks": "layer"}),
 }
-# On the unit's grid of learning rates, which is the default's but for a factor that each task has.
 CONTESTANTS |= {
     f"mlbfgs_{name}": replace(
-        CONTESTANTS[UNIT],
-        name=f"mlbfgs_{name}",
-        title=title,
-        settings={**CONTESTANTS[UNIT].settings, **settings},
-        variant=True,
+        CONTESTANTS["mlbfgs"], name=f"mlbfgs_{name}", title=title, settings=settings, variant=True
     )
     for name, (title, settings) in _CHANGES.items()
 }

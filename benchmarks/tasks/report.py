@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from . import figures, timing
-from .contestants import CONTESTANTS, UNIT, rate
+from .contestants import CONTESTANTS, rate
 from .goals import better_adamw, goals, mean_final, mean_test, reaches, title
 from .problems import TASKS
-from .search import Results, interior
+from .search import OURS, Results, interior
 
 __all__ = ["goals_text", "rates_text", "show", "variants", "write"]
 
@@ -203,7 +203,7 @@ def variants(results: Results) -> list[Results]:
     changed = tuple(name for name, entry in CONTESTANTS.items() if entry.variant)
     plan = replace(results.plan, seeds=1, one_setting=False, percents=())
     return [
-        Results(replace(plan, tasks=tasks, contestants=(UNIT, *names)), results.folder)
+        Results(replace(plan, tasks=tasks, contestants=(OURS, *names)), results.folder)
         for tasks, names in ((seen, changed), (large, ("mlbfgs_no_pairs",)))
         if tasks
     ]

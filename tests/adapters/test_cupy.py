@@ -109,6 +109,15 @@ def test_trajectory_is_that_of_the_readable_twin(name, momentum, decay, nesterov
 
 
 @pytest.mark.parametrize(
+    ("settings", "rate"),
+    [({}, 1e-3), ({"step_length": "unit"}, 0.1), ({"preset": "fit"}, 0.1), ({"preset": "lbfgs"}, 0.1)],
+)
+def test_the_learning_rate_fits_the_step_length_where_none_is_given(settings, rate):
+    assert MLBFGS(np.ones(2), **settings).lr == rate
+    assert MLBFGS(np.ones(2), 0.5, **settings).lr == 0.5
+
+
+@pytest.mark.parametrize(
     ("preset", "nesterov"),
     [(None, True), ("default", True), ("paper", False), ("lbfgs", False), ("fit", False)],
 )

@@ -267,6 +267,15 @@ def test_momentum_is_that_of_sgd_fed_with_the_directions(arguments, momentum, ne
         torch.testing.assert_close(flat(model.parameters()), flat(twin), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [({}, 1e-3), ({"step_length": "unit"}, 0.1), ({"preset": "fit"}, 0.1), ({"preset": "lbfgs"}, 0.1)],
+)
+def test_the_learning_rate_fits_the_step_length_where_none_is_given(settings, rate):
+    assert MLBFGS([nn.Parameter(torch.ones(2))], **settings).param_groups[0]["lr"] == rate
+    assert MLBFGS([nn.Parameter(torch.ones(2))], 0.5, **settings).param_groups[0]["lr"] == 0.5
+
+
 def test_groups_have_the_momentum_of_their_preset():
     model = make_model()
     presets = ["default", "paper", "lbfgs", "fit"]

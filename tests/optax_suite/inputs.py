@@ -24,8 +24,8 @@ RATES = {
     "mlbfgs_lbfgs": 0.03,
     "mlbfgs_blocks": 1e-3,
 }
-"""Constant learning rates with which the convergence tests reach their targets. Where a step has unit
-length the rate must be about as small as the distance that is tolerated; textbook L-BFGS has no length
+"""Constant learning rates with which the convergence tests reach their targets. Where a step has a
+fixed size the rate must be about as small as the distance that is tolerated; textbook L-BFGS has no length
 control, and diverges on Rosenbrock's function at 0.1."""
 
 
