@@ -148,7 +148,8 @@ def reductions(config: core.Config, blocks: int = 1, *, owned: bool = False) -> 
     """
     m = config.history_size
     numbers = 2 * m + 1 + config.uses_metric + config.adaptive + (config.step_length == "clip")
-    step = (blocks * numbers, blocks) if config.uses_metric or owned else (blocks * numbers,)
+    lengths = 2 * blocks if owned and config.step_length == "rms" else blocks
+    step = (blocks * numbers, lengths) if config.uses_metric or owned else (blocks * numbers,)
     products = (2 * blocks, 3 * blocks)
     return {"step": step, "check": products, "refresh": (*products, blocks * (4 * m + 2))}
 

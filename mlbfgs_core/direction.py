@@ -283,10 +283,11 @@ def _direction(
     update, squares = _combine(call, state, grads, seen, c * unit, gamma * unit, exact=exact)
     moving = state.size
     if not exact:
-        if not whole:
+        some = config.step_length == "rms" and not whole
+        if some:
             squares = _with_sizes(call, squares, grads)
         sums = call.reduce(call.block_sums(squares))
-        if not whole:
+        if some:
             sums, moving = sums[:, 0], sums[:, 1]
         norm_square = sums / unit**2
         norm = xp.sqrt(xp.sum(norm_square))
@@ -370,9 +371,7 @@ def _scale_of_start(call: Call, state: State, square: Array) -> Array:
     return xp.where(has, state.gamma, xp.where(count > 0, known, first))
 
 
-def _length(
-    call: Call, state: State, seen: Observation, norm: Array, moving: Array
-) -> tuple[Array, Array]:
+def _length(call: Call, state: State, seen: Observation, norm: Array, moving: Array) -> tuple[Array, Array]:
     """The factor that gives a direction of this norm its length, and the new running length; `moving` (B,)
     are the numbers of parameters that have a gradient."""
     config, xp = call.config, call.xp

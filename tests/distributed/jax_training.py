@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 SETTINGS = {"history_size": 4, "update_every": 8}
-RATE = 0.05
+RATE = 0.003
 SHAPES = {"bias": (16,), "hidden": (8, 16), "out": (16, 8)}
 BATCH = 16
 

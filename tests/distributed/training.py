@@ -35,7 +35,7 @@ __all__ = [
 
 STEPS = 24
 BATCH = 24
-SETTINGS: dict[str, Any] = {"lr": 0.05, "update_every": 4, "history_size": 3}
+SETTINGS: dict[str, Any] = {"lr": 0.003, "update_every": 4, "history_size": 3}
 """A refresh every few steps, so that a short run has many."""
 TENSOR_PARALLEL = {"hidden": ColwiseParallel(), "inner": RowwiseParallel()}
 LAYOUTS = ("ddp", "fsdp", "hsdp", "tensor", "fsdp_tensor", "offload", "mixed")
