@@ -96,8 +96,8 @@ class MLBFGS(Optimizer):
 
     The state of a `DTensor` is sharded like it, and inner products are summed over its mesh: one all-reduce
     of ``B * (2 * history_size + 1)`` numbers and up to 2 more for each of B blocks in a step, with a metric
-    one more of B numbers (2 B with a `shard_group` or a missing gradient), 2 more at a check, 3 at a new pair.
-    All processes must take the same steps.
+    one more of B numbers (2 B with a `shard_group` or a missing gradient), 2 more at a check, 3 at a new
+    pair. All processes must take the same steps.
 
     References
     ----------
