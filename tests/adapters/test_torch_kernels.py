@@ -227,7 +227,7 @@ def test_descend_is_momentum_with_decoupled_decay_rounded_once(both, dtype, mome
 
 def trained(params, steps, settings, spoiled=None):
     """An optimizer after steps whose gradients change from one to the next; one may be spoiled by a NaN."""
-    optimizer = MLBFGS(params, momentum=0.9, weight_decay=0.01, **{"lr": 0.05, **settings})
+    optimizer = MLBFGS(params, momentum=0.9, weight_decay=0.01, **{"lr": 0.005, **settings})
     for step in range(steps):
         for param in params:
             param.grad = (1 + step % 3) * param.detach()

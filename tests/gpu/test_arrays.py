@@ -23,7 +23,7 @@ from mlbfgs_jax import mlbfgs
 from mlbfgs_torch.fused import FusedKernels
 from tests.adapters.test_cupy import FAST, SETTINGS, Problem, flat
 
-LR, MOMENTUM, DECAY = 0.05, 0.9, 0.1
+LR, MOMENTUM, DECAY = 0.01, 0.9, 0.1
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -69,7 +69,7 @@ def test_kernels_in_triton_are_used_and_train_like_those_of_pytorch(settings, dt
         torch.testing.assert_close(one, other, rtol=bound, atol=bound)
 
 
-@pytest.mark.parametrize("settings", [*SETTINGS, {"lr": torch.tensor(0.05)}], ids=str)
+@pytest.mark.parametrize("settings", [*SETTINGS, {"lr": torch.tensor(0.005)}], ids=str)
 def test_no_step_waits_for_the_gpu(settings):
     train("cuda", settings, 20, forbid_waiting=True)
 
@@ -79,7 +79,7 @@ def test_steps_replayed_from_a_cuda_graph_are_those_of_the_eager_loop():
         param = nn.Parameter(torch.linspace(-1, 1, 40, dtype=torch.float64, device="cuda"))
         curvature = torch.linspace(1, 9, 40, dtype=torch.float64, device="cuda")
         param.grad = torch.zeros_like(param)
-        optimizer = MLBFGS([param], lr=0.05, capturable=True, adaptive=False, update_every=3)
+        optimizer = MLBFGS([param], lr=0.008, capturable=True, adaptive=False, update_every=3)
 
         def one(step):
             torch.mul(param.detach(), curvature, out=param.grad)
@@ -117,7 +117,7 @@ def test_a_capture_needs_capturable():
 
 def test_parameters_on_two_devices_train_together_and_one_nan_skips_both():
     params = [nn.Parameter(torch.ones(4, device=device)) for device in ("cpu", "cuda")]
-    optimizer = MLBFGS(params, lr=0.05, adaptive=False, update_every=2)
+    optimizer = MLBFGS(params, lr=0.02, adaptive=False, update_every=2)
     for _ in range(6):
         for param in params:
             param.grad = param.detach().clone()
@@ -132,7 +132,7 @@ def test_parameters_on_two_devices_train_together_and_one_nan_skips_both():
 def test_a_gradient_scaler_on_the_gpu_gives_the_run_without_it():
     def run(scaled):
         param = nn.Parameter(torch.linspace(1, 2, 8, dtype=torch.float64, device="cuda"))
-        optimizer = MLBFGS([param], lr=0.05, adaptive=False, update_every=2)
+        optimizer = MLBFGS([param], lr=0.02, adaptive=False, update_every=2)
         scaler = torch.amp.GradScaler("cuda", enabled=scaled, init_scale=2.0**10)
         for _ in range(8):
             optimizer.zero_grad()
@@ -151,10 +151,10 @@ def test_a_run_moves_from_the_cpu_to_the_gpu():
             optimizer.step()
 
     param = nn.Parameter(torch.linspace(1, 2, 8))
-    optimizer = MLBFGS([param], lr=0.05, adaptive=False, update_every=2)
+    optimizer = MLBFGS([param], lr=0.02, adaptive=False, update_every=2)
     run(optimizer, param)
     other = nn.Parameter(param.detach().cuda())
-    resumed = MLBFGS([other], lr=0.05, adaptive=False, update_every=2)
+    resumed = MLBFGS([other], lr=0.02, adaptive=False, update_every=2)
     resumed.load_state_dict(optimizer.state_dict())
     run(optimizer, param)
     run(resumed, other)
