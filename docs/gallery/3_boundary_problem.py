@@ -67,7 +67,7 @@ best = {}
 for name, make, rates in (
     ('mL-BFGS, preset="fit"', lambda p, lr: MLBFGS(p, lr=lr, preset="fit"), (0.1, 0.3, 1.0)),
     ("mL-BFGS", lambda p, lr: MLBFGS(p, lr=lr), (3e-3, 1e-2, 3e-2)),
-    ("AdamW", lambda p, lr: torch.optim.AdamW(p, lr=lr), (3e-3, 1e-2, 3e-2)),
+    ("AdamW", lambda p, lr: torch.optim.AdamW(p, lr=lr), (1e-2, 3e-2, 1e-1)),
 ):
     runs = {lr: train(lambda params, lr=lr, make=make: make(params, lr)) for lr in rates}
     print(f"{name:22s}", ", ".join(f"lr {lr:g}: {losses[-1]:.1e}" for lr, (losses, _) in runs.items()))
