@@ -69,7 +69,7 @@ def tests(session: nox.Session) -> None:
     """Test on NumPy, array-api-strict, PyTorch and JAX, without a GPU; arguments go to pytest."""
     others = nox.project.dependency_groups(GROUPS, "tasks", "triton")
     install(session, "-e", ".[jax,scipy,torch]", *others, group="test")
-    session.run("pytest", "-n", "auto", *session.posargs, env=ONE_CORE)
+    session.run("pytest", "-n", "auto", *session.posargs, env={**ONE_CORE, **compiled_once(session)})
 
 
 def compiled_once(session: nox.Session) -> dict[str, str]:
