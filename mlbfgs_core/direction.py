@@ -283,12 +283,10 @@ def _direction(
     update, squares = _combine(call, state, grads, seen, c * unit, gamma * unit, exact=exact)
     moving = state.size
     if not exact:
-        some = config.step_length == "rms" and not whole
-        if some:
-            squares = _with_sizes(call, squares, grads)
-        sums = call.reduce(call.block_sums(squares))
-        if some:
-            sums, moving = sums[:, 0], sums[:, 1]
+        if whole or config.step_length != "rms":
+            sums = call.reduce(call.block_sums(squares))
+        else:
+            sums, moving = _with_sizes(call, squares, grads)
         norm_square = sums / unit**2
         norm = xp.sqrt(xp.sum(norm_square))
     factor, length = xp.ones_like(norm), state.length
@@ -345,16 +343,17 @@ def _combine(
 
 def _with_sizes(
     call: Call, squares: Sequence[Array | None], grads: Sequence[Array | None]
-) -> list[Array | None]:
-    """Each leaf's sum of squares and its number of values, as one array."""
-    result: list[Array | None] = []
+) -> tuple[Array, Array]:
+    """Each block's sum of squares, and its number of values that have a gradient, in one reduction."""
+    parts: list[Array | None] = []
     for square, grad in zip(squares, grads, strict=True):
-        if square is None or grad is None:
-            result.append(None)
+        if grad is None:
+            parts.append(None)
             continue
         square = call.kernels.cast(square, call.dtype)
-        result.append(stack([square, call.xp.full_like(square, math.prod(grad.shape))], call.xp))
-    return result
+        parts.append(stack([square, call.xp.full_like(square, math.prod(grad.shape))], call.xp))
+    sums = call.reduce(call.block_sums(parts))
+    return sums[:, 0], sums[:, 1]
 
 
 def _scale_of_start(call: Call, state: State, square: Array) -> Array:

@@ -25,7 +25,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from mlbfgs_torch import MLBFGS
 
-RATES = {"mlbfgs": 1e-3, "sgd": 0.1, "adamw": 1e-3}
+RATES = {"mlbfgs": None, "sgd": 0.1, "adamw": 1e-3}
+"""None: that of the preset."""
 
 
 class Job(NamedTuple):
@@ -56,7 +57,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     """Options of the optimizer, of checkpoints and of reports."""
     group = parser.add_argument_group("optimizer")
     group.add_argument("--optimizer", choices=RATES, default="mlbfgs")
-    group.add_argument("--lr", type=float, help=f"peak learning rate; by default {RATES}")
+    group.add_argument("--lr", type=float, help=f"peak; by default (None: the preset's) {RATES}")
     group.add_argument("--momentum", type=float, default=0.9, help="of mlbfgs and sgd")
     group.add_argument(
         "--weight-decay", type=float, default=1e-4, help="decoupled; with sgd and --preset paper not"

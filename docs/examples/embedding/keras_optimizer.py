@@ -23,8 +23,9 @@ class MLBFGS(keras.optimizers.Optimizer):
 
     Parameters
     ----------
-    learning_rate : float or schedule
-        Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``.
+    learning_rate : float or schedule, optional
+        Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``; by
+        default that of the adapters.
     momentum : float, optional
         Momentum on the direction; by default that of the preset.
     nesterov : bool, optional
@@ -43,15 +44,16 @@ class MLBFGS(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate: Any = 1e-3,
+        learning_rate: Any = None,
         momentum: float | None = None,
         nesterov: bool | None = None,
         settings: core.Settings | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(learning_rate=learning_rate, **options)
-        self.settings = dict(settings or {})
-        self.config = core.Config(**self.settings)
+        config = core.Config(**(settings or {}))
+        rate = core.default_rate(config.step_length) if learning_rate is None else learning_rate
+        super().__init__(learning_rate=rate, **options)
+        self.settings, self.config = dict(settings or {}), config
         self.momentum = core.preset_momentum(self.config.preset) if momentum is None else momentum
         self.nesterov = core.preset_nesterov(self.config.preset) if nesterov is None else nesterov
 

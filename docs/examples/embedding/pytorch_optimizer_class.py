@@ -25,8 +25,9 @@ class MLBFGS(BaseOptimizer):
     ----------
     params : iterable of tensors or groups
         A group has its own curvature and its own step of size `lr`.
-    lr : float
-        Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``.
+    lr : float, optional
+        Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``; by
+        default that of the adapters.
     momentum : float
         Momentum on the direction: Nesterov's with the default preset, heavy-ball with the others.
     weight_decay : float
@@ -46,16 +47,17 @@ class MLBFGS(BaseOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         maximize: bool = False,
         **settings: Unpack[core.Settings],
     ) -> None:
+        self.config, self.maximize = core.Config(**settings), maximize
+        lr = core.default_rate(self.config.step_length) if lr is None else lr
         self.validate_learning_rate(lr)
         self.validate_range(momentum, "momentum", 0.0, 1.0)
         self.validate_non_negative(weight_decay, "weight_decay")
-        self.config, self.maximize = core.Config(**settings), maximize
         self.nesterov = core.preset_nesterov(self.config.preset)
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
