@@ -17,6 +17,7 @@ from .diagnostics import Diagnostics, block_names, diagnostics
 from .direction import direction, step, unscaled_step, upcoming
 from .history import refresh
 from .kernels import Kernels
+from .scales import is_scaled
 from .serialization import load_state, save_state
 from .snapshot import Snapshot
 from .state import LEAF_ARRAYS, MemoryPlan, State, init, plan_memory
@@ -38,6 +39,7 @@ __all__ = [
     "diagnostics",
     "direction",
     "init",
+    "is_scaled",
     "load_state",
     "observe",
     "partition",

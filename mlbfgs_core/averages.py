@@ -10,6 +10,7 @@ from .call import Call, Reduce, When, prepare, run_if
 from .config import Config
 from .kernels import Kernels, Metric
 from .pairs import check
+from .scales import first_scale, is_scaled, param_squares
 from .state import State
 
 __all__ = ["Observation", "observe", "project"]
@@ -17,6 +18,9 @@ __all__ = ["Observation", "observe", "project"]
 Array = Any
 NOISE_WEIGHT = 0.1
 """Least weight of a new sample in the running variance along a stored row."""
+DIVERGENCE = 6.0
+"""How many times its running mean the squared norm of a gradient is where a run of ``step_length="clip"``
+diverges."""
 
 
 class Weights(NamedTuple):
@@ -32,7 +36,7 @@ class Weights(NamedTuple):
 
 class Observation(NamedTuple):
     """The reduced inner products of one step, whether all of them are finite, and how the gradient enters
-    averages and metric."""
+    averages and metric; all in the units of `State.grad_scale`."""
 
     rows: Array
     """(B, 2m): `b`, the stored rows times the gradient, in the metric."""
@@ -42,10 +46,17 @@ class Observation(NamedTuple):
     """(B,): the same in the metric."""
     scatter: Array
     """(B,): what the gradient adds to the scatter of this window, in the metric."""
-    param_square: Array | None
-    """(B,): squared norm of the parameters, where the length control needs it."""
+    param_squares: Array | None
+    """(B, 3): squared norm of the parameters on three scales, where the length control needs it; see
+    `mlbfgs_core.scales.norm_of_squares`."""
     finite: Array
     """0-d bool, over all blocks."""
+    diverges: Array
+    """0-d bool: whether the gradient is much longer than it was, where steps are as long as it makes them."""
+    scale: Array
+    """0-d: the state's `grad_scale`, which the very first gradient decides."""
+    grads: tuple[Array | None, ...]
+    """The gradients times `scale`, or as they were given where that is known to be 1."""
     weights: Weights
     metrics: tuple[Metric | None, ...]
     """The metric of each leaf with its ``q ** -0.5``, so that a step forms it once; the step consumes it."""
@@ -61,6 +72,7 @@ def project(
     kernels: Kernels | None = None,
     reduce: Reduce | None = None,
     shares: Sequence[float] | None = None,
+    when_scaled: When = None,
 ) -> Observation:
     """Everything a step must know of its gradient before it may write: one pass, one reduction.
 
@@ -71,19 +83,20 @@ def project(
         Not consumed.
     params, grads : sequence of arrays
         One per leaf; a gradient may be None.
-    blocks, kernels, reduce, shares : optional
+    blocks, kernels, reduce, shares, when_scaled : optional
         As in `mlbfgs_core.step`.
 
     Returns
     -------
     Observation
-        Coefficient-sized. A gradient whose squared norm overflows its accumulation dtype (a norm
-        above 1.8e19 in float32) counts as non-finite.
+        Coefficient-sized, except for the gradients. A gradient whose norm is so much larger than the very
+        first one's (in float32 some 1e9 times at least, and 1e19 times mostly) that its square overflows
+        counts as non-finite.
 
     Notes
     -----
     Reads ``2 m + 1`` values per parameter, one more for the metric, one for an adaptive schedule and
-    one for ``step_length="clip"``. Reduces ``B * (2 m + 1)`` numbers and one more for each of these.
+    three for ``step_length="clip"``. Reduces ``B * (2 m + 1)`` numbers and as many more.
 
     Examples
     --------
@@ -94,7 +107,7 @@ def project(
     array([45.])
     """
     call = prepare(config, state, blocks, kernels, reduce, shares, params=params, grads=grads)
-    return project_call(call, state, params, grads)
+    return project_call(call, state, params, grads, when_scaled=when_scaled)
 
 
 def project_call(
@@ -104,9 +117,18 @@ def project_call(
     grads: Sequence[Array | None],
     *,
     observed: bool = False,
+    when_scaled: When = None,
 ) -> Observation:
     """`project` after its arguments have been checked; `observed`: the gradient is in the averages."""
     config, kernels, xp = call.config, call.kernels, call.xp
+    scale = run_if(
+        when_scaled, is_scaled(state), lambda old: first_scale(call, state, grads, old), state.grad_scale
+    )
+    if when_scaled is not False:
+        grads = [
+            None if grad is None else kernels.scaled(grad, call.scalar(scale, mean), mean.dtype)
+            for grad, mean in zip(grads, state.mean_grads, strict=True)
+        ]
     weights = _weights(call, state, grads)
     metrics = call.metrics(state, weights=None if observed else weights.moment)
     parts: list[Array | None] = []
@@ -127,20 +149,26 @@ def project_call(
             metrics[leaf] = metric._replace(kept=part.inverse_root)
         numbers = [part.grad_square, part.metric_square, part.scatter]
         if config.step_length == "clip":
-            numbers.append(kernels.square(_needed(params)[leaf], mean.dtype))
+            numbers += param_squares(call, state, _needed(params)[leaf], mean.dtype)
         sums = [part.rows, *(x[None] for x in numbers if x is not None)]
         parts.append(xp.concat([kernels.cast(x, call.dtype) for x in sums]))
     sums = call.reduce(call.block_sums(parts))
     rows = 2 * config.history_size
-    rest = iter([sums[:, i] for i in range(rows, sums.shape[1])])
+    last = sums.shape[1] - (3 if config.step_length == "clip" else 0)
+    rest = iter([sums[:, i] for i in range(rows, last)])
     grad_square = next(rest)
+    metric_square = next(rest) if config.uses_metric else grad_square
+    scatter = next(rest) if config.adaptive else xp.zeros_like(grad_square)
     return Observation(
         rows=sums[:, :rows],
         grad_square=grad_square,
-        metric_square=next(rest) if config.uses_metric else grad_square,
-        scatter=next(rest) if config.adaptive else xp.zeros_like(grad_square),
-        param_square=next(rest) if config.step_length == "clip" else None,
-        finite=xp.all(xp.isfinite(sums)),
+        metric_square=metric_square,
+        scatter=scatter,
+        param_squares=sums[:, last:] if config.step_length == "clip" else None,
+        finite=xp.all(xp.isfinite(sums[:, :last])),
+        diverges=_diverges(call, state, grad_square),
+        scale=scale,
+        grads=tuple(grads),
         weights=weights,
         metrics=tuple(metrics),
     )
@@ -202,20 +230,19 @@ def observe(
     call = prepare(config, state, blocks, kernels, reduce, shares, params=params, grads=grads)
     if observation is None:
         observation = project_call(call, state, params, grads)
-    return observe_call(call, state, params, grads, observation, when)
+    return observe_call(call, state, params, observation, when)
 
 
 def observe_call(
     call: Call,
     state: State,
     params: Sequence[Array],
-    grads: Sequence[Array | None],
     seen: Observation,
     when: When,
 ) -> State:
     """`observe` after its arguments have been checked."""
     config, xp, keep = call.config, call.xp, seen.finite
-    one, kept = xp.astype(keep, xp.int32), call.kernels.to_leaves(keep)
+    one, kept, grads = xp.astype(keep, xp.int32), call.kernels.to_leaves(keep), seen.grads
     increments = seen.weights.increments
     mean_params, mean_grads, moments = list(state.mean_params), list(state.mean_grads), list(state.moment)
     for leaf, grad in enumerate(grads):
@@ -241,9 +268,11 @@ def observe_call(
         window=window,
         scatter=state.scatter + xp.where(keep, xp.sum(seen.scatter), 0.0),
         due=keep & is_due(config, window, state),
+        grad_scale=xp.where(keep, seen.scale, state.grad_scale),
     )
     if not config.adaptive:
         return state
+    state = state._replace(pending=state.pending | (keep & seen.diverges))
     asked = keep & is_check(config, window, state)
 
     def part(verdict: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -252,6 +281,19 @@ def observe_call(
 
     pending, ratio = run_if(when, asked, part, (state.pending, state.signal_to_noise))
     return state._replace(pending=pending, signal_to_noise=ratio)
+
+
+def _diverges(call: Call, state: State, grad_square: Array) -> Array:
+    """Whether the inverse Hessian must be too large along some direction, since gradients have grown.
+
+    Steps that overshoot there go to and fro, which the means over a window of even length hide from the
+    next pair. So one falls due at once, and steps are shortened.
+    """
+    xp = call.xp
+    if call.config.step_length != "clip":
+        return xp.zeros_like(state.pending)
+    usual = xp.sum(state.mean_square * state.size)
+    return (usual > 0) & (xp.sum(grad_square) > DIVERGENCE * usual)
 
 
 def is_check(config: Config, window: Array, state: State) -> Array:
@@ -298,7 +340,7 @@ def _follow_noise(call: Call, state: State, seen: Observation) -> State:
     config, xp, keep = call.config, call.xp, seen.finite
     if not config.uses_noise:
         return state
-    now = seen.rows[:, : config.history_size]
+    now = seen.rows[:, : config.history_size] / row_norms(state, xp)
     last, before = state.row_projection[:, 0, :], state.row_projection[:, 1, :]
     projection = xp.concat([now[:, None, :], last[:, None, :]], axis=1)
     age = state.row_age + 1
@@ -312,6 +354,13 @@ def _follow_noise(call: Call, state: State, seen: Observation) -> State:
         row_noise=noise,
         row_age=xp.where(keep, age, state.row_age),
     )
+
+
+def row_norms(state: State, xp: Any) -> Array:
+    """(B, m): norms of the stored `s`, 1 where there is none."""
+    m = state.row_age.shape[1]
+    squares = xp.stack([state.gram[:, i, i] for i in range(m)], axis=1)
+    return xp.sqrt(xp.where(squares > 0, squares, 1.0))
 
 
 def _needed(params: Sequence[Array] | None) -> Sequence[Array]:

@@ -76,7 +76,7 @@ _PRESETS: Final[dict[str, Settings]] = {
     "lbfgs": {**_PUBLISHED, "beta": 0.0, "update_every": 1},
     "fit": {
         "history_size": 10,
-        "update_every": 20,
+        "update_every": 21,
         "min_cosine": 0.3,
         "shrinkage": 1.0,
         "step_length": "clip",
@@ -129,7 +129,7 @@ class Config:
     update_every : int
         Steps from one curvature pair to the next, `T`: exactly with ``adaptive=False``, at the
         latest with ``adaptive=True``. With ``T=1``, ``adaptive=False`` and ``step_length="none"`` the
-        very first direction is at most 1 long, as in other implementations of L-BFGS.
+        very first direction is 1 long, as in L-BFGS-B.
     adaptive : bool
         Take a pair as soon as it stands out of the gradient noise.
     check_every : int
@@ -183,7 +183,7 @@ class Config:
     Examples
     --------
     >>> Config(preset="fit", beta=0.9).update_every
-    20
+    21
     >>> Config(beta=1.5)
     Traceback (most recent call last):
     ...
@@ -236,9 +236,9 @@ class Config:
         return self.adaptive and not whole
 
     @property
-    def caps_first_step(self) -> bool:
-        """Whether a direction without pairs is shortened to length 1, since with a pair at every step there
-        is one such step only, and no scale is known for it."""
+    def unit_first_step(self) -> bool:
+        """Whether a direction without pairs is given the length 1, since with a pair at every step there
+        is one such step only, and no scale is known for it; as in L-BFGS-B."""
         every = isinstance(self.update_every, int) and self.update_every == 1 and not self.adaptive
         return every and self.step_length == "none"
 

@@ -14,6 +14,7 @@ from .call import Call, Reduce, When, prepare, run_if, stack
 from .config import Config
 from .history import refresh_call
 from .kernels import Kernels
+from .scales import norm_of_squares
 from .state import State
 
 __all__ = ["direction", "step", "unscaled_step", "upcoming"]
@@ -22,8 +23,10 @@ Array = Any
 WARM_UP, WARM_UP_GROWTH, WARM_UP_MOST = 0.01, 1.5, 0.3
 """Length of a direction before the first pair with ``step_length="clip"``, relative to the
 parameters' norm; its growth from step to step, for as long as noise hides the pair; its limit."""
+SHORTENING = 0.5
+"""What the running length, which would grow with a run that diverges, is multiplied by at such a step."""
 LEAST_NORM = 0.01
-"""The least norm of the parameters that counts, relative to the root of the dimension."""
+"""What counts as the norm of parameters that are all zero, relative to the root of the dimension."""
 
 
 def step(
@@ -38,6 +41,7 @@ def step(
     shares: Sequence[float] | None = None,
     when_check: When = None,
     when_due: When = None,
+    when_scaled: When = None,
     observation: Observation | None = None,
 ) -> tuple[list[Array | None], State]:
     """One step: project, observe, refresh if due, direction; the history is read twice.
@@ -67,6 +71,9 @@ def step(
         asked for is masked. A bool: the caller knows, for instance from `upcoming`. A function
         ``(predicate, part, operand) -> result``, such as a wrapper of ``jax.lax.cond``. A part that
         runs unasked changes nothing; one that is asked for must run.
+    when_scaled : None, bool or callable
+        The same of the gradients' scale, which the very first gradient decides; see `is_scaled`. With None
+        each step reads the gradient once more, and without False it multiplies it (which a compiler fuses).
     observation : Observation, optional
         From `project` of the same arguments; a caller with several states may replace its `finite`
         by the conjunction of all.
@@ -110,7 +117,9 @@ def step(
     3
     """
     call = prepare(config, state, blocks, kernels, reduce, shares, params=params, grads=grads)
-    update, factor, state = _unscaled_step(call, state, params, grads, when_check, when_due, observation)
+    update, factor, state = _unscaled_step(
+        call, state, params, grads, when_check, when_due, when_scaled, observation
+    )
     return _scaled(call, grads, update, factor), state
 
 
@@ -126,14 +135,15 @@ def unscaled_step(
     shares: Sequence[float] | None = None,
     when_check: When = None,
     when_due: When = None,
+    when_scaled: When = None,
     observation: Observation | None = None,
 ) -> tuple[list[Array | None], Array, State]:
     """`step` for a caller that multiplies the update by a factor of its own anyway.
 
     Parameters
     ----------
-    config, state, params, grads, blocks, kernels, reduce, shares, when_check, when_due, observation
-        As in `step`.
+    config, state, params, grads, blocks, kernels, reduce, shares
+        As in `step`, and so are `when_check`, `when_due`, `when_scaled` and `observation`.
 
     Returns
     -------
@@ -162,7 +172,7 @@ def unscaled_step(
     1.0
     """
     call = prepare(config, state, blocks, kernels, reduce, shares, params=params, grads=grads)
-    return _unscaled_step(call, state, params, grads, when_check, when_due, observation)
+    return _unscaled_step(call, state, params, grads, when_check, when_due, when_scaled, observation)
 
 
 def _unscaled_step(
@@ -172,17 +182,18 @@ def _unscaled_step(
     grads: Sequence[Array | None],
     when_check: When,
     when_due: When,
+    when_scaled: When,
     seen: Observation | None,
 ) -> tuple[list[Array | None], Array, State]:
     if seen is None:
-        seen = project_call(call, state, params, grads)
-    state = observe_call(call, state, params, grads, seen, when_check)
+        seen = project_call(call, state, params, grads, when_scaled=when_scaled)
+    state = observe_call(call, state, params, seen, when_check)
 
     def part(operand: tuple[State, Array]) -> tuple[State, Array | None]:
-        return refresh_call(call, operand[0], grads, seen, state.due)
+        return refresh_call(call, operand[0], seen, state.due)
 
     updated, rows = run_if(when_due, state.due, part, (state, seen.rows))
-    return _direction(call, updated, grads, seen._replace(rows=rows))
+    return _direction(call, updated, seen._replace(rows=rows))
 
 
 def upcoming(config: Config, state: State) -> Array:
@@ -246,7 +257,7 @@ def direction(
     """
     call = prepare(config, state, blocks, kernels, reduce, shares, params=params, grads=grads)
     seen = project_call(call, state, params, grads, observed=True)
-    update, factor, state = _direction(call, state, grads, seen)
+    update, factor, state = _direction(call, state, seen)
     return _scaled(call, grads, update, factor), state
 
 
@@ -259,39 +270,39 @@ def _scaled(
     ]
 
 
-def _direction(
-    call: Call, state: State, grads: Sequence[Array | None], seen: Observation
-) -> tuple[list[Array | None], Array, State]:
+def _direction(call: Call, state: State, seen: Observation) -> tuple[list[Array | None], Array, State]:
     """The update up to a factor, the factor, and the state."""
     config, xp, keep = call.config, call.xp, seen.finite
     b, square = seen.rows, seen.metric_square
-    gamma = _scale_of_start(call, state, square)
+    gamma = _scale_of_start(call, state, seen)
+    # All that follows is in units of the largest gamma, which may be too large for a square.
+    top = xp.max(gamma)
+    part = gamma / top
     # Small sums instead of matrix products, which may run in reduced precision.
-    c = xp.sum(state.operator * b[:, None, :], axis=2)
+    c = xp.sum(state.operator / top * b[:, None, :], axis=2)
     bc = xp.sum(b * c, axis=1)
     cgc = xp.sum(c * xp.sum(state.gram * c[:, None, :], axis=2), axis=1)
-    along = gamma * square + bc
-    norm_square = xp.maximum(gamma**2 * square + 2.0 * gamma * bc + cgc, xp.zeros_like(square))
+    along = part * square + bc
+    norm_square = xp.maximum(part**2 * square + 2.0 * part * bc + cgc, xp.zeros_like(square))
     norm = xp.sqrt(xp.sum(norm_square))
 
     # The coefficients give the norm of all of `H g` in the metric: is it that of the update?
-    whole = all(grad is not None for grad in grads)
+    whole = all(grad is not None for grad in seen.grads)
     exact = whole and not config.uses_metric
-    unit = xp.ones_like(norm)
-    if config.step_length != "none":  # of unit length in the metric first, so that nothing overflows
-        unit = 1.0 / xp.where(norm > 0, norm, 1.0)
-    update, squares = _combine(call, state, grads, seen, c * unit, gamma * unit, exact=exact)
+    # Of unit length in the metric first, so that nothing overflows outside of it.
+    unit = 1.0 / xp.where(norm > 0, norm, 1.0) if config.step_length != "none" else xp.ones_like(norm)
+    update, squares = _combine(call, state, seen, c * unit, part * unit, exact=exact)
     moving = state.size
     if not exact:
         if whole or config.step_length != "rms":
             sums = call.reduce(call.block_sums(squares))
         else:
-            sums, moving = _with_sizes(call, squares, grads)
+            sums, moving = _with_sizes(call, squares, seen.grads)
         norm_square = sums / unit**2
         norm = xp.sqrt(xp.sum(norm_square))
-    factor, length = xp.ones_like(norm), state.length
+    factor, length = top, state.length
     if config.step_length != "none":
-        factor, length = _length(call, state, seen, norm, moving)
+        factor, length = _length(call, state, seen, norm, top, moving)
     factor = xp.where(keep, factor / unit, 0.0)
 
     both = xp.sqrt(norm_square) * xp.sqrt(seen.grad_square)
@@ -311,7 +322,6 @@ def _direction(
 def _combine(
     call: Call,
     state: State,
-    grads: Sequence[Array | None],
     seen: Observation,
     c: Array,
     gamma: Array,
@@ -319,7 +329,7 @@ def _combine(
     exact: bool,
 ) -> tuple[list[Array | None], list[Array | None]]:
     """The updates, and where their norm is not `exact` already their sums of squares."""
-    keep = call.kernels.to_leaves(seen.finite)
+    keep, grads = call.kernels.to_leaves(seen.finite), seen.grads
     update: list[Array | None] = [None] * len(grads)
     squares: list[Array | None] = [None] * len(grads)
     for number, block in enumerate(call.blocks):
@@ -356,23 +366,27 @@ def _with_sizes(
     return sums[:, 0], sums[:, 1]
 
 
-def _scale_of_start(call: Call, state: State, square: Array) -> Array:
-    """`gamma` of each block; for one without a pair that of the others, or 1: the paper's ``d = g``.
+def _scale_of_start(call: Call, state: State, seen: Observation) -> Array:
+    """`gamma` of each block; for one without a pair that of the others, or the paper's ``d = g``; or, where a
+    pair comes with every step, the one that makes the direction 1 long.
 
     Nocedal & Wright, section 6.1, on the scale of the first step.
     """
     xp, has = call.xp, state.pairs > 0
     count = xp.sum(xp.astype(has, call.dtype))
     known = xp.sum(xp.where(has, state.gamma, 0.0)) / xp.where(count > 0, count, 1.0)
-    first = xp.ones_like(known)
-    if call.config.caps_first_step:
-        first = 1.0 / xp.maximum(xp.sqrt(xp.sum(square)), first)
+    first = 1.0 / seen.scale
+    if call.config.unit_first_step:
+        norm = xp.sqrt(xp.sum(seen.metric_square))
+        first = 1.0 / xp.where(norm > 0, norm, 1.0)
     return xp.where(has, state.gamma, xp.where(count > 0, known, first))
 
 
-def _length(call: Call, state: State, seen: Observation, norm: Array, moving: Array) -> tuple[Array, Array]:
-    """The factor that gives a direction of this norm its length, and the new running length; `moving` (B,)
-    are the numbers of parameters that have a gradient."""
+def _length(
+    call: Call, state: State, seen: Observation, norm: Array, unit: Array, moving: Array
+) -> tuple[Array, Array]:
+    """The factor that gives a direction of norm ``norm * unit`` and of which ``1 / unit`` times is given its
+    length, and the new running length; `moving` (B,) are the numbers of parameters that have a gradient."""
     config, xp = call.config, call.xp
     positive = norm > 0
     safe = xp.where(positive, norm, 1.0)
@@ -380,12 +394,14 @@ def _length(call: Call, state: State, seen: Observation, norm: Array, moving: Ar
         return xp.sqrt(xp.sum(moving)) / safe, state.length
     if config.step_length == "unit":
         return 1.0 / safe, state.length
-    running = xp.where(state.length > 0, state.length, norm)
-    length = xp.minimum(norm, config.clip_factor * running)
+    full = xp.minimum(norm * unit, xp.ones_like(norm) * xp.finfo(call.dtype).max)
+    running = xp.where(state.length > 0, state.length, full)
+    running = xp.where(seen.diverges, SHORTENING * running, running)
+    length = xp.minimum(full, config.clip_factor * running)
     rate = 1.0 / (xp.ones_like(norm) * config.update_every)
     followed = running + rate * (length - running)
-    norm_of_params = xp.sqrt(xp.sum(seen.param_square))
-    reach = xp.maximum(norm_of_params, LEAST_NORM * xp.sqrt(xp.sum(state.size)))
+    norm_of_params = norm_of_squares(state, seen.param_squares, xp)
+    reach = xp.where(norm_of_params > 0, norm_of_params, LEAST_NORM * xp.sqrt(xp.sum(state.size)))
     growth = xp.astype(state.step - 1, call.dtype) * math.log(WARM_UP_GROWTH)
     part = WARM_UP * xp.exp(xp.minimum(growth, xp.ones_like(growth) * math.log(WARM_UP_MOST / WARM_UP)))
     warm_up = part * reach

@@ -70,13 +70,12 @@ def refresh(
     """
     call = prepare(config, state, blocks, kernels, reduce, shares)
     due = call.xp.ones_like(state.due) & due
-    return refresh_call(call, state, None, None, due)[0]
+    return refresh_call(call, state, None, due)[0]
 
 
 def refresh_call(
     call: Call,
     state: State,
-    grads: Sequence[Array | None] | None,
     seen: Observation | None,
     due: Array,
 ) -> tuple[State, Array | None]:
@@ -108,7 +107,7 @@ def refresh_call(
                 call.scalar(damping.inverse_norm[number], mean),
                 (call.scalar(weights[0], mean), call.scalar(weights[1], mean)),
                 kept,
-                None if grads is None else grads[leaf],
+                None if seen is None else seen.grads[leaf],
             )
     sums = call.reduce(call.block_sums(grams))
 
@@ -120,6 +119,13 @@ def refresh_call(
     gram = xp.where(keep[:, None, None], gram, state.gram)
     pairs = state.pairs + xp.astype(keep, xp.int32)
     operator, gamma = two_loop(gram, pairs, xp, call.device(state), call.kernels.repeat)
+    # Products that overflow all the same, as those of float16 rows may, must not stay: begin anew.
+    sane = xp.all(xp.isfinite(gram), axis=(1, 2)) & xp.all(xp.isfinite(operator), axis=(1, 2))
+    lost = keep & ~(sane & xp.isfinite(gamma) & (gamma > 0))
+    gram = xp.where(lost[:, None, None], 0.0, gram)
+    operator = xp.where(lost[:, None, None], 0.0, operator)
+    gamma = xp.where(lost, 1.0, gamma)
+    pairs = xp.where(lost, 0, pairs)
     rows = None
     if seen is not None:
         along = xp.where(is_s, sums[:, 4 * m, None], xp.where(is_y, sums[:, 4 * m + 1, None], seen.rows))
@@ -132,7 +138,7 @@ def refresh_call(
         operator=xp.where(keep[:, None, None], operator, state.operator),
         gamma=xp.where(keep, gamma, state.gamma),
         pairs=pairs,
-        rejected=state.rejected + xp.astype(complete & ~damping.usable, xp.int32),
+        rejected=state.rejected + xp.astype((complete & ~damping.usable) | lost, xp.int32),
         row_noise=xp.where(fresh, 0.0, state.row_noise),
         row_age=xp.where(fresh, 0, state.row_age),
         mu=xp.where(complete, damping.mu, state.mu),

@@ -265,11 +265,25 @@ class Kernels:
             inverse_root,
         )
 
-    def square(self, leaf: Array, dtype: Any) -> Array:
-        """Sum of squares of a leaf's finite values, in `dtype`; reads 1 value."""
+    def peak(self, leaf: Array, dtype: Any) -> Array:
+        """The largest magnitude of a leaf in `dtype`, 0-d; 0 for one without values; reads 1 value."""
+        total = None
+        for tile in self.tiles(leaf):
+            x = self.cast(leaf[tile], dtype)
+            top = self.xp.sum(x) if math.prod(x.shape) == 0 else self.largest(x)
+            total = top if total is None else self.xp.maximum(total, top)
+        return total
+
+    def scaled(self, leaf: Array, factor: Array, dtype: Any) -> Array:
+        """``leaf * factor`` in `dtype`, a new array; moves 2 values."""
+        return self.cast(leaf, dtype) * factor
+
+    def square(self, leaf: Array, dtype: Any, factor: float = 1.0) -> Array:
+        """Sum of squares of ``factor`` times a leaf's finite values, in `dtype`; reads 1 value."""
         total = None
         for tile in self.tiles(leaf):
             x = self.finite(self.cast(leaf[tile], dtype))
+            x = x if factor == 1.0 else x * factor
             total = self.dot(x, x) if total is None else total + self.dot(x, x)
         return total
 

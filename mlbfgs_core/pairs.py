@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from .call import Call, stack
 from .config import Config
 from .kernels import Metric, PairTile
-from .state import State
+from .scales import pair_scale
+from .state import State, dtype_name
 
 __all__ = ["Damping", "PairProducts", "check", "damp", "paper_tau", "products"]
 
@@ -51,7 +52,7 @@ class Damping(NamedTuple):
     usable: Array
     """bool: whether the damped pair carries positive, finite curvature."""
     inverse_norm: Array
-    """``1 / |s|``, by which both members are multiplied."""
+    """``1 / |s|``, times `pair_scale`, by which both members are multiplied."""
 
 
 def products(call: Call, state: State, metrics: Sequence[Metric | None]) -> PairProducts:
@@ -126,6 +127,7 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     ratio = pair.y_scale / xp.where(pair.s_scale > 0, pair.s_scale, 1.0)
     mu = pair.sy / xp.where(pair.ss > 0, pair.ss, 1.0) * ratio
     length = pair.y_norm(xp) / safe_norm  # of y, in units of |s|; `mu` is its part along s
+    unit = state.grad_scale  # of a curvature, since gradients are multiplied by it
     part = xp.ones_like(mu)
     if config.shrinks or config.uses_noise:
         spread, y_noise = _window_noise(call, state)
@@ -137,20 +139,27 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
         length = length * xp.sqrt(cosine**2 + part**2 * (1.0 - cosine**2))
     tau, base, base_length = xp.ones_like(mu), mu, length
     if config.damping is not None:
-        tau = paper_tau(config, mu, xp)
-        base = tau * mu + (1.0 - tau)
-        base_length = xp.sqrt((tau * length) ** 2 + 2.0 * tau * (1.0 - tau) * mu + (1.0 - tau) ** 2)
+        tau = paper_tau(config, mu / unit, xp)
+        base = tau * mu + (1.0 - tau) * unit
+        top = xp.maximum(length, xp.ones_like(length) * unit)
+        part_y, part_s = tau * (length / top), (1.0 - tau) * (unit / top)
+        along_s = tau * (mu / top) * part_s
+        base_length = top * xp.sqrt(part_y**2 + 2.0 * along_s + part_s**2)
     least = config.min_cosine * base_length
     if config.uses_noise:
         row_noise, _ = _row_noise(call, state)
         least = xp.maximum(least, config.noise_floor * xp.sqrt(spread * row_noise) / safe_norm)
     delta = xp.maximum(least - base, xp.zeros_like(base))
     curvature = base + delta
-    final_length = xp.sqrt(xp.maximum(base_length**2 + 2.0 * delta * base + delta**2, curvature**2))
+    top = xp.maximum(base_length, curvature)
+    top = xp.where(top > 0, top, 1.0)
+    square = (base_length / top) ** 2 + 2.0 * (delta / top) * (base / top) + (delta / top) ** 2
+    final_length = top * xp.sqrt(xp.maximum(square, (curvature / top) ** 2))
     usable = positive & xp.isfinite(final_length) & (final_length > 0)
     usable = usable & (curvature > xp.finfo(call.dtype).eps * final_length)
-    along = (1.0 - part) * tau * mu + (1.0 - tau) + delta
-    return Damping(part * tau, along, tau, delta, mu, usable, 1.0 / safe_norm)
+    along = (1.0 - part) * tau * mu + (1.0 - tau) * unit + delta
+    scale = pair_scale(call, final_length, dtype_name(state.history[0]))
+    return Damping(part * tau, along, tau, delta / unit, mu / unit, usable, scale / safe_norm)
 
 
 def paper_tau(config: Config, mu: Array, xp: Any) -> Array:

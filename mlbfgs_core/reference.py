@@ -77,7 +77,7 @@ class Reference:
             self.extend(block, size)
         self.steps = self.skipped = self.n = self.n_P = 0
         self.r = self.r_P = 0.0
-        self.pending = False
+        self.pending = self.diverges = False
         self.length = 0.0
 
     def extend(self, block: int, count: int) -> None:
@@ -111,6 +111,9 @@ class Reference:
         for block, theta, g, own in zip(self.blocks, thetas, grads, here, strict=True):
             self._observe(block, theta, g, own)
         due = self.n >= cfg.update_every or self.pending
+        usual = sum(len(g) * block.mean_square for block, g in zip(self.blocks, grads, strict=True))
+        self.diverges = cfg.step_length == "clip" and 0 < 6.0 * usual < sum(float(g @ g) for g in grads)
+        self.pending = self.pending or (cfg.adaptive and self.diverges)
         if cfg.adaptive and self.n_P == 0:
             due = due or self.n >= cfg.check_every
         if cfg.adaptive and self.n_P > 0 and self.n % cfg.check_every == 0:
@@ -258,8 +261,8 @@ class Reference:
             directions.append(np.where(own, d / self.root(block) if cfg.uses_metric else d, 0.0))
         norm = float(np.sqrt(sum(d @ d for d in directions)))
         if cfg.step_length == "none" or norm == 0:
-            cap = cfg.caps_first_step and not with_pairs
-            return [d / max(norm, 1.0) for d in directions] if cap else directions
+            unit = cfg.unit_first_step and not with_pairs and norm > 0
+            return [d / norm for d in directions] if unit else directions
         if cfg.step_length == "unit":
             return [d / norm for d in directions]
         if cfg.step_length == "rms":
@@ -267,9 +270,9 @@ class Reference:
         if not with_pairs:
             theta, dim = np.concatenate(thetas)[np.concatenate(present)], sum(len(g) for g in grads)
             part = min(0.01 * 1.5 ** (self.steps - 1), 0.3)
-            length = part * max(np.linalg.norm(theta), 0.01 * np.sqrt(dim))
+            length = part * (np.linalg.norm(theta) or 0.01 * np.sqrt(dim))
             return [d * (length / norm) for d in directions]
-        running = self.length or norm
+        running = (self.length or norm) * (0.5 if self.diverges else 1.0)
         length = min(norm, cfg.clip_factor * running)
         self.length = running + (length - running) / cfg.update_every
         return [d * (length / norm) for d in directions]

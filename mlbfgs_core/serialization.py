@@ -221,6 +221,7 @@ def _parse(part: dict[str, Any], prefix: str, arrays: dict[str, Array]) -> Snaps
     check_names(names, blocks, "the header")
     config = shape_settings(part["history_size"], part["history_dtype"], part["metric"])
     own = {name[len(prefix) :]: arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
+    own.setdefault("grad_scale", np.ones_like(own["length"]))  # of an older version, which had none
     check_layout(config, names, blocks, own, "the file")
     values: dict[str, Any] = {name: [] for name in LEAF_ARRAYS}
     params = [own[f"params/{name}"] for name in names]

@@ -39,7 +39,8 @@ class State(NamedTuple):
 
     # Parameter-sized: a tuple with one array per leaf.
     history: tuple[Array, ...]
-    """``(2, m, *leaf)``: `s` in [0], damped `y` in [1], each divided by the norm of `s`."""
+    """``(2, m, *leaf)``: `s` in [0], damped `y` in [1], each divided by the norm of `s` (and, where ``|y|``
+    and ``|s|`` differ by many orders of magnitude, multiplied by a common power of two)."""
     mean_params: tuple[Array, ...]
     """`M_theta`, the average of this window."""
     mean_grads: tuple[Array, ...]
@@ -110,6 +111,10 @@ class State(NamedTuple):
     """bool: this step takes the pair."""
     length: Array
     """Running length of the direction, for ``step_length="clip"``; 0 before the first pair."""
+    grad_scale: Array
+    """Power of two by which every gradient is multiplied before anything else, so that no square over- or
+    underflows; 1 unless the very first gradient was out of the ordinary. `gamma` and all that is formed of
+    gradients are in these units, so that the inverse Hessian is ``grad_scale * (gamma I + B^T C B)``."""
 
 
 LEAF_ARRAYS = State._fields[:6]
@@ -189,7 +194,7 @@ def init(
             msg = f"`history_dtype` must be a dtype of {xp.__name__}, got {dtype!r}"
             raise ValueError(msg)
         if index is None:
-            fill = 1 if name in ("gamma", "accepted") else 0
+            fill = 1 if name in ("gamma", "accepted", "grad_scale") else 0
             array = xp.full(shape, fill, dtype=getattr(xp, dtype), device=device)
         else:
             leading = shape[: len(shape) - len(leaves[index].shape)]
@@ -289,7 +294,7 @@ def layout(
         yield name, None, (), "int32"
     for name in ("accepted", "pending", "due"):
         yield name, None, (), "bool"
-    for name in ("scatter", "prev_scatter", "signal_to_noise", "length"):
+    for name in ("scatter", "prev_scatter", "signal_to_noise", "length", "grad_scale"):
         yield name, None, (), real
 
 

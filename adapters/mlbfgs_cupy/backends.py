@@ -103,10 +103,10 @@ class HostFlags:
         """Remember it."""
         self._flags = flags
 
-    def read(self) -> tuple[bool, bool]:
-        """Whether the step asks for a check and for a refresh."""
-        check, due = self._flags
-        return bool(check), bool(due)
+    def read(self) -> tuple[bool, bool, bool]:
+        """Whether the step asks for a check, for a refresh and for scaled gradients."""
+        check, due, scaled = self._flags
+        return bool(check), bool(due), bool(scaled)
 
 
 class CudaFlags:
@@ -116,7 +116,7 @@ class CudaFlags:
         import cupy
         import cupyx
 
-        self._host = cupyx.empty_pinned(2, dtype=bool)
+        self._host = cupyx.empty_pinned(3, dtype=bool)
         self._event = cupy.cuda.Event(disable_timing=True)
         # The memory may not go to somebody else while a copy to it is under way.
         weakref.finalize(self, self._event.synchronize)
@@ -126,10 +126,11 @@ class CudaFlags:
         flags.get(out=self._host, blocking=False)
         self._event.record()
 
-    def read(self) -> tuple[bool, bool]:
-        """Whether the step asks for a check and for a refresh; they were sent one step ago."""
+    def read(self) -> tuple[bool, bool, bool]:
+        """Whether the step asks for a check, for a refresh and for scaled gradients; sent one step ago."""
         self._event.synchronize()
-        return bool(self._host[0]), bool(self._host[1])
+        check, due, scaled = self._host
+        return bool(check), bool(due), bool(scaled)
 
 
 def backend_of(array: Array) -> Backend:

@@ -91,6 +91,10 @@ def decode(given: Mapping[str, Any], units: Sequence[Unit]) -> Loaded:
         msg = f"`state_dict` must be a mapping, got {type(given).__name__}"
         raise TypeError(msg)
     given = {name: given[name] for name in given}
+    for number in range(len(units)):  # of an older version, which had no `grad_scale`
+        if f"unit{number}/length" in given:
+            like = given[f"unit{number}/length"]
+            given.setdefault(f"unit{number}/grad_scale", like * 0 + 1)
     config = _config(given)
     check_shapes("state_dict", config, units)
     buffers = any(name.startswith(f"{_BUFFER}/") for name in given)

@@ -23,6 +23,8 @@ class Work(NamedTuple):
     params: list[Array]
     grads: list[Array | None]
     seen: core.Observation
+    check: bool
+    due: bool
 
 
 class Unit:
@@ -97,6 +99,7 @@ class Unit:
         with self.backend.on():
             params = [leaf.params() for leaf in self._leaves]
             given = [_gathered(leaf, grads, maximize) for leaf in self._leaves]
+            check, due, scaled = self._asked()
             seen = core.project(
                 self._config,
                 self._state,
@@ -104,8 +107,9 @@ class Unit:
                 given,
                 blocks=self._leaf_blocks,
                 kernels=self.backend.kernels,
+                when_scaled=scaled,
             )
-        return Work(params, given, seen)
+        return Work(params, given, seen, check, due)
 
     def advance(
         self, work: Work, finite: Array, lr: Any, momentum: float, weight_decay: float, nesterov: bool
@@ -113,7 +117,6 @@ class Unit:
         """The second half of a step, without effect where `finite` (0-d) is false."""
         xp, kernels = self.backend.xp, self.backend.kernels
         with self.backend.on():
-            check, due = self._asked()
             updates, factor, self._state = core.unscaled_step(
                 self._config,
                 self._state,
@@ -121,8 +124,8 @@ class Unit:
                 work.grads,
                 blocks=self._leaf_blocks,
                 kernels=kernels,
-                when_check=check,
-                when_due=due,
+                when_check=work.check,
+                when_due=work.due,
                 observation=work.seen._replace(finite=finite),
             )
             self._ask()
@@ -279,8 +282,8 @@ class Unit:
             return ()
         return tuple(leaf.gather([given[i] for i in leaf.indices]).copy() for leaf in self._leaves)
 
-    def _asked(self) -> tuple[bool, bool]:
-        """Whether this step makes a check and takes a pair."""
+    def _asked(self) -> tuple[bool, bool, bool]:
+        """Whether this step makes a check, takes a pair, and multiplies gradients."""
         if not self._sent:
             self._ask()
         return self._flags.read()
@@ -289,7 +292,8 @@ class Unit:
         """Let the state say what the next step is to do."""
         if self._flags is None:
             self._flags = self.backend.flags()
-        self._flags.send(core.upcoming(self._config, self._state))
+        scaled = core.is_scaled(self._state)[None]
+        self._flags.send(self.backend.xp.concat([core.upcoming(self._config, self._state), scaled]))
         self._sent = True
 
 

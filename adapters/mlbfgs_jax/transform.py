@@ -164,6 +164,7 @@ def scale_by_mlbfgs(
             shares=shards.shares(tree.leaves),
             when_check=_if,
             when_due=_if,
+            when_scaled=_if,
         )
         result = [
             None if grad is None else from_real(direction, jnp.asarray(grad))

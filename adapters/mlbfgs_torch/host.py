@@ -55,7 +55,8 @@ class HostKernels(core.Kernels):
 
     def __init__(self, leaves: TorchKernels) -> None:
         super().__init__(xp, leaves.tile)
-        self.least, self.project, self.square = leaves.least, leaves.project, leaves.square
+        self.least, self.peak, self.scaled = leaves.least, leaves.peak, leaves.scaled
+        self.project, self.square = leaves.project, leaves.square
         self.update_means, self.pair_products = leaves.update_means, leaves.pair_products
         self.push, self.rotate, self.combine = leaves.push, leaves.rotate, leaves.combine
 

@@ -75,11 +75,11 @@ PER_UNIT = _names("unit")
 def unpack(entry: Mapping[str, Any]) -> dict[str, Tensor]:
     """All numbers of a parameter's dictionary by their names; views, but for flags."""
     parts = _layout(entry["history"].shape[1])
-    return {
-        field.name: field.read(torch.as_tensor(entry[name]))
-        for name, part in parts._asdict().items()
-        for field in part
-    }
+    rows = {name: torch.as_tensor(entry[name]) for name in parts._fields}
+    # Older versions had no `grad_scale`, which stands last: theirs was 1.
+    missing = parts.coefficients[-1].columns.stop - rows["coefficients"].shape[0]
+    rows["coefficients"] = torch.nn.functional.pad(rows["coefficients"], (0, max(missing, 0)), value=1.0)
+    return {field.name: field.read(rows[name]) for name, part in parts._asdict().items() for field in part}
 
 
 def counts_and_label(entries: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[int, ...], int]]:

@@ -203,13 +203,15 @@ class MLBFGS(Optimizer):
         work = [entry for entry in work if any(grad is not None for grad in entry[2])]
         with quiet():
             calls = [unit.call() for unit, _, _ in work]
+            flags = [unit.asked(state) for (unit, _, _), (state, _) in zip(work, calls, strict=True)]
             seen = [
-                core.project(unit.config, state, params, grads, **way)
-                for (unit, params, grads), (state, way) in zip(work, calls, strict=True)
+                core.project(unit.config, state, params, grads, **way, when_scaled=scaled)
+                for (unit, params, grads), (state, way), (*_, scaled) in zip(work, calls, flags, strict=True)
             ]
-            for (unit, params, grads), (before, way), own in zip(work, calls, seen, strict=True):
+            for (unit, params, grads), (before, way), (check, due, _), own in zip(
+                work, calls, flags, seen, strict=True
+            ):
                 finite, idle = self._verdict(seen, own.finite)
-                check, due = unit.asked(before)
                 update, factor, state = core.unscaled_step(
                     unit.config,
                     before,

@@ -178,15 +178,15 @@ class Unit:
         # take part.
         return [*own, None, *self._absent[1:]] if self._absent else own
 
-    def asked(self, state: core.State) -> tuple[bool | None, bool | None]:
-        """Whether this step makes a check and takes a pair; None: mask it."""
+    def asked(self, state: core.State) -> tuple[bool | None, bool | None, bool | None]:
+        """Whether this step makes a check, takes a pair, and multiplies gradients; None: mask it."""
         if self._captured():
             self.flags = None
-            return None, None
+            return None, None, None
         if not isinstance(state.gamma, Tensor):
             self.flags = None
             check, due = core.upcoming(self.config, state)
-            return bool(check), bool(due)
+            return bool(check), bool(due), bool(core.is_scaled(state))
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             msg = "MLBFGS needs `capturable`=True for a step captured in a CUDA graph, got False"
             raise RuntimeError(msg)
@@ -257,22 +257,23 @@ class _Flags:
     def __init__(self, config: core.Config, state: core.State) -> None:
         self._config = config
         device = state.gamma.device
-        self._host = torch.empty(2, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._host = torch.empty(3, dtype=torch.bool, pin_memory=device.type == "cuda")
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self.send(state)
 
     def send(self, state: core.State) -> None:
         """Start copying what the state asks the next step to do."""
-        self._host.copy_(core.upcoming(self._config, state), non_blocking=True)
+        flags = torch.cat([core.upcoming(self._config, state), core.is_scaled(state)[None]])
+        self._host.copy_(flags, non_blocking=True)
         if self._event is not None:
             self._event.record()
 
-    def read(self) -> tuple[bool, bool]:
-        """Whether the step asks for a check and for a refresh; they were sent one step ago."""
+    def read(self) -> tuple[bool, bool, bool]:
+        """Whether the step asks for a check, for a refresh and for scaled gradients; sent one step ago."""
         if self._event is not None:
             self._event.synchronize()
-        check, due = self._host.numpy()
-        return bool(check), bool(due)
+        check, due, scaled = self._host.numpy()
+        return bool(check), bool(due), bool(scaled)
 
 
 def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:

@@ -1,0 +1,87 @@
+"""Scales that keep squares in range: of gradients, of pairs, and of the parameters' norm.
+
+A square over- or underflows at the root of what its factors can hold, 1e19 and 1e-19 in float32. So whatever
+is squared or multiplied is brought near 1 beforehand, by powers of two, which round nothing. Within the
+ordinary range all of them are 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .call import Call
+from .state import State, dtype_name
+
+__all__ = ["first_scale", "is_scaled", "norm_of_squares", "pair_scale", "param_squares"]
+
+Array = Any
+_RANGE = {"float64": (255, 1020), "float32": (31, 124)}
+"""For a dtype of averages the exponent of 2 up to which a magnitude is ordinary (to its fourth power
+everything fits), and the largest exponent of a scale."""
+_PAIR_RANGE = {"float64": 255, "float16": 8}
+"""The first of these for a dtype of the history; else 31. Rows of float16 have little range of their own."""
+_FAR = {"float64": 600, "float32": 80}
+"""Exponent of the scales on which very large and very small parameters are squared."""
+
+
+def is_scaled(state: State) -> Array:
+    """Whether a step has to multiply its gradients: 0-d array of bool.
+
+    The first step always does, since its gradient decides on the scale; later ones do where that is not 1. A
+    host that copies it without waiting can hand it to the next `project` or `step` as `when_scaled`, beside
+    what `upcoming` says.
+    """
+    return (state.step == 0) | (state.grad_scale != 1.0)
+
+
+def first_scale(call: Call, state: State, grads: Sequence[Array | None], scale: Array) -> Array:
+    """The scale of gradients, which the largest value of the very first one decides."""
+    xp, kernels = call.xp, call.kernels
+    tops = [
+        kernels.cast(kernels.peak(grad, mean.dtype), call.dtype)[None]
+        for grad, mean in zip(grads, state.mean_grads, strict=True)
+        if grad is not None
+    ]
+    top = call.reduce(xp.max(xp.concat(tops))[None])[0]
+    usual, most = _RANGE[_narrowest(state)]
+    usable = xp.isfinite(top) & (top > 0)
+    exponent = -xp.round(xp.log2(xp.where(usable, top, 1.0)))
+    limit = xp.ones_like(top) * float(most)
+    exponent = xp.minimum(xp.maximum(exponent, -limit), limit)
+    exponent = xp.where(xp.abs(exponent) > usual, exponent, 0.0)
+    return xp.where(state.step == 0, 2.0**exponent, scale)
+
+
+def pair_scale(call: Call, length: Array, history_dtype: str) -> Array:
+    """(B,): what both members of a pair are multiplied by after their division by ``|s|``, if `y` is then of
+    this length: the inverse of its root where it is out of the ordinary. Both are then as long as one another
+    is short, and neither's square leaves the range; `H` does not depend on it."""
+    xp, usual = call.xp, _PAIR_RANGE.get(history_dtype, 31)
+    usable = xp.isfinite(length) & (length > 0)
+    exponent = xp.log2(xp.where(usable, length, 1.0))
+    return xp.where(xp.abs(exponent) > usual, 2.0 ** -xp.round(exponent / 2.0), 1.0)
+
+
+def param_squares(call: Call, state: State, param: Array, dtype: Any) -> list[Array]:
+    """Sums of squares of a parameter as it is, made small, and made large."""
+    far = _FAR[_narrowest(state)]
+    return [call.kernels.square(param, dtype, factor) for factor in (1.0, 2.0**-far, 2.0**far)]
+
+
+def norm_of_squares(state: State, squares: Array, xp: Any) -> Array:
+    """0-d: the norm from each block's sums (B, 3) of `param_squares`: from those whose squares are in range.
+
+    References
+    ----------
+    Blue, ACM Transactions on Mathematical Software 4(1), 1978, on the norm of a vector in three accumulators.
+    """
+    far = _FAR[_narrowest(state)]
+    plain, small, large = (xp.sqrt(xp.sum(squares[:, i])) for i in range(3))
+    others = xp.where(xp.isfinite(plain), large * 2.0**-far, small * 2.0**far)
+    return xp.where(xp.isfinite(plain) & (plain > 2.0 ** (-far / 2)), plain, others)
+
+
+def _narrowest(state: State) -> str:
+    """The dtype of averages that has the least range."""
+    return min(map(dtype_name, state.mean_grads))
