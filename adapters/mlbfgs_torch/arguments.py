@@ -7,11 +7,12 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.config import check_real
+from mlbfgs_core.config import as_number, check_real
 from mlbfgs_core.state import LEAF_DTYPES
 
 from . import sharding
@@ -26,11 +27,14 @@ __all__ = [
     "check_hyperparameters",
     "check_params",
     "config_of",
+    "make_plain",
     "settings_of",
 ]
 
 SETTINGS = tuple(field.name for field in fields(core.Config))
 """Names of the core's settings."""
+NUMBERS = ("lr", "momentum", "weight_decay")
+"""Names of the numbers that a group has beside its settings."""
 SWITCHES = {"nesterov": False, "maximize": False, "decoupled_weight_decay": True, "capturable": False}
 """Options that are on or off, with what they are in a state dict that does not know them."""
 ADDED = {"shrinkage": 1.0}
@@ -43,22 +47,31 @@ _DTYPES = (
 )
 
 
-def check_hyperparameters(values: dict[str, Any]) -> None:
-    for name in ("lr", "momentum", "weight_decay"):
+def check_hyperparameters(values: dict[str, Any]) -> dict[str, Any]:
+    """The numbers among them, as Python's; the rate may be a tensor."""
+    numbers = {}
+    for name in NUMBERS:
         value = values[name]
-        if isinstance(value, Tensor):
-            if name != "lr" or value.numel() != 1:
-                msg = f"`{name}` must be a number, got a tensor of shape {tuple(value.shape)}"
-                raise TypeError(msg)
+        number = numbers[name] = check_real(name, as_number(name, value))
+        if isinstance(value, Tensor) and name == "lr" and value.numel() == 1:
             continue
-        if not isinstance(value, (int, float)):
-            msg = f"`{name}` must be a number, got {value!r}"
+        if not isinstance(number, (int, float)):  # an array of this or of another library
+            kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            msg = f"`{name}` must be a number, got {kind}"
             raise TypeError(msg)
-        check_real(name, value)
     for name in SWITCHES:
         if not isinstance(values[name], bool):
             msg = f"`{name}` must be a bool, got {values[name]!r}"
             raise TypeError(msg)
+    return numbers
+
+
+def make_plain(group: dict[str, Any]) -> None:
+    """Turn numbers of NumPy in a group, such as a scheduler may have computed, into Python's: others do not
+    fit in a file that is read without pickles."""
+    for name in (*NUMBERS, *SETTINGS):
+        if isinstance(group.get(name), (np.number, np.ndarray)):
+            group[name] = as_number(name, group[name])
 
 
 def check_params(params: Iterable[Any]) -> None:

@@ -26,6 +26,7 @@ from .arguments import (
     check_hyperparameters,
     check_params,
     config_of,
+    make_plain,
     settings_of,
 )
 from .binding import forget_misfits
@@ -141,7 +142,7 @@ class MLBFGS(Optimizer):
             "capturable": capturable,
             **{name: getattr(config, name) for name in SETTINGS},
         }
-        check_hyperparameters(defaults)
+        defaults |= check_hyperparameters(defaults)
         self._blocks = blocks
         self._shard_group = shard_group
         self._forget_units()
@@ -167,7 +168,8 @@ class MLBFGS(Optimizer):
         if "preset" in own:
             group.setdefault("momentum", core.preset_momentum(config.preset))
             group.setdefault("nesterov", core.preset_nesterov(config.preset))
-        check_hyperparameters({**self.defaults, **group})
+        numbers = check_hyperparameters({**self.defaults, **group})
+        group.update({name: number for name, number in numbers.items() if name in group})
         params = group["params"]
         if not isinstance(params, (Tensor, set)):  # the base class refuses sets
             group["params"] = params = list(params)
@@ -253,6 +255,8 @@ class MLBFGS(Optimizer):
         Tensors are the optimizer's own, but for copies of those that lie in memory among others or in
         another order: the history of small parameters, all of small shards and of channels-last ones.
         """
+        for group in self.param_groups:
+            make_plain(group)
         result = super().state_dict()  # hooks may have put anything in it
         for key, entry in result.get("state", {}).items():
             if isinstance(entry, dict):
@@ -424,6 +428,8 @@ class MLBFGS(Optimizer):
 
         torch.compile knows this method's name, and runs it while it traces.
         """
+        for group in self.param_groups:
+            make_plain(group)
         layout = [
             (
                 settings_of(group),
