@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
@@ -28,6 +28,7 @@ __all__ = [
     "check_params",
     "config_of",
     "make_plain",
+    "match_names",
     "settings_of",
 ]
 
@@ -74,6 +75,27 @@ def make_plain(group: dict[str, Any]) -> None:
             group[name] = as_number(name, group[name])
 
 
+def match_names(
+    params: Sequence[Tensor], given: Sequence[str], unnamed: Sequence[str], known: Mapping[Tensor, str]
+) -> list[str]:
+    """A name for each parameter of a group that may have been edited, with or without its names.
+
+    A parameter keeps the name by which it is `known`, as long as the group has that name. One that is not
+    known has the given name at its place, where there is one for each parameter, or else that of an
+    unnamed one.
+    """
+    kept = [known[param] if known.get(param) in given else None for param in params]
+    taken = set(kept)
+    if len(given) == len(params):
+        names = zip(kept, given, unnamed, strict=True)
+        return [own or (name if name not in taken else default) for own, name, default in names]
+    if not known or any(param in known and own is None for param, own in zip(params, kept, strict=True)):
+        rule = f"must hold a name for each of the group's {len(params)} parameters"
+        msg = f"`param_names` {rule}, got {list(given)!r}"
+        raise ValueError(msg)
+    return [own or default for own, default in zip(kept, unnamed, strict=True)]
+
+
 def check_params(params: Iterable[Any]) -> None:
     for index, param in enumerate(params):
         tensor = param[1] if isinstance(param, tuple) else param
@@ -86,6 +108,10 @@ def check_groups(groups: Iterable[dict[str, Any]]) -> None:
     for group in groups:
         if missing := [name for name in SETTINGS if name not in group and name not in ADDED]:
             msg = f"`state_dict` must be one of MLBFGS, got groups without {missing[0]!r}"
+            raise ValueError(msg)
+        count, names = len(group["params"]), group.get("param_names")
+        if names and len(names) != count:
+            msg = f"`state_dict` must hold a name for each of a group's {count} parameters, got {names!r}"
             raise ValueError(msg)
 
 

@@ -27,12 +27,14 @@ from .arguments import (
     check_params,
     config_of,
     make_plain,
+    match_names,
     settings_of,
 )
 from .binding import forget_misfits
 from .checkpoint import contribution, outline, restore, take, whole
 from .host import as_tensor, quiet
-from .leaves import Member, as_real
+from .leaves import Member, place
+from .memory import check_memory
 from .owners import divide, gather
 from .units import Partition, Unit
 
@@ -147,7 +149,11 @@ class MLBFGS(Optimizer):
         self._shard_group = shard_group
         self._forget_units()
         super().__init__(params, defaults)
+        self._names: dict[Tensor, str] = {}
         if shard_group is None:
+            if not any(group["params"] for group in self.param_groups):
+                msg = "`params` must hold at least one parameter, got none"
+                raise ValueError(msg)
             self._partitions()
         else:  # the others' parameters are not known yet
             self._members(None)
@@ -175,6 +181,12 @@ class MLBFGS(Optimizer):
             group["params"] = params = list(params)
         check_params([params] if isinstance(params, Tensor) else params)
         super().add_param_group(group)
+        if hasattr(self, "_names"):  # the constructor checks all groups at once
+            try:
+                check_memory([(name, param) for name, param, _ in self._named()])
+            except ValueError:
+                self.param_groups.pop()
+                raise
         self._forget_units()
 
     @torch.no_grad()
@@ -257,6 +269,7 @@ class MLBFGS(Optimizer):
         """
         for group in self.param_groups:
             make_plain(group)
+        self._named()
         result = super().state_dict()  # hooks may have put anything in it
         for key, entry in result.get("state", {}).items():
             if isinstance(entry, dict):
@@ -293,7 +306,7 @@ class MLBFGS(Optimizer):
         for key, param in zip(keys, params, strict=True):
             for name, value in loaded["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
-                    self.state[param][name] = value.detach().to(param.device, copy=True)
+                    self.state[param][name] = value.detach().to(param.device, copy=True).resolve_neg()
         self._forget_units()
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
@@ -357,11 +370,11 @@ class MLBFGS(Optimizer):
         for part, snapshot in zip(parts, loaded, strict=True):
             restored += restore(snapshot, part.members, label)
             label += len(part.blocks)
-        for param, value, entry in restored:
-            as_real(sharding.local(param.detach())).copy_(value)
-            self.state.pop(param, None)
+        for member, value, entry in restored:
+            member.write(value)
+            self.state.pop(member.param, None)
             if entry:
-                self.state[param] = entry
+                self.state[member.param] = entry
         self._forget_units()
 
     def _knowing_all(self) -> list[Partition]:
@@ -373,11 +386,13 @@ class MLBFGS(Optimizer):
         return self._partitions()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._named()
         return {**super().__getstate__(), "_blocks": self._blocks, "_shard_group": self._shard_group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state.setdefault("_shard_group", None)  # of an older version
         super().__setstate__(state)
+        self._names = {}
         for group in (self.defaults, *self.param_groups):  # of an older version
             for name, value in (SWITCHES | ADDED).items():
                 group.setdefault(name, value)
@@ -389,29 +404,44 @@ class MLBFGS(Optimizer):
 
     def _members(self, shards: Any) -> dict[tuple[core.Config, torch.device], list[Member]]:
         """All parameters, by settings and device; `shards` are the processes that sum those of meshes."""
-        own = self._shard_group is not None
-        prefix = f"rank{dist.get_rank(self._shard_group)}." if own else ""
+        named = self._named()
+        check_memory([(name, param) for name, param, _ in named])
         found: dict[tuple[core.Config, torch.device], list[Member]] = {}
+        for name, param, group in named:
+            sharding.check_placements(name, param, owned=self._shard_group is not None)
+            member = Member.of(name, param, group, sharding.share(param, shards))
+            found.setdefault((config_of(settings_of(group)), param.device), []).append(member)
+        return found
+
+    def _named(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
+        """All parameters, each once, with their names and groups.
+
+        Users edit groups during a run: parameters keep the names that they have had, and what belongs to
+        those that are in no group any more is forgotten.
+        """
+        prefix = "" if self._shard_group is None else f"rank{dist.get_rank(self._shard_group)}."
+        found: dict[Tensor, tuple[str, Tensor, dict[str, Any]]] = {}
         number = 0
         for group in self.param_groups:
-            unnamed = [f"{prefix}param{number + i}" for i in range(len(group["params"]))]
-            config = config_of(settings_of(group))
-            number += len(unnamed)
-            for name, param in zip(group.get("param_names") or unnamed, group["params"], strict=True):
-                sharding.check_placements(name, param, owned=own)
-                member = Member.of(name, param, group, sharding.share(param, shards))
-                found.setdefault((config, param.device), []).append(member)
-        return found
+            params, given = group["params"], group.get("param_names")
+            names = [f"{prefix}param{number + i}" for i in range(len(params))]
+            if given:
+                names = match_names(params, given, names, self._names)
+                if names != given:
+                    group["param_names"] = names
+            number += len(params)
+            for name, param in zip(names, params, strict=True):
+                found.setdefault(param, (name, param, group))
+        self._names = {param: name for param, (name, _, _) in found.items()}
+        for param in [key for key in self.state if isinstance(key, Tensor) and key not in found]:
+            del self.state[param]
+        return list(found.values())
 
     def _partitions(self) -> list[Partition]:
         """Groups of equal settings and device, with their parameters in blocks."""
         if self._shard_group is not None:
             return divide(self._members(None), self._blocks, self._shard_group)
-        params = [param for group in self.param_groups for param in group["params"]]
-        if not params:
-            msg = "`params` must hold at least one parameter, got none"
-            raise ValueError(msg)
-        group = sharding.shard_group(params)
+        group = sharding.shard_group([param for group in self.param_groups for param in group["params"]])
         return [
             Partition.of(
                 config,
@@ -432,9 +462,11 @@ class MLBFGS(Optimizer):
             make_plain(group)
         layout = [
             (
+                id(group),
                 settings_of(group),
                 group["momentum"] != 0,
-                [(id(param), param.device, param.stride()) for param in group["params"]],
+                tuple(group.get("param_names") or ()),
+                list(map(place, group["params"])),
             )
             for group in self.param_groups
         ]

@@ -52,7 +52,12 @@ class Partition(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         identities = tuple(
-            (id(m.param), m.param.device, m.order, id(m.group), m.group["momentum"] != 0)
+            (
+                id(m.param),
+                m.name,
+                *(m.param.device, m.param.dtype, m.shape, m.order, m.dense, m.lazy),
+                *(id(m.group), m.group["momentum"] != 0),
+            )
             for m in self.members
         )
         return self.config, identities, self.blocks
@@ -229,8 +234,7 @@ class Unit:
                 finite,
                 nesterov=group["nesterov"],
             )
-            if not leaf.is_view:
-                torch._foreach_copy_(leaf.real_params(), leaf.spread(flat))
+            leaf.write(flat)
 
 
 @cache

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import mlbfgs_core as core
 from mlbfgs_torch import MLBFGS, units
 from tests.trainers.helpers import FAST, assert_same, make_data, make_model, train, weights
 
@@ -73,3 +74,156 @@ def test_what_is_no_number_is_refused_by_name(name, value):
         return
     with pytest.raises(TypeError, match=f"`{name}` must be a number, got"):
         MLBFGS(params, **{name: value})
+
+
+NAMES = ["w0", "b0", "w1", "b1"]
+EDITS = {
+    "a parameter taken out": lambda group, new: group.update(params=group["params"][1:]),
+    "the last taken out": lambda group, new: group["params"].pop(),
+    "reordered": lambda group, new: group.update(params=group["params"][::-1]),
+    "one replaced": lambda group, new: group.update(params=[*group["params"][:2], new, *group["params"][3:]]),
+    "all replaced": lambda group, new: group.update(params=[new]),
+    "appended": lambda group, new: group["params"].append(new),
+    "put in front": lambda group, new: group["params"].insert(0, new),
+    "a tuple": lambda group, new: group.update(params=tuple(group["params"][:-1])),
+    "without names": lambda group, new: group.pop("param_names", None),
+    "with no names": lambda group, new: group.update(param_names=[]) if "param_names" in group else None,
+    "the same again": lambda group, new: group.update(params=list(group["params"])),
+}
+
+
+def go(optimizer, params, steps=6):
+    """Which parameters some steps move, where all have gradients."""
+    before = [param.detach().clone() for param in params]
+    for _ in range(steps):
+        for param in params:
+            param.grad = param.detach() * torch.linspace(1, 2, param.shape[-1], dtype=param.dtype)
+        optimizer.step()
+    return [not torch.equal(param, old) for param, old in zip(params, before, strict=True)]
+
+
+def make_params():
+    return [p.detach().clone().requires_grad_() for p in make_model().parameters()]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("start", [0, 5], ids=["before the first step", "in mid-run"])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_parameters_that_move_after_an_edit_of_a_group_are_those_that_adamw_moves(edit, start, named):
+    moved = []
+    for make in (MLBFGS, torch.optim.AdamW):
+        params = [*make_params(), nn.Parameter(torch.ones(2, dtype=torch.float64))]
+        optimizer = make(list(zip(NAMES, params[:4], strict=True)) if named else params[:4], lr=0.01)
+        go(optimizer, params, start)
+        EDITS[edit](optimizer.param_groups[0], params[4])
+        moved.append(go(optimizer, params))
+        if make is MLBFGS:
+            assert len(optimizer.block_names()) == len(optimizer.diagnostics()) == 1
+    assert moved[0] == moved[1]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("start", [0, 5], ids=["before the first step", "in mid-run"])
+@pytest.mark.parametrize("steps", [0, 5], ids=["at once", "later"])
+def test_an_edited_group_is_saved_and_goes_on_with_the_right_names(edit, start, steps, tmp_path):
+    params = [*make_params(), nn.Parameter(torch.ones(2, dtype=torch.float64))]
+    optimizer = MLBFGS(list(zip(NAMES, params[:4], strict=True)), lr=0.01, **FAST)
+    go(optimizer, params, start)
+    group = optimizer.param_groups[0]
+    EDITS[edit](group, params[4])
+    go(optimizer, params, steps)
+    state = optimizer.state_dict()
+    optimizer.save_state(tmp_path / "run")
+    (snapshot,) = core.load_state(tmp_path / "run")
+    assert {id(param) for param in optimizer.state} <= {id(param) for param in group["params"]}
+    for value, param in zip(snapshot.params, group["params"], strict=True):
+        np.testing.assert_array_equal(value, param.detach().numpy())
+    names = group.get("param_names")
+    if names:
+        assert list(snapshot.names) == names == state["param_groups"][0]["param_names"]
+        known = dict(zip(map(id, params), NAMES, strict=False))
+        for name, param in zip(names, group["params"], strict=True):
+            assert name == known.get(id(param), name)
+    runs = [(optimizer, group["params"])]
+    for way in ("dictionary", "file"):
+        own = [param.detach().clone().requires_grad_() for param in group["params"]]
+        twin = MLBFGS(list(zip(names, own, strict=True)) if names else own, lr=0.01, **FAST)
+        if way == "dictionary":
+            twin.load_state_dict(state)
+        else:
+            twin.load_state(tmp_path / "run")
+        runs.append((twin, own))
+    for one, own in runs:
+        go(one, own)
+    for _, own in runs[1:]:
+        assert_same(group["params"], own)
+
+
+def test_groups_may_be_emptied_removed_and_replaced():
+    params = make_params()
+    groups = [{"params": [("a", params[0])]}, {"params": [("b", params[1])]}, {"params": [("c", params[2])]}]
+    optimizer = MLBFGS(groups, lr=0.01, **FAST)
+
+    def moved():
+        found = go(optimizer, params)
+        optimizer.state_dict()
+        return "".join(name for name, moves in zip("abcd", found, strict=True) if moves)
+
+    assert moved() == "abc"
+    optimizer.param_groups[1]["params"] = []
+    assert moved() == "ac"
+    optimizer.param_groups.pop(0)
+    assert moved() == "c"
+    optimizer.param_groups[1] = {**optimizer.param_groups[1], "lr": 0.0}
+    assert moved() == ""
+    optimizer.param_groups[1]["lr"] = 0.02
+    assert moved() == "c"
+    optimizer.add_param_group({"params": [("d", params[3])]})
+    assert moved() == "cd"
+    for group in optimizer.param_groups:
+        group["params"] = []
+    assert moved() == ""
+    assert optimizer.diagnostics() == optimizer.block_names() == []
+    optimizer.param_groups[0]["params"] = params[:1]
+    assert moved() == "a"
+
+
+def test_a_parameter_that_leaves_and_comes_back_starts_anew_in_its_block():
+    """Its part of old pairs is gone, as if it had no gradient then."""
+    params = make_params()
+    optimizer = MLBFGS(params, lr=0.01, **FAST)
+    go(optimizer, params)
+    optimizer.param_groups[0]["params"] = params[1:]
+    go(optimizer, params)
+    optimizer.param_groups[0]["params"] = params
+    go(optimizer, params, 1)
+    assert not optimizer.state[params[0]]["history"].any()
+    assert optimizer.state[params[1]]["history"].any()
+
+
+def test_names_that_cannot_be_matched_are_refused_by_name():
+    params = make_params()
+    optimizer = MLBFGS(list(zip("abcd", params, strict=True)), lr=0.01)
+    optimizer.param_groups[0]["param_names"] = ["x", "y"]
+    params[0].grad = torch.ones_like(params[0])
+    words = r"`param_names` must hold a name for each of the group's 4 parameters, got \['x', 'y'\]"
+    for act in (optimizer.step, optimizer.state_dict, optimizer.diagnostics):
+        with pytest.raises(ValueError, match=words):
+            act()
+    optimizer.param_groups[0]["param_names"] = list("wxyz")
+    optimizer.step()
+    assert optimizer._units[0].part.members[0].name == "w"
+    optimizer.param_groups[0]["param_names"] = list("stuv")
+    optimizer.step()
+    assert optimizer._units[0].part.members[0].name == "s"
+
+
+def test_a_state_with_too_few_names_is_refused_with_nothing_changed():
+    params = make_params()
+    optimizer = MLBFGS(list(zip("abcd", params, strict=True)), lr=0.01)
+    state = optimizer.state_dict()
+    state["param_groups"][0]["param_names"] = ["a"]
+    state["param_groups"][0]["lr"] = 1.0
+    with pytest.raises(ValueError, match=r"`state_dict` must hold a name for each .* got \['a'\]"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.01
