@@ -23,6 +23,7 @@ __all__ = [
     "SETTINGS",
     "SWITCHES",
     "check_entry",
+    "check_gradient",
     "check_groups",
     "check_hyperparameters",
     "check_params",
@@ -46,6 +47,8 @@ _DTYPES = (
     torch.complex64,
     torch.complex128,
 )
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+"""What a gradient may be beside its parameter's dtype: that of the averages."""
 
 
 def check_hyperparameters(values: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +134,22 @@ def check_entry(entry: dict[str, Any], param: Tensor) -> None:
             rule = "sharded like its parameter (see torch.distributed.checkpoint.state_dict)"
             msg = f"`state_dict` must hold a {name!r} {rule}, got a plain tensor of shape {got}"
             raise ValueError(msg)
+
+
+def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        msg = f"MLBFGS does not support sparse gradients, got {grad.layout} for {name!r}"
+        raise RuntimeError(msg)
+    if grad.dtype is not param.dtype and grad.dtype is not _WIDER.get(param.dtype):
+        allowed = [dtype for dtype in (param.dtype, _WIDER.get(param.dtype)) if dtype is not None]
+        told = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        kind = str(grad.dtype).removeprefix("torch.")
+        msg = f"`params` must have gradients of the dtype {told}, got {kind} for {name!r}"
+        raise TypeError(msg)
+    if grad.shape != param.shape:
+        shapes = f"the shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+        msg = f"`params` must have gradients of {shapes} for {name!r}"
+        raise ValueError(msg)
 
 
 def settings_of(group: dict[str, Any]) -> tuple[tuple[str, Any], ...]:

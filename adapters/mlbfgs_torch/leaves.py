@@ -49,6 +49,10 @@ class Member:
     """Whether PyTorch conjugates or negates its values when they are read: then a view cannot write them."""
     dense: bool
     """Whether `flat` is a view."""
+    place: tuple[Any, ...]
+    """What `place` said of it."""
+    carries: bool
+    """Whether it has momentum."""
 
     @classmethod
     def of(cls, name: str, param: Tensor, group: dict[str, Any], share: float) -> Member:
@@ -57,7 +61,19 @@ class Member:
         real, lazy = as_real(values), values.is_conj() or values.is_neg()
         order = tuple(sorted(range(real.ndim), key=lambda axis: -real.stride(axis)))
         dense = not lazy and real.permute(order).is_contiguous()
-        return cls(name, param, group, share, is_sharded(param), tuple(real.shape), order, lazy, dense)
+        return cls(
+            name,
+            param,
+            group,
+            share,
+            is_sharded(param),
+            tuple(real.shape),
+            order,
+            lazy,
+            dense,
+            place(param),
+            group["momentum"] != 0,
+        )
 
     @property
     def size(self) -> int:

@@ -338,8 +338,9 @@ class MLBFGS(Optimizer):
         >>> core.load_state(path)[0].names
         ('weight', 'bias')
         """
+        self._init_group()  # what has been moved or changed since the last step
         parts = self._knowing_all()
-        group = parts[0].group
+        group = parts[0].group if parts else None
         read = whole if sharding.is_first(group) else contribution
         snapshots = [take(part.config, part.members, part.blocks, self.state, read) for part in parts]
         sharding.once(group, partial(core.save_state, path, snapshots))
