@@ -166,7 +166,18 @@ def test_config_of_the_wrong_kind_is_refused():
         ([LEAF], [LEAF[:1]], ValueError, r"`grads`\[0\] must have the shape \(2, 3\), got \(1, 3\)"),
         ([LEAF[0]], [LEAF], ValueError, r"`params`\[0\] must have the shape \(2, 3\), got \(3,\)"),
         ([LEAF], [LEAF, LEAF], ValueError, "`grads` must hold 1 leaves, got 2"),
-        ([LEAF], [LEAF.astype(np.float32)], TypeError, r"`grads`\[0\] must have the parameter's dtype"),
+        (
+            [LEAF],
+            [LEAF.astype(np.float32)],
+            TypeError,
+            r"`grads`\[0\] must have the parameter's dtype float64, got float32$",
+        ),
+        (
+            [LEAF.astype(np.float16)],
+            [LEAF],
+            TypeError,
+            r"`grads`\[0\] must have the parameter's dtype float16 or float32, got float64$",
+        ),
         (
             [LEAF],
             [LEAF.astype(int)],
