@@ -17,6 +17,7 @@ from mlbfgs_core.state import LEAF_DTYPES
 
 from . import sharding
 from .leaves import real_shape
+from .numbers import ROWS, widths
 
 __all__ = [
     "ADDED",
@@ -118,21 +119,39 @@ def check_groups(groups: Iterable[dict[str, Any]]) -> None:
             raise ValueError(msg)
 
 
-def check_entry(entry: dict[str, Any], param: Tensor) -> None:
-    shape = real_shape(param)
-    for name in core.LEAF_ARRAYS:
-        if name not in entry:
+def check_entry(entry: Any, param: Tensor, name: str) -> None:
+    """Raise ValueError unless a parameter's part of a state can be that of this parameter."""
+    if not isinstance(entry, Mapping):
+        msg = f"`state_dict` must hold a dictionary for {name!r}, got {type(entry).__name__}"
+        raise ValueError(msg)
+    arrays = (*core.LEAF_ARRAYS, "momentum_buffer")
+    for part in (*arrays, *ROWS):
+        if part in entry and not isinstance(entry[part], Tensor):
+            msg = f"`state_dict` must hold a tensor as {part!r} of {name!r}, got {type(entry[part]).__name__}"
+            raise ValueError(msg)
+    for part in arrays:
+        if part not in entry:
             continue
-        got = tuple(entry[name].shape[2:] if name == "history" else entry[name].shape)
-        if got != shape:
-            msg = f"`state_dict` must hold a {name!r} of the parameter's shape {shape}, got {got}"
+        shape, got = real_shape(param), tuple(entry[part].shape)
+        if (got[2:] if part == "history" and len(got) > 1 else got) != shape:
+            got = got[2:] if part == "history" else got
+            msg = f"`state_dict` must hold a {part!r} of the parameter's shape {shape}, got {got}"
             raise ValueError(msg)
-        if missing := [part for part in ("coefficients", "counters") if part not in entry]:
-            msg = f"`state_dict` must hold {missing[0]!r} beside a {name!r}, got {sorted(entry)}"
-            raise ValueError(msg)
-        if sharding.is_sharded(param) and not sharding.is_sharded(entry[name]):
+        if sharding.is_sharded(param) and not sharding.is_sharded(entry[part]):
             rule = "sharded like its parameter (see torch.distributed.checkpoint.state_dict)"
-            msg = f"`state_dict` must hold a {name!r} {rule}, got a plain tensor of shape {got}"
+            msg = f"`state_dict` must hold a {part!r} {rule}, got a plain tensor of shape {got}"
+            raise ValueError(msg)
+    found = [part for part in core.LEAF_ARRAYS if part in entry]
+    if not found:
+        return
+    # Whether there is a metric is a matter of the settings, which come with the state.
+    needed = [part for part in (*core.LEAF_ARRAYS, *ROWS) if part != "moment"]
+    if missing := [part for part in needed if part not in entry]:
+        msg = f"`state_dict` must hold {missing[0]!r} beside a {found[0]!r}, got {sorted(entry)} for {name!r}"
+        raise ValueError(msg)
+    for part, width in widths(entry["history"].shape[1]).items():
+        if (got := tuple(entry[part].shape)) != (width,):
+            msg = f"`state_dict` must hold {part!r} of the shape {(width,)}, got {got} for {name!r}"
             raise ValueError(msg)
 
 

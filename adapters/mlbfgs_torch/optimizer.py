@@ -83,8 +83,8 @@ class MLBFGS(Optimizer):
     Raises
     ------
     ValueError, TypeError
-        Settings out of range, no parameters, parameters that are not floating-point or complex, a
-        `DTensor` held as summands or beside a `shard_group`.
+        Settings out of range, no parameters, parameters that are not floating-point or complex, that share
+        memory or are expanded views, a `DTensor` held as summands or beside a `shard_group`.
 
     Notes
     -----
@@ -94,8 +94,8 @@ class MLBFGS(Optimizer):
     parameter with default settings and momentum (`mlbfgs_core.plan_memory` gives the exact figure
     without the momentum's array), and 4 more during a step, on a CPU also between steps. No step waits
     for a GPU, but for the first after loading a state or after the set of parameters with gradients has
-    changed. Changing `history_size`,
-    `history_dtype` or the blocks in mid-run makes it forget its curvature, with a warning.
+    changed. Changing `history_size`, `history_dtype`, the blocks or a parameter's shape in mid-run makes it
+    forget its curvature, with a warning; to another dtype or device the state follows its parameter.
 
     The state of a `DTensor` is sharded like it, and inner products are summed over its mesh: one all-reduce
     of ``B * (2 * history_size + 1)`` numbers and up to 2 more for each of B blocks in a step, with a metric
@@ -206,6 +206,8 @@ class MLBFGS(Optimizer):
         ------
         RuntimeError
             A sparse gradient; a CUDA graph's capture without ``capturable=True``.
+        TypeError, ValueError
+            A gradient of another dtype or shape; parameters that have come to share memory.
         """
         loss = None
         if closure is not None:
@@ -282,18 +284,19 @@ class MLBFGS(Optimizer):
         Raises
         ------
         ValueError
-            A state of other parameters (another number or another shape), or of another optimizer. Nothing
-            has changed then.
+            A state of other parameters (another number or another shape), or of another optimizer, or one
+            with parts that are no tensors. Nothing has changed then.
         """
         loaded: dict[str, Any] = {}
         params = [param for group in self.param_groups for param in group["params"]]
+        names = {param: name for name, param, _ in self._named()}
 
         def capture(_: Optimizer, final: dict[str, Any]) -> None:
             check_groups(final["param_groups"])
             loaded.update(final)
             keys = [key for group in final["param_groups"] for key in group["params"]]
             for key, param in zip(keys, params, strict=False):  # the base class compares the numbers
-                check_entry(final["state"].get(key, {}), param)
+                check_entry(final["state"].get(key, {}), param, names[param])
 
         # The base class casts state to the parameter's dtype. Take what it was given, after every
         # hook, and put the uncast tensors in place.

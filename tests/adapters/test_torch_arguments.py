@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import mlbfgs_core as core
 from mlbfgs_torch import MLBFGS, units
@@ -227,3 +233,58 @@ def test_a_state_with_too_few_names_is_refused_with_nothing_changed():
     with pytest.raises(ValueError, match=r"`state_dict` must hold a name for each .* got \['a'\]"):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+BAD = {
+    "an entry that is no mapping": (lambda entry: None, "must hold a dictionary for 'w1', got NoneType"),
+    "a dictionary": ({"history": {}}, "must hold a tensor as 'history' of 'w1', got dict"),
+    "a number": ({"mean_params": 3.0}, "must hold a tensor as 'mean_params' of 'w1', got float"),
+    "nothing": ({"moment": None}, "must hold a tensor as 'moment' of 'w1', got NoneType"),
+    "a list of momentum": ({"momentum_buffer": [1.0]}, "tensor as 'momentum_buffer' of 'w1', got list"),
+    "a string": ({"coefficients": "1"}, "must hold a tensor as 'coefficients' of 'w1', got str"),
+    "an int": ({"counters": 1}, "must hold a tensor as 'counters' of 'w1', got int"),
+    "history alone": (lambda entry: {"history": entry["history"]}, "hold 'mean_params' beside a 'history'"),
+    "no counters": (
+        lambda entry: {name: entry[name] for name in entry if name != "counters"},
+        "hold 'counters' beside a 'history'",
+    ),
+    "another shape": (
+        {"momentum_buffer": torch.ones(3)},
+        r"'momentum_buffer' of the parameter's shape \(2, 8\)",
+    ),
+    "a history without axes": ({"history": torch.ones(())}, "'history' of the parameter's shape"),
+    "too few coefficients": (
+        {"coefficients": torch.ones(7)},
+        r"'coefficients' of the shape \(\d+,\), got \(7,\)",
+    ),
+    "counters with axes": ({"counters": torch.ones(2, 2)}, r"'counters' of the shape \(\d+,\), got \(2, 2\)"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_state_entry_that_cannot_be_one_is_refused_by_name_with_nothing_changed(kind):
+    change, words = BAD[kind]
+    params = make_params()
+    optimizer = MLBFGS(list(zip(NAMES, params, strict=True)), lr=0.01, **FAST)
+    go(optimizer, params)
+    state, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    entry = dict(state["state"][2])
+    state["state"][2] = {**entry, **change} if isinstance(change, dict) else change(entry)
+    with pytest.raises(ValueError, match=f"`state_dict` .*{words}"):
+        optimizer.load_state_dict(state)
+    for key, entry in optimizer.state_dict()["state"].items():
+        assert_same(entry.values(), before["state"][key].values())
+
+
+def test_a_flattened_state_that_lacks_a_parameter_is_refused_by_name():
+    """As `torch.distributed.checkpoint` gives it where a layer was unfrozen since."""
+    model = make_model()
+    model[0].weight.requires_grad_(False)
+    optimizer = MLBFGS(model.named_parameters(), lr=0.01, **FAST)
+    train(model, optimizer, make_data(3))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    other = make_model()
+    resumed = MLBFGS(other.named_parameters(), lr=0.01, **FAST)
+    with pytest.raises(ValueError, match=r"`state_dict` must hold a tensor as '.*' of '0.weight', got dict"):
+        set_optimizer_state_dict(other, resumed, state, options=options)
