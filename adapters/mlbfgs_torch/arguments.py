@@ -126,7 +126,11 @@ def check_entry(entry: Any, param: Tensor, name: str) -> None:
         raise ValueError(msg)
     arrays = (*core.LEAF_ARRAYS, "momentum_buffer")
     for part in (*arrays, *ROWS):
-        if part in entry and not isinstance(entry[part], Tensor):
+        if (
+            part in entry
+            and not isinstance(entry[part], Tensor)
+            and not (part in ROWS and _numbers(entry[part]))
+        ):
             msg = f"`state_dict` must hold a tensor as {part!r} of {name!r}, got {type(entry[part]).__name__}"
             raise ValueError(msg)
     for part in arrays:
@@ -150,9 +154,14 @@ def check_entry(entry: Any, param: Tensor, name: str) -> None:
         msg = f"`state_dict` must hold {missing[0]!r} beside a {found[0]!r}, got {sorted(entry)} for {name!r}"
         raise ValueError(msg)
     for part, width in widths(entry["history"].shape[1]).items():
-        if (got := tuple(entry[part].shape)) != (width,):
+        if (got := tuple(torch.as_tensor(entry[part]).shape)) != (width,):
             msg = f"`state_dict` must hold {part!r} of the shape {(width,)}, got {got} for {name!r}"
             raise ValueError(msg)
+
+
+def _numbers(value: Any) -> bool:
+    """Whether it is what a tensor of numbers becomes in a file without tensors."""
+    return isinstance(value, (list, tuple)) and all(isinstance(number, (int, float)) for number in value)
 
 
 def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:

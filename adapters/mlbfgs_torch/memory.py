@@ -54,25 +54,25 @@ def check_memory(named: Sequence[tuple[str, Tensor]]) -> None:
     Only ranges of addresses that intersect are looked at closer, so that thousands of parameters cost a
     sort. Two views so intricate that this would take long count as overlapping.
     """
-    spans = []
+    spaces: dict[Any, list[_Span]] = {}
     for name, param in named:
         span = _span(name, local(param.detach()))
         if span is not None:
-            spans.append(span)
+            spaces.setdefault(span.space, []).append(span)
             if _overlaps_itself(span.tensor):
                 rule = "must be tensors that can be updated in place"
                 msg = f"`params` {rule}, got one whose values share memory for {name!r}: clone it"
                 raise ValueError(msg)
-    spans.sort(key=lambda span: (hash(span.space), span.start))
-    before: list[_Span] = []
-    for span in spans:
-        before = [other for other in before if other.space == span.space and other.end > span.start]
-        for other in before:
-            if _share(other, span):
-                first, second = sorted((other.name, span.name), key=[name for name, _ in named].index)
-                msg = f"`params` must not share memory, got {first!r} and {second!r}, which do"
-                raise ValueError(msg)
-        before.append(span)
+    for spans in spaces.values():
+        before: list[_Span] = []
+        for span in sorted(spans, key=lambda span: span.start):
+            before = [other for other in before if other.end > span.start]
+            for other in before:
+                if _share(other, span):
+                    first, second = sorted((other.name, span.name), key=[name for name, _ in named].index)
+                    msg = f"`params` must not share memory, got {first!r} and {second!r}, which do"
+                    raise ValueError(msg)
+            before.append(span)
 
 
 def _span(name: str, tensor: Tensor) -> _Span | None:

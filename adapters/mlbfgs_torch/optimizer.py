@@ -396,7 +396,7 @@ class MLBFGS(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state.setdefault("_shard_group", None)  # of an older version
         super().__setstate__(state)
-        self._names = {}
+        self.__dict__.setdefault("_names", {})
         for group in (self.defaults, *self.param_groups):  # of an older version
             for name, value in (SWITCHES | ADDED).items():
                 group.setdefault(name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -222,6 +223,19 @@ def test_names_that_cannot_be_matched_are_refused_by_name():
     optimizer.param_groups[0]["param_names"] = list("stuv")
     optimizer.step()
     assert optimizer._units[0].part.members[0].name == "s"
+
+
+def test_a_group_may_be_edited_right_after_loading_or_copying():
+    params = make_params()
+    optimizer = MLBFGS(list(zip(NAMES, params, strict=True)), lr=0.01, **FAST)
+    go(optimizer, params)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["params"] = params[1:]
+    other = copy.deepcopy(optimizer)
+    for one in (optimizer, other, pickle.loads(pickle.dumps(optimizer))):
+        assert one.state_dict()["param_groups"][0]["param_names"] == NAMES[1:]
+        go(one, one.param_groups[0]["params"])
+        assert one._units[0].part.members[0].name == "b0"
 
 
 def test_a_state_with_too_few_names_is_refused_with_nothing_changed():

@@ -244,6 +244,9 @@ def test_a_gradient_left_in_the_old_dtype_is_refused_with_the_name_of_its_parame
     ],
 )
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this PyTorch refuses such gradients itself"
+)
 def test_gradients_of_another_dtype_are_refused_by_name(dtype, grad, words, count):
     params = [nn.Parameter(torch.ones(3, dtype=dtype)) for _ in range(count)]
     optimizer = MLBFGS([(name, param) for name, param in zip("xy", params, strict=False)])
@@ -332,6 +335,27 @@ def test_a_change_of_the_order_in_memory_loses_nothing():
         train(model, optimizer, data[7:])
         runs.append(torch.cat([param.detach().reshape(-1) for param in model.parameters()]))
     torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's compiler calls it itself
+def test_a_compiled_step_follows_too():
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = make_model(dtype=torch.float32)
+        optimizer = MLBFGS(model.parameters(), lr=0.05, **FAST)
+        step = (
+            torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if compiled else optimizer.step
+        )
+        for dtype in (torch.float32, torch.float64):
+            model.to(dtype)
+            for inputs, targets in make_data(6, dtype):
+                optimizer.zero_grad()
+                (model(inputs) - targets).square().mean().backward()
+                step()
+            check_dtypes(optimizer)
+        runs.append(weights(model))
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
 
 
 def test_swapped_tensors_keep_their_state():
