@@ -225,6 +225,22 @@ def test_names_that_cannot_be_matched_are_refused_by_name():
     assert optimizer._units[0].part.members[0].name == "s"
 
 
+@pytest.mark.parametrize("count", [4, 2])
+def test_groups_made_anew_for_another_model_train_with_the_old_hyperparameters(count):
+    """As trainers do after surgery on a model: they keep all of the old group but its parameters."""
+    params = make_params()
+    optimizer = MLBFGS(list(zip(NAMES, params, strict=True)), lr=0.02, **FAST)
+    go(optimizer, params)
+    kept = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    optimizer.param_groups.clear()
+    optimizer.state.clear()
+    new = make_params()[:count]
+    optimizer.add_param_group({"params": new, **kept})
+    assert all(go(optimizer, new))
+    assert optimizer.param_groups[0]["lr"] == 0.02
+    assert len(optimizer.state_dict()["param_groups"][0]["param_names"]) == count
+
+
 def test_a_group_may_be_edited_right_after_loading_or_copying():
     params = make_params()
     optimizer = MLBFGS(list(zip(NAMES, params, strict=True)), lr=0.01, **FAST)
