@@ -38,6 +38,7 @@ SETTINGS = tuple(field.name for field in fields(core.Config))
 """Names of the core's settings."""
 NUMBERS = ("lr", "momentum", "weight_decay")
 """Names of the numbers that a group has beside its settings."""
+_NUMBERS_AND_SETTINGS = (*NUMBERS, *SETTINGS)
 SWITCHES = {"nesterov": False, "maximize": False, "decoupled_weight_decay": True, "capturable": False}
 """Options that are on or off, with what they are in a state dict that does not know them."""
 ADDED = {"shrinkage": 1.0}
@@ -74,7 +75,7 @@ def check_hyperparameters(values: dict[str, Any]) -> dict[str, Any]:
 def make_plain(group: dict[str, Any]) -> None:
     """Turn numbers of NumPy in a group, such as a scheduler may have computed, into Python's: others do not
     fit in a file that is read without pickles."""
-    for name in (*NUMBERS, *SETTINGS):
+    for name in _NUMBERS_AND_SETTINGS:
         if isinstance(group.get(name), (np.number, np.ndarray)):
             group[name] = as_number(name, group[name])
 
@@ -88,7 +89,8 @@ def match_names(
     known has the given name at its place, where there is one for each parameter, or else that of an
     unnamed one.
     """
-    kept = [known[param] if known.get(param) in given else None for param in params]
+    present = set(given)
+    kept = [known[param] if known.get(param) in present else None for param in params]
     taken = set(kept)
     if len(given) == len(params):
         names = zip(kept, given, unnamed, strict=True)

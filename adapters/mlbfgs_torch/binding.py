@@ -148,8 +148,8 @@ def bind(
         for name in names:
             array = next(arrays[name])
             if own:
-                known_array = leaf.gather([local(entries[0][name])])
-                array = known_array.to(array.device, array.dtype).contiguous()  # of a run that was moved
+                kept = leaf.gather([local(entries[0][name])])
+                array = kept.to(array.device, array.dtype).contiguous()  # the run may have been moved
             else:
                 _copy_known(name, leaf, entries, array)
             values[name].append(array)

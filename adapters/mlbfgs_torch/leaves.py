@@ -201,6 +201,7 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
     leaf_blocks = []
     for block in blocks:
         packs: dict[Any, list[list[Member]]] = {}
+        filled: dict[Any, int] = {}
         for index in block:
             member = members[index]
             kind: tuple[Any, ...] = (id(member.group), member.param.dtype, counts.get(member.param))
@@ -208,9 +209,11 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
             if member.size > _small(member.param):
                 kind = (index,)
             pack = packs.setdefault(kind, [[]])
-            if sum(m.size for m in pack[-1]) + member.size > _LARGEST_PACK and pack[-1]:
+            if filled.get(kind, 0) + member.size > _LARGEST_PACK and pack[-1]:
                 pack.append([])
+                filled[kind] = 0
             pack[-1].append(member)
+            filled[kind] = filled.get(kind, 0) + member.size
         made = [Leaf.of(part) for pack in packs.values() for part in pack]
         leaf_blocks.append(tuple(range(len(leaves), len(leaves) + len(made))))
         leaves += made

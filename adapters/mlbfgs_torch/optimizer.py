@@ -272,6 +272,10 @@ class MLBFGS(Optimizer):
         for group in self.param_groups:
             make_plain(group)
         self._named()
+        members = [member for unit in self._units for member in unit.part.members]
+        # Other owners may not be asked here: they need not take part.
+        if self._shard_group is None and any(member.place != place(member.param) for member in members):
+            self._init_group()
         result = super().state_dict()  # hooks may have put anything in it
         for key, entry in result.get("state", {}).items():
             if isinstance(entry, dict):

@@ -153,6 +153,7 @@ def test_moving_saving_and_loading_commute(first, second, settings, tmp_path):
     before = copy.deepcopy(optimizer.state_dict())
     model.to(second)
     behind = copy.deepcopy(optimizer.state_dict())
+    check_dtypes(optimizer)
     optimizer.save_state(tmp_path / "run")
     data, runs = make_data(6, second), []
     for state in (before, behind, "file"):
