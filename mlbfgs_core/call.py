@@ -136,10 +136,12 @@ def prepare(
         msg = "`grads` must hold at least one array, got only None"
         raise ValueError(msg)
     for index, (param, grad) in enumerate(zip(params or (), grads or (), strict=False)):
-        if grad is None or dtype_name(grad) in (dtype_name(param), accumulation_dtype(param)):
+        own, wider = dtype_name(param), accumulation_dtype(param)
+        if grad is None or dtype_name(grad) in (own, wider):
             continue
-        rule = f"must have the parameter's dtype {dtype_name(param)} or {accumulation_dtype(param)}"
-        msg = f"`grads`[{index}] {rule}, got {grad.dtype}"
+        rule = f"must have the parameter's dtype {own}"
+        rule += "" if wider == own else f" or {wider}"
+        msg = f"`grads`[{index}] {rule}, got {dtype_name(grad)}"
         raise TypeError(msg)
     xp = kernels.xp if kernels is not None else array_namespace(state.gamma)
     return Call(config, blocks, kernels or Kernels(xp), reduce or _identity, shares, xp, state.gamma.dtype)

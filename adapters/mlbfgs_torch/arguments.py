@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.config import check_real
+from mlbfgs_core.config import as_number, check_real
 from mlbfgs_core.state import LEAF_DTYPES
 
 from . import sharding
 from .leaves import real_shape
+from .numbers import ROWS, widths
 
 __all__ = [
     "ADDED",
     "SETTINGS",
     "SWITCHES",
     "check_entry",
+    "check_gradient",
     "check_groups",
     "check_hyperparameters",
     "check_params",
     "config_of",
+    "make_plain",
+    "match_names",
     "settings_of",
 ]
 
 SETTINGS = tuple(field.name for field in fields(core.Config))
 """Names of the core's settings."""
+NUMBERS = ("lr", "momentum", "weight_decay")
+"""Names of the numbers that a group has beside its settings."""
+_NUMBERS_AND_SETTINGS = (*NUMBERS, *SETTINGS)
 SWITCHES = {"nesterov": False, "maximize": False, "decoupled_weight_decay": True, "capturable": False}
 """Options that are on or off, with what they are in a state dict that does not know them."""
 ADDED = {"shrinkage": 1.0}
@@ -41,24 +49,57 @@ _DTYPES = (
     torch.complex64,
     torch.complex128,
 )
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+"""What a gradient may be beside its parameter's dtype: that of the averages."""
 
 
-def check_hyperparameters(values: dict[str, Any]) -> None:
-    for name in ("lr", "momentum", "weight_decay"):
+def check_hyperparameters(values: dict[str, Any]) -> dict[str, Any]:
+    """The numbers among them, as Python's; the rate may be a tensor."""
+    numbers = {}
+    for name in NUMBERS:
         value = values[name]
-        if isinstance(value, Tensor):
-            if name != "lr" or value.numel() != 1:
-                msg = f"`{name}` must be a number, got a tensor of shape {tuple(value.shape)}"
-                raise TypeError(msg)
+        number = numbers[name] = check_real(name, as_number(name, value))
+        if isinstance(value, Tensor) and name == "lr" and value.numel() == 1:
             continue
-        if not isinstance(value, (int, float)):
-            msg = f"`{name}` must be a number, got {value!r}"
+        if not isinstance(number, (int, float)):  # an array of this or of another library
+            kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            msg = f"`{name}` must be a number, got {kind}"
             raise TypeError(msg)
-        check_real(name, value)
     for name in SWITCHES:
         if not isinstance(values[name], bool):
             msg = f"`{name}` must be a bool, got {values[name]!r}"
             raise TypeError(msg)
+    return numbers
+
+
+def make_plain(group: dict[str, Any]) -> None:
+    """Turn numbers of NumPy in a group, such as a scheduler may have computed, into Python's: others do not
+    fit in a file that is read without pickles."""
+    for name in _NUMBERS_AND_SETTINGS:
+        if isinstance(group.get(name), (np.number, np.ndarray)):
+            group[name] = as_number(name, group[name])
+
+
+def match_names(
+    params: Sequence[Tensor], given: Sequence[str], unnamed: Sequence[str], known: Mapping[Tensor, str]
+) -> list[str]:
+    """A name for each parameter of a group that may have been edited, with or without its names.
+
+    A parameter keeps the name by which it is `known`, as long as the group has that name. One that is not
+    known has the given name at its place, where there is one for each parameter, or else that of an
+    unnamed one.
+    """
+    present = set(given)
+    kept = [known[param] if known.get(param) in present else None for param in params]
+    taken = set(kept)
+    if len(given) == len(params):
+        names = zip(kept, given, unnamed, strict=True)
+        return [own or (name if name not in taken else default) for own, name, default in names]
+    if not known or any(param in known and own is None for param, own in zip(params, kept, strict=True)):
+        rule = f"must hold a name for each of the group's {len(params)} parameters"
+        msg = f"`param_names` {rule}, got {list(given)!r}"
+        raise ValueError(msg)
+    return [own or default for own, default in zip(kept, unnamed, strict=True)]
 
 
 def check_params(params: Iterable[Any]) -> None:
@@ -74,24 +115,71 @@ def check_groups(groups: Iterable[dict[str, Any]]) -> None:
         if missing := [name for name in SETTINGS if name not in group and name not in ADDED]:
             msg = f"`state_dict` must be one of MLBFGS, got groups without {missing[0]!r}"
             raise ValueError(msg)
+        count, names = len(group["params"]), group.get("param_names")
+        if names and len(names) != count:
+            msg = f"`state_dict` must hold a name for each of a group's {count} parameters, got {names!r}"
+            raise ValueError(msg)
 
 
-def check_entry(entry: dict[str, Any], param: Tensor) -> None:
-    shape = real_shape(param)
-    for name in core.LEAF_ARRAYS:
-        if name not in entry:
+def check_entry(entry: Any, param: Tensor, name: str) -> None:
+    """Raise ValueError unless a parameter's part of a state can be that of this parameter."""
+    if not isinstance(entry, Mapping):
+        msg = f"`state_dict` must hold a dictionary for {name!r}, got {type(entry).__name__}"
+        raise ValueError(msg)
+    arrays = (*core.LEAF_ARRAYS, "momentum_buffer")
+    for part in (*arrays, *ROWS):
+        if (
+            part in entry
+            and not isinstance(entry[part], Tensor)
+            and not (part in ROWS and _numbers(entry[part]))
+        ):
+            msg = f"`state_dict` must hold a tensor as {part!r} of {name!r}, got {type(entry[part]).__name__}"
+            raise ValueError(msg)
+    for part in arrays:
+        if part not in entry:
             continue
-        got = tuple(entry[name].shape[2:] if name == "history" else entry[name].shape)
-        if got != shape:
-            msg = f"`state_dict` must hold a {name!r} of the parameter's shape {shape}, got {got}"
+        shape, got = real_shape(param), tuple(entry[part].shape)
+        if (got[2:] if part == "history" and len(got) > 1 else got) != shape:
+            got = got[2:] if part == "history" else got
+            msg = f"`state_dict` must hold a {part!r} of the parameter's shape {shape}, got {got}"
             raise ValueError(msg)
-        if missing := [part for part in ("coefficients", "counters") if part not in entry]:
-            msg = f"`state_dict` must hold {missing[0]!r} beside a {name!r}, got {sorted(entry)}"
-            raise ValueError(msg)
-        if sharding.is_sharded(param) and not sharding.is_sharded(entry[name]):
+        if sharding.is_sharded(param) and not sharding.is_sharded(entry[part]):
             rule = "sharded like its parameter (see torch.distributed.checkpoint.state_dict)"
-            msg = f"`state_dict` must hold a {name!r} {rule}, got a plain tensor of shape {got}"
+            msg = f"`state_dict` must hold a {part!r} {rule}, got a plain tensor of shape {got}"
             raise ValueError(msg)
+    found = [part for part in core.LEAF_ARRAYS if part in entry]
+    if not found:
+        return
+    # Whether there is a metric is a matter of the settings, which come with the state.
+    needed = [part for part in (*core.LEAF_ARRAYS, *ROWS) if part != "moment"]
+    if missing := [part for part in needed if part not in entry]:
+        msg = f"`state_dict` must hold {missing[0]!r} beside a {found[0]!r}, got {sorted(entry)} for {name!r}"
+        raise ValueError(msg)
+    for part, width in widths(entry["history"].shape[1]).items():
+        if (got := tuple(torch.as_tensor(entry[part]).shape)) != (width,):
+            msg = f"`state_dict` must hold {part!r} of the shape {(width,)}, got {got} for {name!r}"
+            raise ValueError(msg)
+
+
+def _numbers(value: Any) -> bool:
+    """Whether it is what a tensor of numbers becomes in a file without tensors."""
+    return isinstance(value, (list, tuple)) and all(isinstance(number, (int, float)) for number in value)
+
+
+def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        msg = f"MLBFGS does not support sparse gradients, got {grad.layout} for {name!r}"
+        raise RuntimeError(msg)
+    if grad.dtype is not param.dtype and grad.dtype is not _WIDER.get(param.dtype):
+        allowed = [dtype for dtype in (param.dtype, _WIDER.get(param.dtype)) if dtype is not None]
+        told = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        kind = str(grad.dtype).removeprefix("torch.")
+        msg = f"`params` must have gradients of the dtype {told}, got {kind} for {name!r}"
+        raise TypeError(msg)
+    if grad.shape != param.shape:
+        shapes = f"the shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+        msg = f"`params` must have gradients of {shapes} for {name!r}"
+        raise ValueError(msg)
 
 
 def settings_of(group: dict[str, Any]) -> tuple[tuple[str, Any], ...]:

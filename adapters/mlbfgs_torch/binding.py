@@ -58,11 +58,17 @@ def forget_misfits(
     memory: Memory,
     gather: Callable[[Any], list[Any]] | None = None,
 ) -> None:
-    """Empty the memory of blocks that do not continue exactly one block with the same settings.
+    """Empty the memory of blocks that do not continue exactly one block with the same settings and shapes.
 
-    A block's coefficients hold for its own parameters only. `parts` gives settings and blocks of all
+    A block's coefficients hold for its own parameters only. Momentum is kept, except of a parameter whose
+    shape has changed. `parts` gives settings and blocks of all
     parameters; `gather`, where other processes own some of them, what every process says.
     """
+    for _, own in parts:
+        for member in (member for block in own for member in block):
+            entry = memory.get(member.param, {})
+            if "momentum_buffer" in entry and local(entry["momentum_buffer"]).shape != member.shape:
+                del entry["momentum_buffer"]
     blocks = [
         (config, [member for member in block if "history" in memory.get(member.param, ())])
         for config, own in parts
@@ -74,14 +80,14 @@ def forget_misfits(
     notes = [
         (
             {label[member.param] for member in block},
-            [member.name for member in block if not _fits(config, member, memory[member.param])],
+            [change for member in block if (change := _change(config, member, memory[member.param]))],
         )
         for config, block in blocks
     ]
     if gather is not None:
         told = zip(*gather(notes), strict=True)
         notes = [
-            (set().union(*(origin for origin, _ in each)), [name for _, names in each for name in names])
+            (set().union(*(origin for origin, _ in each)), [change for _, some in each for change in some])
             for each in told
         ]
     origins = [origin for found, _ in notes for origin in found]
@@ -91,7 +97,7 @@ def forget_misfits(
         if len(found) > 1 or any(origins.count(origin) > 1 for origin in found):
             reason = "its blocks have changed"
         elif changed:
-            reason = f"the settings of {changed[0]!r} have changed"
+            reason = changed[0]
         else:
             continue
         forgotten += block
@@ -142,7 +148,8 @@ def bind(
         for name in names:
             array = next(arrays[name])
             if own:
-                array = leaf.gather([local(entries[0][name])]).contiguous().to(like[0].device)
+                kept = leaf.gather([local(entries[0][name])])
+                array = kept.to(array.device, array.dtype).contiguous()  # the run may have been moved
             else:
                 _copy_known(name, leaf, entries, array)
             values[name].append(array)
@@ -228,10 +235,15 @@ def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: 
             view.copy_(local(entry[name]))
 
 
-def _fits(config: core.Config, member: Member, entry: dict[str, Any]) -> bool:
+def _change(config: core.Config, member: Member, entry: dict[str, Any]) -> str | None:
+    """What keeps a parameter's memory from being continued."""
+    history = local(entry["history"])
+    if history.shape[2:] != member.shape:
+        return f"the shape of {member.name!r} has changed from {tuple(history.shape[2:])} to {member.shape}"
     dtype = config.history_dtype or dtype_name(entry["mean_params"])
-    return (
-        local(entry["history"]).shape == (2, config.history_size, *member.shape)
-        and dtype_name(entry["history"]) == dtype
+    fits = (
+        history.shape[:2] == (2, config.history_size)
+        and dtype_name(history) == dtype
         and ("moment" in entry) == config.uses_metric
     )
+    return None if fits else f"the settings of {member.name!r} have changed"

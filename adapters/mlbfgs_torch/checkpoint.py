@@ -58,7 +58,7 @@ def take(
 
 def restore(
     snapshot: core.Snapshot, members: Sequence[Member], first_label: int
-) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+) -> Iterator[tuple[Member, Tensor, dict[str, Any]]]:
     """Each parameter, its new value as reals, and its new dictionary; nothing is written yet."""
     numbers = {
         name: value if name in core.LEAF_ARRAYS else torch.from_numpy(np.array(value))
@@ -80,7 +80,7 @@ def restore(
             entry.update({name: row.to(device, copy=True) for name, row in rows.of(i).items()})
         if buffer is not None:
             entry["momentum_buffer"] = _placed(buffer, member.param, 0)
-        yield member.param, local(_placed(snapshot.params[i], member.param, 0)), entry
+        yield member, local(_placed(snapshot.params[i], member.param, 0)), entry
 
 
 def whole(tensor: Tensor) -> Any:

@@ -20,7 +20,7 @@ from mlbfgs_core.blocks import Blocks
 from .numbers import counts_and_label
 from .sharding import is_sharded, local, matching
 
-__all__ = ["Leaf", "Member", "Memory", "as_real", "plan_leaves", "real_shape"]
+__all__ = ["Leaf", "Member", "Memory", "as_real", "place", "plan_leaves", "real_shape"]
 
 Memory = dict[Tensor, dict[str, Any]]
 
@@ -45,16 +45,35 @@ class Member:
     """Of this process's real values: a complex parameter has a last axis of 2."""
     order: tuple[int, ...]
     """Axes from the largest stride to the smallest."""
+    lazy: bool
+    """Whether PyTorch conjugates or negates its values when they are read: then a view cannot write them."""
     dense: bool
     """Whether `flat` is a view."""
+    place: tuple[Any, ...]
+    """What `place` said of it."""
+    carries: bool
+    """Whether it has momentum."""
 
     @classmethod
     def of(cls, name: str, param: Tensor, group: dict[str, Any], share: float) -> Member:
         """With the layout of the parameter."""
-        real = as_real(local(param))
+        values = local(param).detach()
+        real, lazy = as_real(values), values.is_conj() or values.is_neg()
         order = tuple(sorted(range(real.ndim), key=lambda axis: -real.stride(axis)))
-        dense = real.permute(order).is_contiguous()
-        return cls(name, param, group, share, is_sharded(param), tuple(real.shape), order, dense)
+        dense = not lazy and real.permute(order).is_contiguous()
+        return cls(
+            name,
+            param,
+            group,
+            share,
+            is_sharded(param),
+            tuple(real.shape),
+            order,
+            lazy,
+            dense,
+            place(param),
+            group["momentum"] != 0,
+        )
 
     @property
     def size(self) -> int:
@@ -75,6 +94,13 @@ class Member:
         """Their gradient."""
         grad = self.param.grad
         return matching(grad, self.param) if self.sharded and grad is not None else grad
+
+    def write(self, real: Tensor) -> None:
+        """Give the parameter these values, of which a complex one takes pairs."""
+        values = self.values.detach()
+        if values.is_complex() and self.size:
+            real = torch.view_as_complex(real.contiguous())
+        values.copy_(real.reshape(values.shape))
 
     def flat(self, tensor: Tensor) -> Tensor:
         """A tensor like the parameter (or several: more axes in front), as one axis in memory order."""
@@ -97,15 +123,18 @@ class Leaf:
 
     members: tuple[Member, ...]
     plain: bool
-    """Whether all members are real, lie in the order of their axes, and have values."""
+    """Whether all members are real, lie in the order of their axes, and have values as they are read."""
+    lazy: bool
+    """Whether some member is."""
 
     @classmethod
     def of(cls, members: Sequence[Member]) -> Leaf:
         """Of these members, in this order."""
         plain = (
-            m.order == tuple(range(len(m.shape))) and not m.param.is_complex() and m.size > 0 for m in members
+            m.order == tuple(range(len(m.shape))) and not m.param.is_complex() and not m.lazy and m.size > 0
+            for m in members
         )
-        return cls(tuple(members), all(plain))
+        return cls(tuple(members), all(plain), any(m.lazy for m in members))
 
     @property
     def group(self) -> dict[str, Any]:
@@ -115,7 +144,8 @@ class Leaf:
     def like(self) -> Tensor:
         """Shape, dtype and device of the leaf, without memory."""
         size = sum(member.size for member in self.members)
-        return self.real_params()[0].new_zeros(()).expand(size)
+        values = self.members[0].values.detach()
+        return as_real(values.new_zeros(1)).reshape(-1)[0].expand(size)
 
     @property
     def share(self) -> float:
@@ -131,9 +161,17 @@ class Leaf:
         """The parameters' values."""
         return [member.values for member in self.members]
 
-    def real_params(self) -> list[Tensor]:
-        """The parameters' values as reals; writing to them writes to the parameters."""
-        return self.params() if self.plain else [as_real(param.detach()) for param in self.params()]
+    def write(self, flat: Tensor) -> None:
+        """Give the parameters the values of a flat tensor; nothing to do where it is their memory."""
+        if self.is_view:
+            return
+        parts = self.spread(flat)
+        if self.lazy:
+            for member, part in zip(self.members, parts, strict=True):
+                member.write(part)
+            return
+        params = self.params() if self.plain else [as_real(param.detach()) for param in self.params()]
+        torch._foreach_copy_(params, parts)
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor per member (or several: more axes in front) as a flat one."""
@@ -163,6 +201,7 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
     leaf_blocks = []
     for block in blocks:
         packs: dict[Any, list[list[Member]]] = {}
+        filled: dict[Any, int] = {}
         for index in block:
             member = members[index]
             kind: tuple[Any, ...] = (id(member.group), member.param.dtype, counts.get(member.param))
@@ -170,9 +209,11 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
             if member.size > _small(member.param):
                 kind = (index,)
             pack = packs.setdefault(kind, [[]])
-            if sum(m.size for m in pack[-1]) + member.size > _LARGEST_PACK and pack[-1]:
+            if filled.get(kind, 0) + member.size > _LARGEST_PACK and pack[-1]:
                 pack.append([])
+                filled[kind] = 0
             pack[-1].append(member)
+            filled[kind] = filled.get(kind, 0) + member.size
         made = [Leaf.of(part) for pack in packs.values() for part in pack]
         leaf_blocks.append(tuple(range(len(leaves), len(leaves) + len(made))))
         leaves += made
@@ -180,8 +221,16 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """A view, with a last axis of length 2 where the tensor is complex."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    """With a last axis of length 2 where the tensor is complex: a view, except of a tensor that PyTorch
+    conjugates or negates when it is read."""
+    tensor = tensor.resolve_conj().resolve_neg()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def place(param: Tensor) -> tuple[Any, ...]:
+    """How a parameter lies in memory: what changes when a run is moved to another dtype or device."""
+    lazy = param.is_conj() or param.is_neg()
+    return id(param), param.device, param.dtype, param.shape, param.stride(), lazy
 
 
 def real_shape(tensor: Tensor) -> tuple[int, ...]:

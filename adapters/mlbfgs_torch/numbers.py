@@ -17,7 +17,7 @@ from torch import Tensor
 import mlbfgs_core as core
 from mlbfgs_core.state import LEAF_COUNTS, layout
 
-__all__ = ["PER_BLOCK", "PER_UNIT", "Rows", "counts_and_label", "unpack"]
+__all__ = ["PER_BLOCK", "PER_UNIT", "ROWS", "Rows", "counts_and_label", "unpack", "widths"]
 
 Array = Any
 
@@ -46,6 +46,10 @@ class _Layout(NamedTuple):
     counters: tuple[_Field, ...]
 
 
+ROWS = _Layout._fields
+"""Names of the rows in a parameter's dictionary."""
+
+
 @lru_cache
 def _layout(history_size: int) -> _Layout:
     config = core.Config(history_size=history_size)
@@ -70,6 +74,11 @@ PER_BLOCK = _names("block")
 """Names of the numbers and small arrays that a state has for each block."""
 PER_UNIT = _names("unit")
 """Names of the numbers that it has once."""
+
+
+def widths(history_size: int) -> dict[str, int]:
+    """The length of each row of a parameter's dictionary."""
+    return {name: part[-1].columns.stop for name, part in _layout(history_size)._asdict().items()}
 
 
 def unpack(entry: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -26,12 +26,15 @@ from .arguments import (
     check_hyperparameters,
     check_params,
     config_of,
+    make_plain,
+    match_names,
     settings_of,
 )
 from .binding import forget_misfits
 from .checkpoint import contribution, outline, restore, take, whole
 from .host import as_tensor, quiet
-from .leaves import Member, as_real
+from .leaves import Member, place
+from .memory import check_memory
 from .owners import divide, gather
 from .units import Partition, Unit
 
@@ -80,8 +83,8 @@ class MLBFGS(Optimizer):
     Raises
     ------
     ValueError, TypeError
-        Settings out of range, no parameters, parameters that are not floating-point or complex, a
-        `DTensor` held as summands or beside a `shard_group`.
+        Settings out of range, no parameters, parameters that are not floating-point or complex, that share
+        memory or are expanded views, a `DTensor` held as summands or beside a `shard_group`.
 
     Notes
     -----
@@ -91,8 +94,8 @@ class MLBFGS(Optimizer):
     parameter with default settings and momentum (`mlbfgs_core.plan_memory` gives the exact figure
     without the momentum's array), and 4 more during a step, on a CPU also between steps. No step waits
     for a GPU, but for the first after loading a state or after the set of parameters with gradients has
-    changed. Changing `history_size`,
-    `history_dtype` or the blocks in mid-run makes it forget its curvature, with a warning.
+    changed. Changing `history_size`, `history_dtype`, the blocks or a parameter's shape in mid-run makes it
+    forget its curvature, with a warning; to another dtype or device the state follows its parameter.
 
     The state of a `DTensor` is sharded like it, and inner products are summed over its mesh: one all-reduce
     of ``B * (2 * history_size + 1)`` numbers and up to 2 more for each of B blocks in a step, with a metric
@@ -141,12 +144,16 @@ class MLBFGS(Optimizer):
             "capturable": capturable,
             **{name: getattr(config, name) for name in SETTINGS},
         }
-        check_hyperparameters(defaults)
+        defaults |= check_hyperparameters(defaults)
         self._blocks = blocks
         self._shard_group = shard_group
         self._forget_units()
         super().__init__(params, defaults)
+        self._names: dict[Tensor, str] = {}
         if shard_group is None:
+            if not any(group["params"] for group in self.param_groups):
+                msg = "`params` must hold at least one parameter, got none"
+                raise ValueError(msg)
             self._partitions()
         else:  # the others' parameters are not known yet
             self._members(None)
@@ -167,12 +174,19 @@ class MLBFGS(Optimizer):
         if "preset" in own:
             group.setdefault("momentum", core.preset_momentum(config.preset))
             group.setdefault("nesterov", core.preset_nesterov(config.preset))
-        check_hyperparameters({**self.defaults, **group})
+        numbers = check_hyperparameters({**self.defaults, **group})
+        group.update({name: number for name, number in numbers.items() if name in group})
         params = group["params"]
         if not isinstance(params, (Tensor, set)):  # the base class refuses sets
             group["params"] = params = list(params)
         check_params([params] if isinstance(params, Tensor) else params)
         super().add_param_group(group)
+        if hasattr(self, "_names"):  # the constructor checks all groups at once
+            try:
+                check_memory([(name, param) for name, param, _ in self._named()])
+            except ValueError:
+                self.param_groups.pop()
+                raise
         self._forget_units()
 
     @torch.no_grad()
@@ -192,6 +206,8 @@ class MLBFGS(Optimizer):
         ------
         RuntimeError
             A sparse gradient; a CUDA graph's capture without ``capturable=True``.
+        TypeError, ValueError
+            A gradient of another dtype or shape; parameters that have come to share memory.
         """
         loss = None
         if closure is not None:
@@ -255,6 +271,13 @@ class MLBFGS(Optimizer):
         Tensors are the optimizer's own, but for copies of those that lie in memory among others or in
         another order: the history of small parameters, all of small shards and of channels-last ones.
         """
+        for group in self.param_groups:
+            make_plain(group)
+        self._named()
+        members = [member for unit in self._units for member in unit.part.members]
+        # Other owners may not be asked here: they need not take part.
+        if self._shard_group is None and any(member.place != place(member.param) for member in members):
+            self._init_group()
         result = super().state_dict()  # hooks may have put anything in it
         for key, entry in result.get("state", {}).items():
             if isinstance(entry, dict):
@@ -267,18 +290,19 @@ class MLBFGS(Optimizer):
         Raises
         ------
         ValueError
-            A state of other parameters (another number or another shape), or of another optimizer. Nothing
-            has changed then.
+            A state of other parameters (another number or another shape), or of another optimizer, or one
+            with parts that are no tensors. Nothing has changed then.
         """
         loaded: dict[str, Any] = {}
         params = [param for group in self.param_groups for param in group["params"]]
+        names = {param: name for name, param, _ in self._named()}
 
         def capture(_: Optimizer, final: dict[str, Any]) -> None:
             check_groups(final["param_groups"])
             loaded.update(final)
             keys = [key for group in final["param_groups"] for key in group["params"]]
             for key, param in zip(keys, params, strict=False):  # the base class compares the numbers
-                check_entry(final["state"].get(key, {}), param)
+                check_entry(final["state"].get(key, {}), param, names[param])
 
         # The base class casts state to the parameter's dtype. Take what it was given, after every
         # hook, and put the uncast tensors in place.
@@ -291,7 +315,7 @@ class MLBFGS(Optimizer):
         for key, param in zip(keys, params, strict=True):
             for name, value in loaded["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
-                    self.state[param][name] = value.detach().to(param.device, copy=True)
+                    self.state[param][name] = value.detach().to(param.device, copy=True).resolve_neg()
         self._forget_units()
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
@@ -323,8 +347,9 @@ class MLBFGS(Optimizer):
         >>> core.load_state(path)[0].names
         ('weight', 'bias')
         """
+        self._init_group()  # what has been moved or changed since the last step
         parts = self._knowing_all()
-        group = parts[0].group
+        group = parts[0].group if parts else None
         read = whole if sharding.is_first(group) else contribution
         snapshots = [take(part.config, part.members, part.blocks, self.state, read) for part in parts]
         sharding.once(group, partial(core.save_state, path, snapshots))
@@ -355,11 +380,11 @@ class MLBFGS(Optimizer):
         for part, snapshot in zip(parts, loaded, strict=True):
             restored += restore(snapshot, part.members, label)
             label += len(part.blocks)
-        for param, value, entry in restored:
-            as_real(sharding.local(param.detach())).copy_(value)
-            self.state.pop(param, None)
+        for member, value, entry in restored:
+            member.write(value)
+            self.state.pop(member.param, None)
             if entry:
-                self.state[param] = entry
+                self.state[member.param] = entry
         self._forget_units()
 
     def _knowing_all(self) -> list[Partition]:
@@ -371,11 +396,13 @@ class MLBFGS(Optimizer):
         return self._partitions()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._named()
         return {**super().__getstate__(), "_blocks": self._blocks, "_shard_group": self._shard_group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state.setdefault("_shard_group", None)  # of an older version
         super().__setstate__(state)
+        self.__dict__.setdefault("_names", {})
         for group in (self.defaults, *self.param_groups):  # of an older version
             for name, value in (SWITCHES | ADDED).items():
                 group.setdefault(name, value)
@@ -387,29 +414,44 @@ class MLBFGS(Optimizer):
 
     def _members(self, shards: Any) -> dict[tuple[core.Config, torch.device], list[Member]]:
         """All parameters, by settings and device; `shards` are the processes that sum those of meshes."""
-        own = self._shard_group is not None
-        prefix = f"rank{dist.get_rank(self._shard_group)}." if own else ""
+        named = self._named()
+        check_memory([(name, param) for name, param, _ in named])
         found: dict[tuple[core.Config, torch.device], list[Member]] = {}
+        for name, param, group in named:
+            sharding.check_placements(name, param, owned=self._shard_group is not None)
+            member = Member.of(name, param, group, sharding.share(param, shards))
+            found.setdefault((config_of(settings_of(group)), param.device), []).append(member)
+        return found
+
+    def _named(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
+        """All parameters, each once, with their names and groups.
+
+        Users edit groups during a run: parameters keep the names that they have had, and what belongs to
+        those that are in no group any more is forgotten.
+        """
+        prefix = "" if self._shard_group is None else f"rank{dist.get_rank(self._shard_group)}."
+        found: dict[Tensor, tuple[str, Tensor, dict[str, Any]]] = {}
         number = 0
         for group in self.param_groups:
-            unnamed = [f"{prefix}param{number + i}" for i in range(len(group["params"]))]
-            config = config_of(settings_of(group))
-            number += len(unnamed)
-            for name, param in zip(group.get("param_names") or unnamed, group["params"], strict=True):
-                sharding.check_placements(name, param, owned=own)
-                member = Member.of(name, param, group, sharding.share(param, shards))
-                found.setdefault((config, param.device), []).append(member)
-        return found
+            params, given = group["params"], group.get("param_names")
+            names = [f"{prefix}param{number + i}" for i in range(len(params))]
+            if given:
+                names = match_names(params, given, names, self._names)
+                if names != given:
+                    group["param_names"] = names
+            number += len(params)
+            for name, param in zip(names, params, strict=True):
+                found.setdefault(param, (name, param, group))
+        self._names = {param: name for param, (name, _, _) in found.items()}
+        for param in [key for key in self.state if isinstance(key, Tensor) and key not in found]:
+            del self.state[param]
+        return list(found.values())
 
     def _partitions(self) -> list[Partition]:
         """Groups of equal settings and device, with their parameters in blocks."""
         if self._shard_group is not None:
             return divide(self._members(None), self._blocks, self._shard_group)
-        params = [param for group in self.param_groups for param in group["params"]]
-        if not params:
-            msg = "`params` must hold at least one parameter, got none"
-            raise ValueError(msg)
-        group = sharding.shard_group(params)
+        group = sharding.shard_group([param for group in self.param_groups for param in group["params"]])
         return [
             Partition.of(
                 config,
@@ -426,11 +468,15 @@ class MLBFGS(Optimizer):
 
         torch.compile knows this method's name, and runs it while it traces.
         """
+        for group in self.param_groups:
+            make_plain(group)
         layout = [
             (
+                id(group),
                 settings_of(group),
                 group["momentum"] != 0,
-                [(id(param), param.device, param.stride()) for param in group["params"]],
+                tuple(group.get("param_names") or ()),
+                list(map(place, group["params"])),
             )
             for group in self.param_groups
         ]

@@ -15,6 +15,7 @@ import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
 
 from . import sharding
+from .arguments import check_gradient
 from .binding import agreed, bind
 from .host import HostKernels, reduced
 from .kernels import TorchKernels
@@ -51,10 +52,7 @@ class Partition(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        identities = tuple(
-            (id(m.param), m.param.device, m.order, id(m.group), m.group["momentum"] != 0)
-            for m in self.members
-        )
+        identities = tuple((m.name, m.place, m.shape, m.order, id(m.group), m.carries) for m in self.members)
         return self.config, identities, self.blocks
 
     @property
@@ -229,8 +227,7 @@ class Unit:
                 finite,
                 nesterov=group["nesterov"],
             )
-            if not leaf.is_view:
-                torch._foreach_copy_(leaf.real_params(), leaf.spread(flat))
+            leaf.write(flat)
 
 
 @cache
@@ -280,10 +277,7 @@ def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:
     if leaf.members[0].param.grad is None:
         return None
     for member in leaf.members:
-        layout = member.param.grad.layout
-        if layout != torch.strided:
-            msg = f"MLBFGS does not support sparse gradients, got {layout} for {member.name!r}"
-            raise RuntimeError(msg)
+        check_gradient(member.name, member.param, member.param.grad)
     grads = [member.grad() for member in leaf.members]
     group = leaf.group
     flat = leaf.gather(grads).detach()

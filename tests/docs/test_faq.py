@@ -78,6 +78,44 @@ def integers_in_torch(_):
 
 
 @provokes
+def parameters_that_share_memory(_):
+    weight = torch.ones(3, 3)
+    views = {"encoder": weight, "decoder": weight.T}
+    MLBFGS([(name, torch.nn.Parameter(view)) for name, view in views.items()])
+
+
+@provokes
+def a_gradient_from_before_a_conversion(_):
+    model = torch.nn.Linear(3, 2)
+    optimizer = MLBFGS(model.named_parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    model.weight.data = model.weight.data.double()
+    optimizer.step()
+
+
+@provokes
+def another_shape_in_mid_run(_):
+    model = torch.nn.Linear(3, 2)
+    optimizer = MLBFGS(model.named_parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    model.weight.data = torch.ones(4, 3)
+    model.bias.data = torch.ones(4)
+    optimizer.zero_grad()
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+
+
+@provokes
+def a_flattened_state_without_a_parameter(_):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = MLBFGS([("weight", param)])
+    state = optimizer.state_dict()
+    state["state"][0] = {"history": {}}
+    optimizer.load_state_dict(state)
+
+
+@provokes
 def a_capture_without_capturable(patch):
     model = torch.nn.Linear(3, 2)
     optimizer = MLBFGS(model.parameters())

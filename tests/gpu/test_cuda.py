@@ -159,3 +159,43 @@ def test_a_run_moves_from_the_cpu_to_the_gpu():
     run(optimizer, param)
     run(resumed, other)
     torch.testing.assert_close(other.detach().cpu(), param.detach())
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, NARROW], ids=str)
+def test_the_state_of_a_live_run_follows_its_model_to_the_gpu_and_back(settings):
+    def run(places):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+        inputs, targets = torch.randn(64, 8).double(), torch.randn(64, 3).double()
+        optimizer = MLBFGS(model.parameters(), **settings)
+        for place in places:
+            model.to(place)
+            for _ in range(8):
+                optimizer.zero_grad()
+                (model(inputs.to(place)) - targets.to(place)).square().mean().backward()
+                optimizer.step()
+            assert {entry["history"].device.type for entry in optimizer.state.values()} == {place}
+        assert int(optimizer.diagnostics()[0].step) == 24
+        return torch.cat([param.detach().cpu().reshape(-1) for param in model.parameters()])
+
+    moved, there = run(["cpu", "cuda", "cpu"]), run(["cpu", "cpu", "cpu"])
+    torch.testing.assert_close(moved, there, rtol=1e-6, atol=1e-8)
+
+
+def test_lazily_resolved_views_train_on_the_gpu_as_on_the_cpu():
+    ends = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        z = torch.randn(300, 40, dtype=torch.complex64).to(device)
+        params = [
+            nn.Parameter(z.mH),
+            nn.Parameter(z.clone().conj().imag),
+            nn.Parameter(torch._neg_view(z.real.clone())),
+        ]
+        optimizer = MLBFGS(params, lr=0.01, adaptive=False, update_every=3)
+        for step in range(10):
+            for param in params:
+                param.grad = torch._neg_view(param.detach() * (-1 - 0.1 * (step % 3)))
+            optimizer.step()
+        ends.append([param.detach().resolve_conj().resolve_neg().cpu() for param in params])
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)
