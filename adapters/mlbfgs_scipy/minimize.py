@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from scipy.optimize import OptimizeResult, OptimizeWarning
 
 import mlbfgs_core as core
 
-from .curvature import Curvature
-from .objective import Evaluation, Objective, Vector
-from .options import IN_USERS_CODE, read_options
+from .curvature import Curvature, InverseHessian
+from .objective import Evaluation, Objective, Vector, under
+from .options import IN_USERS_CODE, Options, read_options
 from .run import Halts, descend, follow
+from .textbook import Textbook, is_textbook
 
 __all__ = ["minimize_mlbfgs"]
 
@@ -146,12 +148,34 @@ def minimize_mlbfgs(
     _check_what_is_not_used(bounds, constraints, hess, hessp)
     checked = read_options(options)
     x = _check_start(x0)
-    objective = Objective(fun, jac, args if isinstance(args, tuple) else (args,), checked.eps)
-    curvature = Curvature(checked.config, x.size)
+    errors = np.geterr()  # those of the caller are for the caller's functions, and none of ours
+    objective = Objective(fun, jac, args if isinstance(args, tuple) else (args,), checked.eps, errors)
+    if callable(checked.learning_rate):
+        checked = replace(checked, learning_rate=under(errors, checked.learning_rate))
     path = [x.copy()]
-    run = descend if checked.learning_rate is None else follow
-    report = run(objective, x, curvature, checked, _halts(callback, path if checked.return_all else None))
-    result = OptimizeResult(
+    halts = _halts(
+        None if callback is None else under(errors, callback), path if checked.return_all else None
+    )
+    with np.errstate(all="ignore"):
+        result = _run(objective, x, checked, halts)
+    if checked.return_all:
+        result["allvecs"] = path
+    if checked.disp:
+        _tell(result)
+    return result
+
+
+def _run(objective: Objective, x: Vector, options: Options, halts: Halts) -> OptimizeResult:
+    curvature: Curvature | Textbook
+    if options.learning_rate is not None:
+        curvature = Curvature(options.config, x.size)
+        report = follow(objective, x, curvature, options, halts)
+    else:
+        kind = Textbook if is_textbook(options.config) else Curvature
+        curvature = kind(options.config, x.size)
+        report = descend(objective, x, curvature, options, halts)
+    state = curvature.state
+    return OptimizeResult(
         x=report.point.x,
         fun=report.point.value,
         jac=report.point.grad,
@@ -161,14 +185,9 @@ def minimize_mlbfgs(
         status=report.outcome.status,
         success=report.outcome.success,
         message=report.outcome.message,
-        hess_inv=curvature.inverse_hessian(),
-        diagnostics=[core.diagnostics(curvature.state)],
+        hess_inv=InverseHessian(options.config, state),
+        diagnostics=[core.diagnostics(state)],
     )
-    if checked.return_all:
-        result["allvecs"] = path
-    if checked.disp:
-        _tell(result)
-    return result
 
 
 def _check_what_is_not_used(bounds: Any, constraints: Any, hess: Any, hessp: Any) -> None:

@@ -14,10 +14,12 @@ from .objective import Evaluation, Objective, Vector
 from .options import Options
 from .outcome import Outcome
 from .search import ROUNDING, search
+from .textbook import Textbook
 
 __all__ = ["Halts", "Report", "descend", "follow"]
 
-PATIENCE = 20
+LOWER = 0.5
+PATIENCE = 100
 """Most iterations in a row without a new least value, by more than rounding, or a new least gradient."""
 Halts = Callable[[Evaluation], bool]
 """Takes the point of each iteration, and says whether the run is to end there."""
@@ -32,19 +34,25 @@ class Report(NamedTuple):
 
 
 class _Progress:
-    """How long ago value or gradient had a new low."""
+    """How long ago value or gradient had a new low, by more than rounding."""
 
     def __init__(self, point: Evaluation) -> None:
-        self.value, self.norm, self.pause = point.value, point.norm(), 0
+        self.value, self.norm, self.promise, self.pause = point.value, point.norm, np.inf, 0
 
-    def note(self, point: Evaluation) -> None:
-        """The next iteration's point."""
-        falls = self.value - point.value > ROUNDING * max(abs(self.value), abs(point.value))
-        self.pause = 0 if falls or point.norm() < self.norm else self.pause + 1
-        self.value, self.norm = min(self.value, point.value), min(self.norm, point.norm())
+    def note(self, point: Evaluation, promise: float) -> None:
+        """The next iteration's point; falls too small to count add up until they do."""
+        self.pause += 1
+        if self.value - point.value > ROUNDING * max(abs(self.value), abs(point.value)):
+            self.value, self.pause = point.value, 0
+        if point.norm < 0.5 * self.norm:
+            self.norm, self.pause = point.norm, 0
+        if promise < 0.7 * self.promise:
+            self.promise, self.pause = promise, 0
 
 
-def descend(objective: Objective, x: Vector, curvature: Curvature, options: Options, halts: Halts) -> Report:
+def descend(
+    objective: Objective, x: Vector, curvature: Curvature | Textbook, options: Options, halts: Halts
+) -> Report:
     """Minimize an exact objective by line searches along the core's directions.
 
     Where a search fails, curvature is forgotten, and the next one goes along the negative gradient. Where
@@ -56,13 +64,13 @@ def descend(objective: Objective, x: Vector, curvature: Curvature, options: Opti
     outcome, progress = None, _Progress(point)
     while True:
         direction = curvature.direction(point)
-        if outcome is None and point.norm() <= options.gradient_tolerance:
+        if outcome is None and point.norm <= options.gradient_tolerance:
             outcome = Outcome.GRADIENT_SMALL
         if outcome is not None:
             return Report(point, outcome, iterations)
         if iterations >= options.most_iterations:
             return Report(_lowest(objective, point), Outcome.ITERATIONS_USED, iterations)
-        found = None
+        found, promise = None, float(point.grad @ direction)
         if progress.pause < PATIENCE:
             found = search(objective, point, direction, options)
             if found is None and curvature.has_pairs:
@@ -73,7 +81,7 @@ def descend(objective: Objective, x: Vector, curvature: Curvature, options: Opti
         if options.ftol > 0 and point.value - found.value <= options.ftol * scale:
             outcome = Outcome.DECREASE_SMALL
         point, iterations = found, iterations + 1
-        progress.note(point)
+        progress.note(point, promise)
         if halts(point):
             outcome = Outcome.CALLBACK_STOPPED
 
@@ -86,7 +94,7 @@ def follow(objective: Objective, x: Vector, curvature: Curvature, options: Optio
     finite = point
     for iteration in range(options.most_iterations):
         direction = curvature.direction(point)
-        if point.norm() <= options.gradient_tolerance:
+        if point.norm <= options.gradient_tolerance:
             return Report(point, Outcome.GRADIENT_SMALL, iteration)
         if curvature.state.accepted:
             velocity = momentum * velocity + direction
@@ -102,20 +110,21 @@ def follow(objective: Objective, x: Vector, curvature: Curvature, options: Optio
 
 
 def _search_afresh(
-    objective: Objective, point: Evaluation, curvature: Curvature, options: Options
+    objective: Objective, point: Evaluation, curvature: Curvature | Textbook, options: Options
 ) -> Evaluation | None:
     """Search along the negative gradient; if this fails too, the curvature stays as it was."""
-    known = curvature.state
+    known = curvature.memory
     curvature.forget()
     found = search(objective, point, curvature.direction(point), options)
     if found is None:
-        curvature.state = known
+        curvature.memory = known
     return found
 
 
 def _lowest(objective: Objective, point: Evaluation) -> Evaluation:
     """The lowest point that was seen, which a failed search may have left behind."""
     best = objective.best
-    if best is None or best.value >= point.value or not best.is_finite_with_grad:
+    if best is None or not best.is_finite_with_grad:
         return point
-    return best
+    higher = point.value - best.value > ROUNDING * max(abs(point.value), abs(best.value))
+    return best if higher else point

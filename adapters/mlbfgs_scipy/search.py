@@ -1,114 +1,105 @@
-"""A step by a line search: SciPy's, for the strong Wolfe conditions, begun at the right order of length."""
+"""A step by a line search for the strong Wolfe conditions, which goes by slopes where values are rounded."""
 
 from __future__ import annotations
 
-import warnings
+import math
+from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import line_search
 
 from .objective import Evaluation, Objective, Vector
 from .options import Options
 
 __all__ = ["ROUNDING", "search"]
 
-SHORTER = 0.1
-"""What is tried next of a direction that is too long by more than that."""
-
-ROUNDING = 10.0 * float(np.finfo(np.float64).eps)
+ROUNDING = 1e3 * float(np.finfo(np.float64).eps)
 """Relative difference of two values of the objective that may be rounding alone."""
 
+REACH = 4.0
+"""How many times longer the first trial beyond one that is too short may be; then its square, and so on."""
 
-class _NotFiniteError(Exception):
-    """The gradient at a trial is not finite, so that the search cannot go on from there."""
+FARTHEST = REACH**32
 
-    def __init__(self, x: Vector) -> None:
-        self.x = x
+EDGE = 0.1
+"""Next to the ends of what is known to hold a minimum nothing is tried: this part of it at each side."""
+
+
+class _Trial(NamedTuple):
+    """A trial: its step, how far the objective has risen there, and its slope, NaN where not asked for."""
+
+    step: float
+    rise: float
+    slope: float
 
 
 def search(objective: Objective, start: Evaluation, direction: Vector, options: Options) -> Evaluation | None:
-    """The point that a line search from `start` against `direction` finds; None where it finds no lower one.
-
-    Parameters
-    ----------
-    objective : Objective
-    start : Evaluation
-        Finite.
-    direction : (n,) array
-        In which the objective rises. The first trial is the whole of it.
-    options : Options
-        Its `c1`, `c2` and `maxls` count.
-
-    Returns
-    -------
-    Evaluation or None
-        One that obeys the conditions; where the search fails, the lowest point of those whose gradient it
-        has seen.
-
-    Notes
-    -----
-    SciPy's search brings a trial that is too long down by halves, ten times at most. So a direction is first
-    cut to a tenth for as long as the objective at its end is not finite, or so high that the parabola
-    through what is known has its minimum in that tenth. Each cut costs a value. A value that differs from
-    that at the start by rounding alone is replaced by what the two gradients say of it, so that a minimum
-    far from zero can be approached as closely as gradients allow.
-
-    References
-    ----------
-    Nocedal & Wright, Numerical Optimization, 2nd ed., algorithms 3.5 and 3.6, and eq. 3.57 for the parabola.
-    Hager & Zhang, SIAM Journal on Optimization 16(1), 2005, section 4.1, for conditions without values.
-    """
-    lowest = start
-
-    def value(x: Vector) -> float:
-        point = objective.at(x)
-        if not point.is_finite:
-            return np.inf
-        if abs(point.value - start.value) > ROUNDING * abs(start.value):
-            return point.value
-        return start.value + float((start.grad + gradient(x)) @ (x - start.x)) / 2.0
-
-    def gradient(x: Vector) -> Vector:
-        nonlocal lowest
-        point = objective.at(x)
-        if not point.has_finite_grad:
-            raise _NotFiniteError(x)
-        if point.value < lowest.value:
-            lowest = point
-        return point.grad
-
-    for _ in range(options.maxls):
-        if not start.grad @ direction > 0:
-            break
-        try:
-            if _is_too_long(start, direction, value(start.x - direction)):
-                direction = SHORTER * direction
-                continue
-            with warnings.catch_warnings():  # of a search that fails, which is told by its result
-                warnings.filterwarnings("ignore", "The line search|Rounding errors", RuntimeWarning)
-                step, *_, grad = line_search(
-                    value,
-                    gradient,
-                    start.x,
-                    -direction,
-                    start.grad,
-                    start.value,
-                    c1=options.c1,
-                    c2=options.c2,
-                    maxiter=options.maxls,
-                )
-            if grad is not None:
-                return objective.at(start.x - step * direction)
-            break
-        except _NotFiniteError as failure:
-            if lowest is not start:
+    slope = -float(start.grad @ direction)
+    before = low = _Trial(0.0, 0.0, slope)
+    high, best, least = None, None, 0.0
+    step, reach, ahead, between, cuts = 1.0, REACH, 0, 0, 0
+    while slope < 0 and math.isfinite(step) and ahead < options.maxls and between < options.maxls:
+        x = start.x - step * direction
+        if (x == start.x).all():
+            if high is not None:
                 break
-            direction = SHORTER * (start.x - failure.x)
-    return None if lowest is start else lowest
+            ahead += 1
+            step, reach = step * reach, min(reach * reach, FARTHEST)
+            continue
+        point = objective.at(x)
+        trial = _Trial(step, _rise(start, point), math.nan)
+        if trial.rise <= options.c1 * step * slope and not point.has_finite_grad:
+            trial = trial._replace(rise=math.inf)
+        if trial.rise <= options.c1 * step * slope:
+            trial = trial._replace(slope=-float(point.grad @ direction))
+            if abs(trial.slope) <= -options.c2 * slope:
+                return point
+            if trial.rise < least:
+                best, least = point, trial.rise
+        if trial.slope < 0:
+            before, low, cuts = low, trial, 0
+        else:
+            high, cuts = trial, cuts + 1
+        if high is None:
+            ahead += 1
+            step, reach = _beyond(before, low, reach), min(reach * reach, FARTHEST)
+        else:
+            between += 1
+            step = _inside(low, high, cuts)
+    return best
 
 
-def _is_too_long(start: Evaluation, direction: Vector, value: float) -> bool:
-    """Whether the parabola with the slope at the start and the value at the end has its minimum in the first
-    tenth."""
-    slope = float(start.grad @ direction)
-    return bool(slope < 2.0 * SHORTER * (value - start.value + slope))
+def _rise(start: Evaluation, point: Evaluation) -> float:
+    if not point.is_finite:
+        return math.inf
+    rise = point.value - start.value
+    if abs(rise) > ROUNDING * max(abs(start.value), abs(point.value)):
+        return rise
+    if not point.has_finite_grad:
+        return math.inf
+    return float((start.grad + point.grad) @ (point.x - start.x)) / 2.0
+
+
+def _beyond(before, low, reach):
+    bend = low.slope - before.slope
+    ahead = math.inf
+    if bend > 0:
+        ahead = low.step - (low.step - before.step) * low.slope / bend
+    return min(max(ahead, 1.1 * low.step), reach * low.step)
+
+
+def _inside(low, high, cuts):
+    width = high.step - low.step
+    edge = EDGE if low.step > 0 else EDGE**cuts
+    middle = math.sqrt(low.step) * math.sqrt(high.step) if low.step > 0 else edge * high.step
+    if not math.isfinite(high.rise):
+        return middle
+    if math.isnan(high.slope):
+        part = -low.slope * width / (2.0 * (high.rise - low.rise - low.slope * width))
+    else:
+        mean = 3.0 * (high.rise - low.rise) / width
+        a = low.slope + high.slope - mean
+        root = math.sqrt(max(a * a - low.slope * high.slope, 0.0))
+        part = 1.0 - (high.slope + root - a) / (high.slope - low.slope + 2.0 * root)
+    least = min(low.step + edge * width, middle)
+    most = low.step + (1.0 - EDGE) * width if cuts < 3 else middle
+    return min(max(low.step + part * width, least), most)
