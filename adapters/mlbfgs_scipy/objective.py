@@ -15,6 +15,9 @@ __all__ = ["Evaluation", "Objective", "Vector", "under"]
 
 Vector = npt.NDArray[np.float64]
 
+ROUNDING = 1e3 * float(np.finfo(np.float64).eps)
+"""Relative difference of two values of the objective that may be rounding alone."""
+
 
 class Evaluation:
     """A point, the objective's value there, and its gradient, which is formed when first asked for."""
@@ -97,6 +100,10 @@ class Objective:
         """Gradients: calls of `jac`, or of a `fun` that returns both, or sets of differences."""
         self.best: Evaluation | None = None
         """The lowest finite value so far."""
+        self.first = 0.0
+        """The magnitude of the first value."""
+        self.noise = 0.0
+        """A difference of two values that may be noise, as far as searches have found that out."""
         self._last: Evaluation | None = None
 
     def at(self, x: Vector) -> Evaluation:
@@ -108,9 +115,15 @@ class Objective:
     def anew(self, x: Vector) -> Evaluation:
         """An evaluation at a point, whatever is known of it."""
         self._last = Evaluation(self, x)
+        if self.best is None and math.isfinite(self._last.value):
+            self.first = abs(self._last.value)
         if self._last.is_finite and (self.best is None or self._last.value < self.best.value):
             self.best = self._last
         return self._last
+
+    def rounding(self, one: Evaluation, other: Evaluation) -> float:
+        """The largest difference of two values that may be rounding alone."""
+        return max(ROUNDING * max(abs(one.value), abs(other.value)), self.noise)
 
     def evaluate(self, x: Vector) -> tuple[float, Vector | None]:
         """The value, and the gradient where it comes with it."""

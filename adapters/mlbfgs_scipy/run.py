@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,14 +14,21 @@ from .curvature import Curvature
 from .objective import Evaluation, Objective, Vector
 from .options import Options
 from .outcome import Outcome
-from .search import ROUNDING, search
+from .search import search
 from .textbook import Textbook
 
 __all__ = ["Halts", "Report", "descend", "follow"]
 
+PATIENCE, SHARE = 100, 0.2
+"""Most iterations in a row without progress, and which part of the run they may be where that is more."""
+
 LOWER = 0.5
-PATIENCE = 100
-"""Most iterations in a row without a new least value, by more than rounding, or a new least gradient."""
+"""What part of its least value so far counts as progress of the gradient's norm."""
+
+STRETCH, LESS = 50, 0.2
+"""So many iterations are one stretch: progress is a mean logarithm of the promised falls that is by so much
+less than that of any stretch before."""
+
 Halts = Callable[[Evaluation], bool]
 """Takes the point of each iteration, and says whether the run is to end there."""
 
@@ -34,20 +42,33 @@ class Report(NamedTuple):
 
 
 class _Progress:
-    """How long ago value or gradient had a new low, by more than rounding."""
+    """How long ago the value, the gradient's norm or the falls that directions promise had a low that counts.
 
-    def __init__(self, point: Evaluation) -> None:
-        self.value, self.norm, self.promise, self.pause = point.value, point.norm, np.inf, 0
+    A low counts from the last one that did, so that falls below rounding add up. Promised falls follow the
+    distance to the minimum where values cannot and where the norm goes up and down for long; single ones go
+    astray, hence the means.
+    """
+
+    def __init__(self, objective: Objective, point: Evaluation) -> None:
+        self.objective, self.lowest, self.norm = objective, point, point.norm
+        self.promises: list[float] = []
+        self.promised: float | None = None
+        self.pause = 0
 
     def note(self, point: Evaluation, promise: float) -> None:
-        """The next iteration's point; falls too small to count add up until they do."""
+        """The next iteration's point, and what the direction to it had promised."""
         self.pause += 1
-        if self.value - point.value > ROUNDING * max(abs(self.value), abs(point.value)):
-            self.value, self.pause = point.value, 0
-        if point.norm < 0.5 * self.norm:
+        if self.lowest.value - point.value > self.objective.rounding(self.lowest, point):
+            self.lowest, self.pause = point, 0
+        if point.norm < LOWER * self.norm:
             self.norm, self.pause = point.norm, 0
-        if promise < 0.7 * self.promise:
-            self.promise, self.pause = promise, 0
+        self.promises.append(math.log(promise))
+        if len(self.promises) == STRETCH:
+            mean = sum(self.promises) / STRETCH
+            if self.promised is not None and mean < self.promised - LESS:
+                self.pause = 0
+            self.promised = mean if self.promised is None else min(mean, self.promised)
+            self.promises.clear()
 
 
 def descend(
@@ -61,7 +82,7 @@ def descend(
     point, iterations = objective.at(x), 0
     if not point.is_finite_with_grad:
         return Report(point, Outcome.START_NOT_FINITE, 0)
-    outcome, progress = None, _Progress(point)
+    outcome, progress = None, _Progress(objective, point)
     while True:
         direction = curvature.direction(point)
         if outcome is None and point.norm <= options.gradient_tolerance:
@@ -71,7 +92,7 @@ def descend(
         if iterations >= options.most_iterations:
             return Report(_lowest(objective, point), Outcome.ITERATIONS_USED, iterations)
         found, promise = None, float(point.grad @ direction)
-        if progress.pause < PATIENCE:
+        if progress.pause < max(PATIENCE, SHARE * iterations):
             found = search(objective, point, direction, options)
             if found is None and curvature.has_pairs:
                 found = _search_afresh(objective, point, curvature, options)
@@ -126,5 +147,4 @@ def _lowest(objective: Objective, point: Evaluation) -> Evaluation:
     best = objective.best
     if best is None or not best.is_finite_with_grad:
         return point
-    higher = point.value - best.value > ROUNDING * max(abs(point.value), abs(best.value))
-    return best if higher else point
+    return best if point.value - best.value > objective.rounding(point, best) else point
