@@ -164,7 +164,7 @@ def _function_of_both(fun: Any, jac: Any) -> Callable[..., Any] | None:
 
 
 def under(errors: dict[str, Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """The user's function under the user's own treatment of floating-point errors, whatever that of the run."""
+    """A user's function under the user's own treatment of floating-point errors, whatever that of the run."""
 
     @wraps(function)
     def call(*args: Any, **more: Any) -> Any:

@@ -19,7 +19,7 @@ from .textbook import Textbook
 
 __all__ = ["Halts", "Report", "descend", "follow"]
 
-PATIENCE, SHARE = 100, 0.2
+PATIENCE, SHARE = 100, 0.5
 """Most iterations in a row without progress, and which part of the run they may be where that is more."""
 
 LOWER = 0.5

@@ -1,5 +1,4 @@
-"""Textbook L-BFGS of one vector: what the core does with the same settings, at a fraction of the cost where the
-vector is small."""
+"""Textbook L-BFGS of one vector: what the core does with the same settings, at a part of its fixed cost."""
 
 from __future__ import annotations
 
