@@ -91,8 +91,8 @@ def minimize_mlbfgs(
     scipy.optimize.OptimizeResult
         `x`, `fun`, `jac`, `nit`, `nfev`, `njev`, `status`, `success` and `message` (see `Outcome`), and
         `hess_inv`, an `InverseHessian`, and `diagnostics`, a list of one `mlbfgs_core.Diagnostics`. Where a
-        run with line searches fails, `x` is the lowest point that it has seen; after steps of a given
-        length, the last one, or the last where all was finite.
+        run with line searches fails, `x` is its last point, or the lowest that it has seen if that is lower
+        by more than rounding; after steps of a given length, the last one, or the last where all was finite.
 
     Raises
     ------
@@ -109,12 +109,16 @@ def minimize_mlbfgs(
 
     Notes
     -----
-    With exact values this is textbook L-BFGS: a direction from the last `history_size` pairs, then
-    `scipy.optimize.line_search`, whose first trial is the whole direction (see `search`). Where a search
-    fails, the run moves to the lowest point that it has seen; if there is none, curvature is forgotten, and a
-    second search goes along the negative gradient. Beside the evaluations an iteration costs one to two
-    milliseconds for small `n`, where ``method="L-BFGS-B"`` has compiled code; for large `n` it moves about
-    ``8 * history_size`` values per variable. A value that is not finite counts as infinitely high.
+    With exact values this is textbook L-BFGS: a direction from the last `history_size` pairs, then a line
+    search for the strong Wolfe conditions, whose first trial is the whole direction. It goes by differences
+    of values, and by the gradients where values differ by rounding alone, so that neither an offset on the
+    objective nor the scale of the variables keeps a gradient from `gtol`. Where a search fails, the run moves
+    to the lowest point that it has seen; if there is none, curvature is forgotten, and a second search goes
+    along the negative gradient. Beside the evaluations an iteration costs some 0.1 milliseconds for small `n`
+    (about one with settings other than those of ``preset="lbfgs"``); for large `n` it moves about ``14 *
+    history_size`` values per variable. A value that is not finite counts as infinitely high.
+
+    The functions run under the caller's `numpy.errstate`; our own arithmetic raises and warns of nothing.
 
     Under noise `x` is the last iterate. The lowest value that was seen would be the luckiest draw of the
     noise, not the best point; a `learning_rate` that falls makes the last iterate a good one.
@@ -127,7 +131,7 @@ def minimize_mlbfgs(
     --------
     >>> from scipy.optimize import minimize, rosen, rosen_der
     >>> result = minimize(rosen, [-1.2, 1.0], jac=rosen_der, method=minimize_mlbfgs)
-    >>> result.success, result.x.round(6)
+    >>> result.success, result.x.round(4)
     (True, array([1., 1.]))
 
     Under noise:
