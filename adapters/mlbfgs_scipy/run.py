@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ PATIENCE, SHARE = 100, 0.5
 LOWER = 0.5
 """What part of its least value so far counts as progress of the gradient's norm."""
 
-STRETCH, LESS = 50, 0.2
+STRETCH, LESS, LEAST = 50, 0.2, sys.float_info.min
 """So many iterations are one stretch: progress is a mean logarithm of the promised falls that is by so much
 less than that of any stretch before."""
 
@@ -62,7 +63,7 @@ class _Progress:
             self.lowest, self.pause = point, 0
         if point.norm < LOWER * self.norm:
             self.norm, self.pause = point.norm, 0
-        self.promises.append(math.log(promise))
+        self.promises.append(math.log(max(promise, LEAST)))
         if len(self.promises) == STRETCH:
             mean = sum(self.promises) / STRETCH
             if self.promised is not None and mean < self.promised - LESS:

@@ -21,7 +21,7 @@ DOUBTFUL = 1e3
 """What a value says against the slopes is noise if it is so many times the fall that they promise."""
 
 LOUDEST = 1e-6
-"""Most noise in values that is believed, relative to the value at the start of the run."""
+"""Most noise in values that is believed, relative to the values at the start of the run and of the search."""
 
 
 class _Trial(NamedTuple):
@@ -112,6 +112,8 @@ class _Line:
                 ahead, step, reach = ahead + 1, _beyond(before, short, reach), min(reach**2, FARTHEST)
             else:
                 between, step = between + 1, _between(short, long, cuts)
+                if not short.step < step < long.step:
+                    break
         return None
 
     def _try(self, step: float, point: Evaluation, c1: float) -> _Trial:
@@ -148,7 +150,7 @@ class _Line:
         by_slopes = self._rise_by_slopes(point)
         noise = abs(point.value - self.start.value - by_slopes)
         doubtful = noise > DOUBTFUL * max(-step * self.slope, abs(by_slopes))
-        heard = doubtful and noise <= LOUDEST * self.objective.first
+        heard = doubtful and noise <= LOUDEST * max(self.objective.first, abs(self.start.value))
         if heard:
             self.objective.noise = 10.0 * noise
         return heard

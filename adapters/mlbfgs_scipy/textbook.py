@@ -19,7 +19,7 @@ __all__ = ["Textbook", "is_textbook"]
 
 
 class _Pair(NamedTuple):
-    """A pair divided by the norm of its `s`, and the inverse of its curvature ``s.y``."""
+    """A pair divided by the norm of its `s`, as it lies in the history, and the inverse of its curvature."""
 
     s: Vector
     y: Vector
@@ -29,7 +29,8 @@ class _Pair(NamedTuple):
 class _Memory:
     """What a run has learned since it last forgot."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, size: int) -> None:
+        self.history = np.zeros((2, most, size))  # the core's ring
         self.pairs: deque[_Pair] = deque(maxlen=most)
         self.last: Evaluation | None = None
         self.gamma, self.mu, self.cosine, self.mean_square = 1.0, 0.0, 0.0, 0.0
@@ -61,7 +62,7 @@ class Textbook:
 
     def forget(self) -> None:
         """Start anew; the old memory stays as it was."""
-        self.memory = _Memory(self.config.history_size)
+        self.memory = _Memory(self.config.history_size, self.size)
 
     @property
     def has_pairs(self) -> bool:
@@ -97,7 +98,9 @@ class Textbook:
             s, y = s / norm, y / norm
         memory.mu, length = float(s @ y), _norm(y)
         if norm > 0 and math.isfinite(length) and memory.mu > np.finfo(np.float64).eps * length:
-            memory.pairs.append(_Pair(s, y, 1.0 / memory.mu))
+            rows = memory.history[:, memory.stored % self.config.history_size]
+            rows[0], rows[1] = s, y
+            memory.pairs.append(_Pair(rows[0], rows[1], 1.0 / memory.mu))
             memory.gamma, memory.stored = memory.mu / length / length, memory.stored + 1
         else:
             memory.rejected += 1
@@ -105,12 +108,9 @@ class Textbook:
     @property
     def state(self) -> core.State:
         """The core's state after the same points."""
-        memory, m = self.memory, self.config.history_size
+        memory = self.memory
         state = core.init(self.config, [np.zeros(self.size)], xp=xp)
-        history = state.history[0]
-        for age, pair in enumerate(reversed(memory.pairs), start=1):
-            history[:, (memory.stored - age) % m] = pair.s, pair.y
-        rows = history.reshape(2 * m, -1)
+        rows = memory.history.reshape(-1, self.size)
         gram, pairs = (rows @ rows.T)[None], np.asarray([memory.stored], dtype=np.int32)
         operator, gamma = two_loop(gram, pairs, xp)
         averages = {}
@@ -128,6 +128,7 @@ class Textbook:
             }
         reals = {name: np.asarray([getattr(memory, name)]) for name in ("mu", "cosine", "mean_square")}
         return state._replace(
+            history=(memory.history,),
             gram=gram,
             operator=operator,
             gamma=gamma,
