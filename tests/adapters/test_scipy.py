@@ -143,6 +143,32 @@ def test_an_offset_on_the_objective_leaves_the_gradients_tolerance_within_reach(
     assert result.nfev < 80
 
 
+@pytest.mark.parametrize("offset", [1e6, -1e12])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"preset": "fit"},
+        {"preset": "default"},
+        {"history_size": 1},
+        {"beta": 0.3},
+        {"history_dtype": "float32"},
+    ],
+    ids=str,
+)
+def test_offsets_and_scales_are_no_obstacle_with_other_settings_of_the_core(settings, offset):
+    settings = {"preset": "lbfgs", **settings}
+    result = solve(ill_conditioned(offset), np.zeros(10), options={"gtol": 1e-8, **settings})
+    assert result.success
+    scale = abs(offset)
+    result = solve(
+        lambda x: (1 + 0.5 * np.sum((x / scale - 1) ** 2), (x / scale - 1) / scale),
+        np.zeros(3),
+        options={"gtol": 1e-6 / scale, **settings},
+    )
+    assert result.success
+    assert result.nfev < 30
+
+
 @pytest.mark.parametrize("offset", [1e2, -1e9, 1e12])
 @pytest.mark.parametrize("n", [2, 10, 20])
 def test_an_offset_on_a_curved_valley_leaves_its_minimum_within_reach(n, offset):
