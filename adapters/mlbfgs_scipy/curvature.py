@@ -26,31 +26,31 @@ class Curvature:
         self.forget()
 
     def forget(self) -> None:
-        """Start anew, with a new state; the old one stays as it was."""
-        self.state = core.init(self.config, [np.zeros(self.size)], xp=xp)
+        """Start anew; the old memory stays as it was."""
+        self.memory = core.init(self.config, [np.zeros(self.size)], xp=xp)
 
     def direction(self, point: Evaluation) -> Vector:
         """What to subtract; a point enters the averages by it. Zero for a non-finite gradient."""
-        check, due = core.upcoming(self.config, self.state)
-        with np.errstate(invalid="ignore", over="ignore"):
-            update, self.state = core.step(
-                self.config,
-                self.state,
-                [point.x],
-                [point.grad],
-                when_check=bool(check),
-                when_due=bool(due),
-            )
+        check, due = core.upcoming(self.config, self.memory)
+        update, self.memory = core.step(
+            self.config,
+            self.memory,
+            [point.x],
+            [point.grad],
+            when_check=bool(check),
+            when_due=bool(due),
+        )
         return np.asarray(update[0])
+
+    @property
+    def state(self) -> core.State:
+        """The core's state."""
+        return self.memory
 
     @property
     def has_pairs(self) -> bool:
         """Whether any curvature is known."""
-        return bool(self.state.pairs[0] > 0)
-
-    def inverse_hessian(self) -> InverseHessian:
-        """The operator of the present state."""
-        return InverseHessian(self.config, self.state)
+        return bool(self.memory.pairs[0] > 0)
 
 
 class InverseHessian(LinearOperator):
@@ -82,10 +82,11 @@ class InverseHessian(LinearOperator):
         self._scale = np.ones(size) if metric is None else metric.inverse_root(call.kernels, ...)
 
     def _matmat(self, X: npt.NDArray[Any]) -> Vector:
-        scaled = self._scale[:, None] * X
-        return self._scale[:, None] * (
-            self._gamma * scaled + self._rows.T @ (self._inner @ (self._rows @ scaled))
-        )
+        with np.errstate(under="ignore"):
+            scaled = self._scale[:, None] * X
+            return self._scale[:, None] * (
+                self._gamma * scaled + self._rows.T @ (self._inner @ (self._rows @ scaled))
+            )
 
     def _adjoint(self) -> InverseHessian:
         return self

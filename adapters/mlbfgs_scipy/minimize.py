@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from scipy.optimize import OptimizeResult, OptimizeWarning
 
 import mlbfgs_core as core
 
-from .curvature import Curvature
-from .objective import Evaluation, Objective, Vector
-from .options import IN_USERS_CODE, read_options
+from .curvature import Curvature, InverseHessian
+from .objective import Evaluation, Objective, Vector, under
+from .options import IN_USERS_CODE, Options, read_options
 from .run import Halts, descend, follow
+from .textbook import Textbook, is_textbook
 
 __all__ = ["minimize_mlbfgs"]
 
@@ -89,8 +91,8 @@ def minimize_mlbfgs(
     scipy.optimize.OptimizeResult
         `x`, `fun`, `jac`, `nit`, `nfev`, `njev`, `status`, `success` and `message` (see `Outcome`), and
         `hess_inv`, an `InverseHessian`, and `diagnostics`, a list of one `mlbfgs_core.Diagnostics`. Where a
-        run with line searches fails, `x` is the lowest point that it has seen; after steps of a given
-        length, the last one, or the last where all was finite.
+        run with line searches fails, `x` is its last point, or the lowest that it has seen if that is lower
+        by more than rounding; after steps of a given length, the last one, or the last where all was finite.
 
     Raises
     ------
@@ -107,12 +109,16 @@ def minimize_mlbfgs(
 
     Notes
     -----
-    With exact values this is textbook L-BFGS: a direction from the last `history_size` pairs, then
-    `scipy.optimize.line_search`, whose first trial is the whole direction (see `search`). Where a search
-    fails, the run moves to the lowest point that it has seen; if there is none, curvature is forgotten, and a
-    second search goes along the negative gradient. Beside the evaluations an iteration costs one to two
-    milliseconds for small `n`, where ``method="L-BFGS-B"`` has compiled code; for large `n` it moves about
-    ``8 * history_size`` values per variable. A value that is not finite counts as infinitely high.
+    With exact values this is textbook L-BFGS: a direction from the last `history_size` pairs, then a line
+    search for the strong Wolfe conditions, whose first trial is the whole direction. It goes by differences
+    of values, and by the gradients where values differ by rounding alone, so that neither an offset on the
+    objective nor the scale of the variables keeps a gradient from `gtol`. Where a search fails, the run moves
+    to the lowest point that it has seen; if there is none, curvature is forgotten, and a second search goes
+    along the negative gradient. Beside the evaluations an iteration costs some 0.1 milliseconds for small `n`
+    (about one with settings other than those of ``preset="lbfgs"``); for large `n` it moves about ``14 *
+    history_size`` values per variable. A value that is not finite counts as infinitely high.
+
+    The functions run under the caller's `numpy.errstate`; our own arithmetic raises and warns of nothing.
 
     Under noise `x` is the last iterate. The lowest value that was seen would be the luckiest draw of the
     noise, not the best point; a `learning_rate` that falls makes the last iterate a good one.
@@ -125,7 +131,7 @@ def minimize_mlbfgs(
     --------
     >>> from scipy.optimize import minimize, rosen, rosen_der
     >>> result = minimize(rosen, [-1.2, 1.0], jac=rosen_der, method=minimize_mlbfgs)
-    >>> result.success, result.x.round(6)
+    >>> result.success, result.x.round(4)
     (True, array([1., 1.]))
 
     Under noise:
@@ -146,12 +152,34 @@ def minimize_mlbfgs(
     _check_what_is_not_used(bounds, constraints, hess, hessp)
     checked = read_options(options)
     x = _check_start(x0)
-    objective = Objective(fun, jac, args if isinstance(args, tuple) else (args,), checked.eps)
-    curvature = Curvature(checked.config, x.size)
+    errors = np.geterr()  # those of the caller are for the caller's functions, and none of ours
+    objective = Objective(fun, jac, args if isinstance(args, tuple) else (args,), checked.eps, errors)
+    if callable(checked.learning_rate):
+        checked = replace(checked, learning_rate=under(errors, checked.learning_rate))
     path = [x.copy()]
-    run = descend if checked.learning_rate is None else follow
-    report = run(objective, x, curvature, checked, _halts(callback, path if checked.return_all else None))
-    result = OptimizeResult(
+    halts = _halts(
+        None if callback is None else under(errors, callback), path if checked.return_all else None
+    )
+    with np.errstate(all="ignore"):
+        result = _run(objective, x, checked, halts)
+    if checked.return_all:
+        result["allvecs"] = path
+    if checked.disp:
+        _tell(result)
+    return result
+
+
+def _run(objective: Objective, x: Vector, options: Options, halts: Halts) -> OptimizeResult:
+    curvature: Curvature | Textbook
+    if options.learning_rate is not None:
+        curvature = Curvature(options.config, x.size)
+        report = follow(objective, x, curvature, options, halts)
+    else:
+        kind = Textbook if is_textbook(options.config) else Curvature
+        curvature = kind(options.config, x.size)
+        report = descend(objective, x, curvature, options, halts)
+    state = curvature.state
+    return OptimizeResult(
         x=report.point.x,
         fun=report.point.value,
         jac=report.point.grad,
@@ -161,14 +189,9 @@ def minimize_mlbfgs(
         status=report.outcome.status,
         success=report.outcome.success,
         message=report.outcome.message,
-        hess_inv=curvature.inverse_hessian(),
-        diagnostics=[core.diagnostics(curvature.state)],
+        hess_inv=InverseHessian(options.config, state),
+        diagnostics=[core.diagnostics(state)],
     )
-    if checked.return_all:
-        result["allvecs"] = path
-    if checked.disp:
-        _tell(result)
-    return result
 
 
 def _check_what_is_not_used(bounds: Any, constraints: Any, hess: Any, hessp: Any) -> None:

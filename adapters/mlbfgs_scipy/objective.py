@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import cached_property, wraps
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import approx_fprime
 
-__all__ = ["Evaluation", "Objective", "Vector"]
+__all__ = ["Evaluation", "Objective", "Vector", "under"]
 
 Vector = npt.NDArray[np.float64]
+
+ROUNDING = 1e3 * float(np.finfo(np.float64).eps)
+"""Relative difference of two values of the objective that may be rounding alone."""
 
 
 class Evaluation:
@@ -32,22 +37,22 @@ class Evaluation:
     @property
     def is_finite(self) -> bool:
         """Whether the value and, as far as it is known, the gradient are finite."""
-        return bool(np.isfinite(self.value)) and (self._grad is None or self.has_finite_grad)
+        return math.isfinite(self.value) and (self._grad is None or self.has_finite_grad)
 
-    @property
+    @cached_property
     def has_finite_grad(self) -> bool:
         """Whether the gradient is finite, and its square too, without which there is no direction."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            return bool(np.isfinite(self.grad @ self.grad))
+        return math.isfinite(self.grad @ self.grad)
 
     @property
     def is_finite_with_grad(self) -> bool:
         """Whether value and gradient are finite; the latter is formed only if the former is."""
         return self.is_finite and self.has_finite_grad
 
+    @cached_property
     def norm(self) -> float:
         """The largest component of the gradient."""
-        return float(np.max(np.abs(self.grad)))
+        return float(np.abs(self.grad).max())
 
 
 class Objective:
@@ -63,22 +68,29 @@ class Objective:
     args : tuple
     eps : float or (n,) array
         Absolute step of the differences.
+    errors : dict
+        How NumPy is to treat floating-point errors in the user's functions, as `numpy.geterr` says it.
 
     Raises
     ------
     ValueError
         A kind of derivative that is not one of these; from evaluations, values of a wrong size.
     TypeError
-        From evaluations: complex values.
+        A function that cannot be called; from evaluations, what is no real number.
     """
 
-    def __init__(self, fun: Callable[..., Any], jac: Any, args: tuple[Any, ...], eps: Any) -> None:
-        self._fun, self._jac, self._args, self._eps = fun, jac, args, eps
-        self._together = jac is True
+    def __init__(
+        self, fun: Callable[..., Any], jac: Any, args: tuple[Any, ...], eps: Any, errors: dict[str, Any]
+    ) -> None:
         both = _function_of_both(fun, jac)
-        if both is not None:
-            self._fun, self._together = both, True
-        elif not (callable(jac) or jac is None or isinstance(jac, bool) or jac == "2-point"):
+        self._together = jac is True or both is not None
+        fun = fun if both is None else both
+        if not callable(fun):
+            msg = f"`fun` must be callable, got {fun!r}"
+            raise TypeError(msg)
+        self._fun, self._args, self._eps = under(errors, fun), args, eps
+        self._jac = under(errors, jac) if callable(jac) else jac
+        if not (callable(jac) or jac is None or isinstance(jac, bool) or jac == "2-point"):
             rule = "must be callable, True, None or '2-point'"
             msg = f"`jac` {rule}, got {jac!r}: give a function that forms the gradient by that scheme"
             raise ValueError(msg)
@@ -88,20 +100,30 @@ class Objective:
         """Gradients: calls of `jac`, or of a `fun` that returns both, or sets of differences."""
         self.best: Evaluation | None = None
         """The lowest finite value so far."""
+        self.first = 0.0
+        """The magnitude of the first value."""
+        self.noise = 0.0
+        """A difference of two values that may be noise, as far as searches have found that out."""
         self._last: Evaluation | None = None
 
     def at(self, x: Vector) -> Evaluation:
         """The evaluation at a point; a second request in a row for the same point costs nothing."""
-        if self._last is None or not np.array_equal(self._last.x, x):
+        if self._last is None or not (self._last.x == x).all():
             return self.anew(x)
         return self._last
 
     def anew(self, x: Vector) -> Evaluation:
         """An evaluation at a point, whatever is known of it."""
         self._last = Evaluation(self, x)
+        if self.best is None and math.isfinite(self._last.value):
+            self.first = abs(self._last.value)
         if self._last.is_finite and (self.best is None or self._last.value < self.best.value):
             self.best = self._last
         return self._last
+
+    def rounding(self, one: Evaluation, other: Evaluation) -> float:
+        """The largest difference of two values that may be rounding alone."""
+        return max(ROUNDING * max(abs(one.value), abs(other.value)), self.noise)
 
     def evaluate(self, x: Vector) -> tuple[float, Vector | None]:
         """The value, and the gradient where it comes with it."""
@@ -110,7 +132,11 @@ class Objective:
         if not self._together:
             return _number(result), None
         self.njev += 1
-        value, grad = result
+        try:
+            value, grad = result
+        except (TypeError, ValueError):
+            msg = f"`fun` must return a value and a gradient with jac=True, got {result!r}"
+            raise TypeError(msg) from None
         return _number(value), _vector(grad, x.size)
 
     def differentiate(self, point: Evaluation) -> Vector:
@@ -137,7 +163,20 @@ def _function_of_both(fun: Any, jac: Any) -> Callable[..., Any] | None:
     return wrapped if callable(wrapped) else None
 
 
+def under(errors: dict[str, Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """A user's function under the user's own treatment of floating-point errors, whatever that of the run."""
+
+    @wraps(function)
+    def call(*args: Any, **more: Any) -> Any:
+        with np.errstate(**errors):
+            return function(*args, **more)
+
+    return call
+
+
 def _number(value: Any) -> float:
+    if isinstance(value, float):
+        return float(value)
     array = np.asarray(value)
     if array.size != 1:
         msg = f"`fun` must return a single number, got an array of shape {array.shape}"
@@ -145,15 +184,26 @@ def _number(value: Any) -> float:
     if np.iscomplexobj(array):
         msg = f"`fun` must return a real number, got {value!r}"
         raise TypeError(msg)
-    return float(array.item())
+    try:
+        return float(array.item())
+    except (TypeError, ValueError):
+        msg = f"`fun` must return a real number, got {value!r}"
+        raise TypeError(msg) from None
 
 
 def _vector(value: Any, size: int) -> Vector:
     array = np.asarray(value)
+    if value is None or array.dtype.kind in "USmMV":
+        msg = f"`jac` must return real numbers, got {value!r}"
+        raise TypeError(msg)
     if array.size != size:
         msg = f"`jac` must return as many numbers as `x0` has, {size}, got an array of shape {array.shape}"
         raise ValueError(msg)
-    if np.iscomplexobj(array):
+    if array.dtype.kind == "c":
         msg = f"`jac` must return real numbers, got an array of dtype {array.dtype}"
         raise TypeError(msg)
-    return np.array(array, dtype=np.float64).ravel()
+    try:
+        return np.array(array, dtype=np.float64).ravel()
+    except (TypeError, ValueError):
+        msg = f"`jac` must return real numbers, got {value!r}"
+        raise TypeError(msg) from None

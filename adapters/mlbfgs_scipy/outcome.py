@@ -25,9 +25,10 @@ class Outcome(enum.Enum):
     ITERATIONS_USED = 1, "`maxiter` iterations were not enough: try more, or scale the variables alike."
     SEARCH_FAILED = (
         2,
-        "The objective falls by no more than rounding, even along the negative gradient: check the gradient "
-        "with `scipy.optimize.check_grad`; if it is right, try a larger `gtol`, or shift and scale the "
-        "objective so that its least value is near zero.",
+        "No progress: no lower point was found along the direction or the negative gradient, or for many "
+        "iterations neither the objective nor its gradient fell by more than rounding: check the gradient "
+        "with `scipy.optimize.check_grad`; if it is right, try a larger `gtol`, or scale the variables "
+        "alike.",
     )
     START_NOT_FINITE = (
         3,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,12 +15,21 @@ from .curvature import Curvature
 from .objective import Evaluation, Objective, Vector
 from .options import Options
 from .outcome import Outcome
-from .search import ROUNDING, search
+from .search import search
+from .textbook import Textbook
 
 __all__ = ["Halts", "Report", "descend", "follow"]
 
-PATIENCE = 20
-"""Most iterations in a row without a new least value, by more than rounding, or a new least gradient."""
+PATIENCE, SHARE = 100, 0.5
+"""Most iterations in a row without progress, and which part of the run they may be where that is more."""
+
+LOWER = 0.5
+"""What part of its least value so far counts as progress of the gradient's norm."""
+
+STRETCH, LESS, LEAST = 50, 0.2, sys.float_info.min
+"""So many iterations are one stretch: progress is a mean logarithm of the promised falls that is by so much
+less than that of any stretch before."""
+
 Halts = Callable[[Evaluation], bool]
 """Takes the point of each iteration, and says whether the run is to end there."""
 
@@ -32,19 +43,38 @@ class Report(NamedTuple):
 
 
 class _Progress:
-    """How long ago value or gradient had a new low."""
+    """How long ago the value, the gradient's norm or the falls that directions promise had a low that counts.
 
-    def __init__(self, point: Evaluation) -> None:
-        self.value, self.norm, self.pause = point.value, point.norm(), 0
+    A low counts from the last one that did, so that falls below rounding add up. Promised falls follow the
+    distance to the minimum where values cannot and where the norm goes up and down for long; single ones go
+    astray, hence the means.
+    """
 
-    def note(self, point: Evaluation) -> None:
-        """The next iteration's point."""
-        falls = self.value - point.value > ROUNDING * max(abs(self.value), abs(point.value))
-        self.pause = 0 if falls or point.norm() < self.norm else self.pause + 1
-        self.value, self.norm = min(self.value, point.value), min(self.norm, point.norm())
+    def __init__(self, objective: Objective, point: Evaluation) -> None:
+        self.objective, self.lowest, self.norm = objective, point, point.norm
+        self.promises: list[float] = []
+        self.promised: float | None = None
+        self.pause = 0
+
+    def note(self, point: Evaluation, promise: float) -> None:
+        """The next iteration's point, and what the direction to it had promised."""
+        self.pause += 1
+        if self.lowest.value - point.value > self.objective.rounding(self.lowest, point):
+            self.lowest, self.pause = point, 0
+        if point.norm < LOWER * self.norm:
+            self.norm, self.pause = point.norm, 0
+        self.promises.append(math.log(max(promise, LEAST)))
+        if len(self.promises) == STRETCH:
+            mean = sum(self.promises) / STRETCH
+            if self.promised is not None and mean < self.promised - LESS:
+                self.pause = 0
+            self.promised = mean if self.promised is None else min(mean, self.promised)
+            self.promises.clear()
 
 
-def descend(objective: Objective, x: Vector, curvature: Curvature, options: Options, halts: Halts) -> Report:
+def descend(
+    objective: Objective, x: Vector, curvature: Curvature | Textbook, options: Options, halts: Halts
+) -> Report:
     """Minimize an exact objective by line searches along the core's directions.
 
     Where a search fails, curvature is forgotten, and the next one goes along the negative gradient. Where
@@ -53,17 +83,17 @@ def descend(objective: Objective, x: Vector, curvature: Curvature, options: Opti
     point, iterations = objective.at(x), 0
     if not point.is_finite_with_grad:
         return Report(point, Outcome.START_NOT_FINITE, 0)
-    outcome, progress = None, _Progress(point)
+    outcome, progress = None, _Progress(objective, point)
     while True:
         direction = curvature.direction(point)
-        if outcome is None and point.norm() <= options.gradient_tolerance:
+        if outcome is None and point.norm <= options.gradient_tolerance:
             outcome = Outcome.GRADIENT_SMALL
         if outcome is not None:
             return Report(point, outcome, iterations)
         if iterations >= options.most_iterations:
             return Report(_lowest(objective, point), Outcome.ITERATIONS_USED, iterations)
-        found = None
-        if progress.pause < PATIENCE:
+        found, promise = None, float(point.grad @ direction)
+        if progress.pause < max(PATIENCE, SHARE * iterations):
             found = search(objective, point, direction, options)
             if found is None and curvature.has_pairs:
                 found = _search_afresh(objective, point, curvature, options)
@@ -73,7 +103,7 @@ def descend(objective: Objective, x: Vector, curvature: Curvature, options: Opti
         if options.ftol > 0 and point.value - found.value <= options.ftol * scale:
             outcome = Outcome.DECREASE_SMALL
         point, iterations = found, iterations + 1
-        progress.note(point)
+        progress.note(point, promise)
         if halts(point):
             outcome = Outcome.CALLBACK_STOPPED
 
@@ -86,7 +116,7 @@ def follow(objective: Objective, x: Vector, curvature: Curvature, options: Optio
     finite = point
     for iteration in range(options.most_iterations):
         direction = curvature.direction(point)
-        if point.norm() <= options.gradient_tolerance:
+        if point.norm <= options.gradient_tolerance:
             return Report(point, Outcome.GRADIENT_SMALL, iteration)
         if curvature.state.accepted:
             velocity = momentum * velocity + direction
@@ -102,20 +132,20 @@ def follow(objective: Objective, x: Vector, curvature: Curvature, options: Optio
 
 
 def _search_afresh(
-    objective: Objective, point: Evaluation, curvature: Curvature, options: Options
+    objective: Objective, point: Evaluation, curvature: Curvature | Textbook, options: Options
 ) -> Evaluation | None:
     """Search along the negative gradient; if this fails too, the curvature stays as it was."""
-    known = curvature.state
+    known = curvature.memory
     curvature.forget()
     found = search(objective, point, curvature.direction(point), options)
     if found is None:
-        curvature.state = known
+        curvature.memory = known
     return found
 
 
 def _lowest(objective: Objective, point: Evaluation) -> Evaluation:
     """The lowest point that was seen, which a failed search may have left behind."""
     best = objective.best
-    if best is None or best.value >= point.value or not best.is_finite_with_grad:
+    if best is None or not best.is_finite_with_grad:
         return point
-    return best
+    return best if point.value - best.value > objective.rounding(point, best) else point

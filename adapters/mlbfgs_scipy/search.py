@@ -1,29 +1,35 @@
-"""A step by a line search: SciPy's, for the strong Wolfe conditions, begun at the right order of length."""
+"""A step by a line search for the strong Wolfe conditions, which goes by slopes where values are rounded."""
 
 from __future__ import annotations
 
-import warnings
-
-import numpy as np
-from scipy.optimize import line_search
+import math
+from typing import NamedTuple
 
 from .objective import Evaluation, Objective, Vector
 from .options import Options
 
-__all__ = ["ROUNDING", "search"]
+__all__ = ["search"]
 
-SHORTER = 0.1
-"""What is tried next of a direction that is too long by more than that."""
+REACH, FARTHEST = 4.0, 4.0**32
+"""How many times longer than a trial that is too short the next one may be; then the square of that, and so
+on, up to a limit."""
 
-ROUNDING = 10.0 * float(np.finfo(np.float64).eps)
-"""Relative difference of two values of the objective that may be rounding alone."""
+EDGE = 0.1
+"""Part of an interval at either end where no minimum is looked for."""
+
+DOUBTFUL = 1e3
+"""What a value says against the slopes is noise if it is so many times the fall that they promise."""
+
+LOUDEST = 1e-6
+"""Most noise in values that is believed, relative to the values at the start of the run and of the search."""
 
 
-class _NotFiniteError(Exception):
-    """The gradient at a trial is not finite, so that the search cannot go on from there."""
+class _Trial(NamedTuple):
+    """How far the objective has risen after a step, and its slope there, NaN where it is not needed."""
 
-    def __init__(self, x: Vector) -> None:
-        self.x = x
+    step: float
+    rise: float
+    slope: float
 
 
 def search(objective: Objective, start: Evaluation, direction: Vector, options: Options) -> Evaluation | None:
@@ -43,72 +49,139 @@ def search(objective: Objective, start: Evaluation, direction: Vector, options: 
     -------
     Evaluation or None
         One that obeys the conditions; where the search fails, the lowest point of those whose gradient it
-        has seen.
+        has seen, if it is lower than the start by more than rounding.
 
     Notes
     -----
-    SciPy's search brings a trial that is too long down by halves, ten times at most. So a direction is first
-    cut to a tenth for as long as the objective at its end is not finite, or so high that the parabola
-    through what is known has its minimum in that tenth. Each cut costs a value. A value that differs from
-    that at the start by rounding alone is replaced by what the two gradients say of it, so that a minimum
-    far from zero can be approached as closely as gradients allow.
+    All is said in differences from the value at the start, which an offset on the objective does not round
+    away. A difference that may be rounding alone is replaced by what the two gradients say of it, so that a
+    minimum far from zero can be approached as closely as gradients allow.
+
+    A minimum is first looked for ever farther ahead, then between a trial that is too short and one that is
+    too long, where the cubic or the parabola through what is known has its minimum. No scale of the variables
+    is assumed: what a trial may be longer than the last one grows by squares, within what the change of the
+    slope promises, and an interval that goes on to be cut at one end is halved in orders of magnitude.
+
+    Where the value that rejected the shortest trial contradicts the slopes by far more than these promise,
+    values are noisier than their size tells, as a difference of large numbers is: the search is made again
+    with this noise as the limit of what is rounding, which holds for the rest of the run.
 
     References
     ----------
-    Nocedal & Wright, Numerical Optimization, 2nd ed., algorithms 3.5 and 3.6, and eq. 3.57 for the parabola.
+    Nocedal & Wright, Numerical Optimization, 2nd ed., algorithms 3.5 and 3.6; eq. 3.57 for the parabola and
+    3.59 for the cubic.
     Hager & Zhang, SIAM Journal on Optimization 16(1), 2005, section 4.1, for conditions without values.
     """
-    lowest = start
+    line = _Line(objective, start, direction)
+    found = line.search(options)
+    if found is None and line.hears_noise():
+        found = line.search(options)
+    return line.lowest if found is None else found
 
-    def value(x: Vector) -> float:
-        point = objective.at(x)
-        if not point.is_finite:
-            return np.inf
-        if abs(point.value - start.value) > ROUNDING * abs(start.value):
-            return point.value
-        return start.value + float((start.grad + gradient(x)) @ (x - start.x)) / 2.0
 
-    def gradient(x: Vector) -> Vector:
-        nonlocal lowest
-        point = objective.at(x)
-        if not point.has_finite_grad:
-            raise _NotFiniteError(x)
-        if point.value < lowest.value:
-            lowest = point
-        return point.grad
+class _Line:
+    """The objective along a direction."""
 
-    for _ in range(options.maxls):
-        if not start.grad @ direction > 0:
-            break
-        try:
-            if _is_too_long(start, direction, value(start.x - direction)):
-                direction = SHORTER * direction
+    def __init__(self, objective: Objective, start: Evaluation, direction: Vector) -> None:
+        self.objective, self.start, self.direction = objective, start, direction
+        self.slope = -float(start.grad @ direction)
+        self.lowest: Evaluation | None = None
+        self.told: tuple[float, Evaluation] | None = None  # the shortest by its value
+
+    def search(self, options: Options) -> Evaluation | None:
+        """The first trial that obeys the conditions."""
+        before = short = _Trial(0.0, 0.0, self.slope)
+        long: _Trial | None = None
+        step, reach, ahead, between, cuts = 1.0, REACH, 0, 0, 0
+        while self.slope < 0 and max(ahead, between) < options.maxls and math.isfinite(step):
+            x = self.start.x - step * self.direction
+            if (x == self.start.x).all():
+                if long is not None:
+                    break
+                ahead, step, reach = ahead + 1, step * reach, min(reach**2, FARTHEST)
                 continue
-            with warnings.catch_warnings():  # of a search that fails, which is told by its result
-                warnings.filterwarnings("ignore", "The line search|Rounding errors", RuntimeWarning)
-                step, *_, grad = line_search(
-                    value,
-                    gradient,
-                    start.x,
-                    -direction,
-                    start.grad,
-                    start.value,
-                    c1=options.c1,
-                    c2=options.c2,
-                    maxiter=options.maxls,
-                )
-            if grad is not None:
-                return objective.at(start.x - step * direction)
-            break
-        except _NotFiniteError as failure:
-            if lowest is not start:
-                break
-            direction = SHORTER * (start.x - failure.x)
-    return None if lowest is start else lowest
+            point = self.objective.at(x)
+            trial = self._try(step, point, options.c1)
+            if abs(trial.slope) <= -options.c2 * self.slope:
+                return point
+            if trial.slope < 0:
+                before, short, cuts = short, trial, 0
+            else:
+                long, cuts = trial, cuts + 1
+            if long is None:
+                ahead, step, reach = ahead + 1, _beyond(before, short, reach), min(reach**2, FARTHEST)
+            else:
+                between, step = between + 1, _between(short, long, cuts)
+                if not short.step < step < long.step:
+                    break
+        return None
+
+    def _try(self, step: float, point: Evaluation, c1: float) -> _Trial:
+        """A trial; the gradient is asked for only if the value has fallen enough."""
+        rise = self._rise(step, point)
+        if not rise <= c1 * step * self.slope:
+            return _Trial(step, rise, math.nan)
+        if not point.has_finite_grad:
+            return _Trial(step, math.inf, math.nan)
+        best = self.start if self.lowest is None else self.lowest
+        if best.value - point.value > self.objective.rounding(best, point):
+            self.lowest = point
+        return _Trial(step, rise, -float(point.grad @ self.direction))
+
+    def _rise(self, step: float, point: Evaluation) -> float:
+        """By values, or by slopes where values cannot tell."""
+        if not point.is_finite:
+            return math.inf
+        rise = point.value - self.start.value
+        if abs(rise) > self.objective.rounding(self.start, point):
+            if self.told is None or step < self.told[0]:
+                self.told = step, point
+            return rise
+        return self._rise_by_slopes(point) if point.has_finite_grad else math.inf
+
+    def _rise_by_slopes(self, point: Evaluation) -> float:
+        return float((self.start.grad + point.grad) @ (point.x - self.start.x)) / 2.0
+
+    def hears_noise(self) -> bool:
+        """Whether values have turned out to be noisier than was known."""
+        if self.told is None:
+            return False
+        step, point = self.told
+        by_slopes = self._rise_by_slopes(point)
+        noise = abs(point.value - self.start.value - by_slopes)
+        doubtful = noise > DOUBTFUL * max(-step * self.slope, abs(by_slopes))
+        heard = doubtful and noise <= LOUDEST * max(self.objective.first, abs(self.start.value))
+        if heard:
+            self.objective.noise = 10.0 * noise
+        return heard
 
 
-def _is_too_long(start: Evaluation, direction: Vector, value: float) -> bool:
-    """Whether the parabola with the slope at the start and the value at the end has its minimum in the first
-    tenth."""
-    slope = float(start.grad @ direction)
-    return bool(slope < 2.0 * SHORTER * (value - start.value + slope))
+def _beyond(before: _Trial, short: _Trial, reach: float) -> float:
+    """The step where the slope would be zero if it went on to change as it did, or as far as may be."""
+    bend, ahead = short.slope - before.slope, math.inf
+    if bend > 0:
+        ahead = short.step - (short.step - before.step) * short.slope / bend
+    return min(max(ahead, (1.0 + EDGE) * short.step), reach * short.step)
+
+
+def _between(short: _Trial, long: _Trial, cuts: int) -> float:
+    """A step inside an interval whose far end has been the one to move the last `cuts` times."""
+    width, start, end = long.step - short.step, short.slope, long.slope
+    if short.step > 0:
+        edge, middle = EDGE, math.sqrt(short.step) * math.sqrt(long.step)
+    else:
+        edge = EDGE**cuts
+        middle = edge * width
+    if not math.isfinite(long.rise):
+        return middle
+    chord = (long.rise - short.rise) / width
+    if math.isnan(end):
+        bend = 2.0 * (chord - start)
+        part = -start / bend if bend > 0 else 0.0
+    else:
+        half = start + end - 3.0 * chord
+        root = math.sqrt(max(half * half - start * end, 0.0))
+        part = 1.0 - (end + root - half) / (end - start + 2.0 * root)
+    least = min(short.step + edge * width, middle)
+    most = short.step + (1.0 - EDGE) * width if cuts < 3 else middle
+    return min(max(short.step + part * width, least), most)

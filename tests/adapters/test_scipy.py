@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
 import warnings
 
 import numpy as np
@@ -15,6 +16,9 @@ from scipy.sparse.linalg import LinearOperator
 import mlbfgs_core as core
 from mlbfgs_core.reference import Reference, bfgs_inverse_hessian
 from mlbfgs_scipy import Outcome, minimize_mlbfgs, run
+from mlbfgs_scipy.curvature import Curvature
+from mlbfgs_scipy.objective import Objective
+from mlbfgs_scipy.textbook import Textbook, is_textbook
 from tests.helpers import relative, spd
 
 
@@ -112,6 +116,339 @@ def test_a_first_direction_that_is_far_too_long_is_cut():
     result = solve(lambda x: (0.5e10 * x @ x, 1e10 * x), np.full(3, 1e-6))
     assert result.success
     assert result.nfev < 15
+
+
+# Exact gradients of values that are rounded, and any scale.
+
+
+def steepest(result):
+    return np.max(np.abs(result.jac))
+
+
+def ill_conditioned(offset, condition=1e2, size=10):
+    curvatures = np.geomspace(1, condition, size)
+    return lambda x: (offset + 0.5 * np.sum(curvatures * (x - 1) ** 2), curvatures * (x - 1))
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 1e2, -1e2, -50.0, 1e6, -1e6, 1e12, -1e12, 1e15])
+def test_an_offset_on_the_objective_leaves_the_gradients_tolerance_within_reach(offset, together):
+    both = ill_conditioned(offset)
+    if together:
+        result = solve(both, np.zeros(10), options={"gtol": 1e-8})
+    else:
+        result = solve(lambda x: both(x)[0], np.zeros(10), jac=lambda x: both(x)[1], options={"gtol": 1e-8})
+    assert result.success
+    assert steepest(result) <= 1e-8
+    assert result.nfev < 80
+
+
+@pytest.mark.parametrize("offset", [1e6, -1e12])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"preset": "fit"},
+        {"preset": "default"},
+        {"history_size": 1},
+        {"beta": 0.3},
+        {"history_dtype": "float32"},
+    ],
+    ids=str,
+)
+def test_offsets_and_scales_are_no_obstacle_with_other_settings_of_the_core(settings, offset):
+    settings = {"preset": "lbfgs", **settings}
+    result = solve(ill_conditioned(offset), np.zeros(10), options={"gtol": 1e-8, **settings})
+    assert result.success
+    scale = abs(offset)
+    result = solve(
+        lambda x: (1 + 0.5 * np.sum((x / scale - 1) ** 2), (x / scale - 1) / scale),
+        np.zeros(3),
+        options={"gtol": 1e-6 / scale, **settings},
+    )
+    assert result.success
+    assert result.nfev < 30
+
+
+@pytest.mark.parametrize("offset", [1e2, -1e9, 1e12])
+@pytest.mark.parametrize("n", [2, 10, 20])
+def test_an_offset_on_a_curved_valley_leaves_its_minimum_within_reach(n, offset):
+    start = np.tile([-1.2, 1.0], n // 2)
+    result = solve(lambda x: (rosen(x) + offset, rosen_der(x)), start, options={"gtol": 1e-8})
+    assert result.success
+    np.testing.assert_allclose(result.x, 1.0, atol=1e-7)
+
+
+@pytest.mark.parametrize("offset", [100.0, -100.0, 1e6, 1e12])
+@pytest.mark.parametrize(("condition", "size"), [(1e5, 20), (3e5, 20), (1e4, 40)])
+def test_falls_below_rounding_add_up_to_progress(condition, size, offset):
+    fun = ill_conditioned(offset, condition, size)
+    result = solve(fun, np.full(size, 2.0), options={"gtol": 1e-6})
+    assert result.success
+    assert steepest(result) <= 1e-6
+
+
+@pytest.mark.parametrize("start", [0.0, 3.0, -1e3])
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-5, 1e5, 1e8, 1e9, 1e12, 1e16, 1e30, 1e60])
+def test_a_minimum_is_found_at_any_scale_of_the_variables(scale, start):
+    def fun(x):
+        return 1 + 0.5 * np.sum((x / scale - 1) ** 2), (x / scale - 1) / scale
+
+    result = solve(fun, np.full(3, start * scale), options={"gtol": 1e-6 / scale})
+    assert result.success
+    np.testing.assert_allclose(result.x / scale, 1.0, atol=1e-5)
+    assert result.nfev < 30
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e6, 1e12, 1e20])
+def test_a_curved_valley_is_followed_at_any_scale_of_the_variables(scale):
+    def fun(x):
+        return rosen(x / scale), rosen_der(x / scale) / scale
+
+    result = solve(fun, np.asarray([-1.2, 1.0]) * scale, options={"gtol": 1e-6 / scale})
+    assert result.success
+    assert result.nfev < 80
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e9, 1e30])
+def test_a_factor_on_the_objective_leaves_the_minimum_within_reach(scale):
+    def fun(x):
+        return scale * rosen(x), scale * rosen_der(x)
+
+    result = solve(fun, [-1.2, 1.0], options={"gtol": 1e-7 * scale})
+    assert result.success
+    np.testing.assert_allclose(result.x, 1.0, atol=1e-6)
+    assert result.nfev < 80
+
+
+@pytest.mark.parametrize("width", [1e-20, 1e-12, 1e-8, 1e-5, 1e-2, 1e3, 1e8])
+@pytest.mark.parametrize("start", [1.0, 0.3, 2.0])
+def test_a_well_is_found_however_narrow_or_wide_it_is(width, start):
+    def fun(x):
+        depth = np.exp(-np.sum((x / width) ** 2) / 2)
+        return 1 - depth, x / width**2 * depth
+
+    result = solve(fun, [start * width], options={"gtol": 1e-6 / width})
+    assert result.success
+    assert abs(result.x[0]) < 1e-5 * width
+    assert result.nfev < 30
+
+
+def rows(spread):
+    """20,000 of them: inputs with columns of sizes this far apart, linear predictors, random numbers."""
+    rng = np.random.default_rng(0)
+    sizes = 0.5 * np.geomspace(spread**-0.5, spread**0.5, 7)
+    inputs = np.column_stack([np.ones(20_000), rng.normal(size=(20_000, 7)) * sizes])
+    weights = np.concatenate([[1.5], 0.3 * rng.normal(size=7) / sizes])
+    return inputs, inputs @ weights, rng
+
+
+def poisson(spread):
+    inputs, predictor, rng = rows(spread)
+    seen = rng.poisson(np.exp(predictor))
+
+    def fun(x):
+        mean = np.exp(inputs @ x)
+        return np.sum(mean) - seen @ (inputs @ x), inputs.T @ (mean - seen)
+
+    return fun
+
+
+def logistic_of_many(spread):
+    inputs, predictor, rng = rows(spread)
+    signs = np.where(rng.logistic(size=predictor.size) < predictor, 1.0, -1.0)
+
+    def fun(x):
+        margins = signs * (inputs @ x)
+        slopes = -signs * np.exp(-np.logaddexp(0, margins))
+        return np.sum(np.logaddexp(0, -margins)), inputs.T @ slopes
+
+    return fun
+
+
+def gamma_regression(spread):
+    inputs, predictor, rng = rows(spread)
+    seen = rng.gamma(2.0, np.exp(predictor) / 2)
+
+    def fun(x):
+        ratio = seen * np.exp(-inputs @ x)
+        return np.sum(ratio + inputs @ x), inputs.T @ (1 - ratio)
+
+    return fun
+
+
+@pytest.mark.parametrize("spread", [10, 100, 1000])
+@pytest.mark.parametrize("offset", [0.0, -4e4, 1e7])
+@pytest.mark.parametrize("likelihood", [poisson, logistic_of_many, gamma_regression])
+def test_a_likelihood_of_many_rows_ends_below_the_tolerance(likelihood, spread, offset):
+    both = likelihood(spread)
+    result = solve(lambda x: (offset + both(x)[0], both(x)[1]), np.zeros(8), options={"gtol": 1e-6})
+    assert result.success
+    assert steepest(result) <= 1e-6
+
+
+@pytest.mark.parametrize("hidden", [1e4, 1e8, 1e10])
+@pytest.mark.parametrize(("condition", "size", "gtol"), [(1e2, 10, 1e-8), (1e5, 20, 1e-6)])
+def test_values_that_are_differences_of_large_numbers_are_no_obstacle(condition, size, gtol, hidden):
+    both = ill_conditioned(hidden, condition, size)
+    result = solve(lambda x: (both(x)[0] - hidden, both(x)[1]), np.zeros(size), options={"gtol": gtol})
+    assert result.success
+
+
+def test_value_and_gradient_in_one_or_in_two_functions_take_the_same_path():
+    both = ill_conditioned(1e6, 1e4)
+    one = solve(both, np.zeros(10), options={"return_all": True})
+    two = solve(lambda x: both(x)[0], np.zeros(10), jac=lambda x: both(x)[1], options={"return_all": True})
+    np.testing.assert_array_equal(one.allvecs, two.allvecs)
+    assert one.nfev == two.nfev >= two.njev
+
+
+def test_a_polynomial_in_expanded_form_is_minimized_to_the_tolerance():
+    d = np.logspace(0, 2, 10)
+    result = solve(
+        lambda x: (0.5 * x @ (d * x) - d @ x + np.sum(d) / 2, d * (x - 1)),
+        np.zeros(10),
+        options={"gtol": 1e-8},
+    )
+    assert result.success
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e3])
+def test_a_gradient_with_the_wrong_sign_ends_at_the_start(sign, offset):
+    result = solve(lambda x: (offset + sign * 0.5 * x @ x, -sign * x), np.ones(3))
+    assert (result.status, result.nit) == (2, 0)
+    assert result.message == Outcome.SEARCH_FAILED.message
+    assert result.nfev < 30
+
+
+def test_a_failed_run_gives_its_last_point_unless_an_earlier_one_is_lower_by_more_than_rounding():
+    curvatures, points = np.geomspace(1, 1e2, 10), []
+    rng = np.random.default_rng(0)
+
+    def fun(x):  # the noise of these gradients is ten times the tolerance
+        return 1e8 + 0.5 * np.sum(curvatures * x**2), curvatures * x + 1e-6 * rng.uniform(0.5, 1, size=10)
+
+    result = solve(fun, np.ones(10), callback=points.append, options={"gtol": 1e-7})
+    assert not result.success
+    np.testing.assert_array_equal(result.x, points[-1])
+
+
+def test_far_fewer_calls_an_iteration_than_the_core_takes():
+    """Calls of functions, Python's and C's, since seconds depend on the machine: the core's step alone takes
+    more than a thousand."""
+    start, count = np.tile([-1.2, 1.0], 5), 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        result = solve(rosen, start, jac=rosen_der, options={"gtol": 1e-8})
+    finally:
+        sys.setprofile(None)
+    assert result.success
+    assert count / result.nit < 400
+
+
+# The textbook's settings, beside the core.
+
+
+@pytest.mark.parametrize("history_size", [1, 3, 10])
+@pytest.mark.parametrize("iterations", [0, 1, 2, 9])
+def test_textbook_directions_and_state_are_those_of_the_core(history_size, iterations):
+    config = core.Config(preset="lbfgs", history_size=history_size)
+    assert is_textbook(config)
+    objective = Objective(rosenbrock, True, (), 1e-8, np.geterr())
+    swift, slow = Textbook(config, 5), Curvature(config, 5)
+    x = np.full(5, -1.1)
+    for iteration in range(iterations):
+        point = objective.at(x)
+        direction, expected = swift.direction(point), slow.direction(point)
+        np.testing.assert_allclose(direction, expected, rtol=1e-9)
+        x = x - (0.5 if iteration else 1e-3) * expected
+    for name, mine, theirs in zip(core.State._fields, swift.state, slow.state, strict=True):
+        if not isinstance(theirs, tuple):
+            mine, theirs = (mine,), (theirs,)
+        assert len(mine) == len(theirs)
+        for one, other in zip(mine, theirs, strict=True):
+            assert (np.shape(one), np.asarray(one).dtype) == (np.shape(other), np.asarray(other).dtype), name
+            np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("scale", [1e-120, 1e-70, 1.0, 1e70, 1e120])
+def test_textbook_directions_are_finite_and_newtons_at_every_scale_of_the_variables(scale):
+    curvature = Textbook(core.Config(preset="lbfgs"), 1)
+    objective = Objective(lambda x: (0.0, x / scale / scale), True, (), 1e-8, np.geterr())
+    with np.errstate(all="ignore"):
+        for x in (3 * scale, 2 * scale, 0.5 * scale):
+            direction = curvature.direction(objective.at(np.asarray([x])))
+    np.testing.assert_allclose(direction, 0.5 * scale, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"preset": "fit"}, {"beta": 0.5}, {"min_cosine": 0.1}, {"update_every": 2}]
+)
+def test_other_settings_are_not_the_textbooks(changed):
+    assert not is_textbook(core.Config(**{"preset": "lbfgs", **changed}))
+
+
+# Floating-point errors.
+
+RUNS = {
+    "line search": {},
+    "line search of the core": {"preset": "fit"},
+    "given steps": {"learning_rate": 0.1, "maxiter": 30},
+    "given steps of the textbook": {"learning_rate": lambda k: 0.1, "maxiter": 30, "preset": "lbfgs"},
+    "given steps with a metric": {"learning_rate": 0.1, "maxiter": 30, "preset": "default"},
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e-20, 1.0, 1e20, 1e140])
+@pytest.mark.parametrize("jac", [True, None])
+def test_errors_that_numpy_is_told_to_raise_are_not_raised_by_our_arithmetic(run, scale, jac):
+    def fun(x):
+        with np.errstate(all="ignore"):
+            value, grad = (
+                scale * 0.5 * np.sum(np.asarray([1.0, 100.0]) * x**2),
+                scale * np.asarray([1.0, 100.0]) * x,
+            )
+        return (value, grad) if jac else value
+
+    with np.errstate(all="raise"):
+        result = solve(fun, [1.0, 1e-200], jac=jac, options={**RUNS[run], "gtol": 1e-6 * scale})
+        if 1e-100 < scale < 1e100:
+            result.hess_inv @ np.full(2, 1e-200)
+    with np.errstate(all="ignore"):
+        quiet = solve(fun, [1.0, 1e-200], jac=jac, options={**RUNS[run], "gtol": 1e-6 * scale})
+    np.testing.assert_array_equal(result.x, quiet.x)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("together", [True, False])
+def test_the_users_functions_run_under_the_users_own_treatment_of_errors(run, together):
+    seen = []
+
+    def told(result):
+        seen.append(np.geterr())
+        return result
+
+    options = {**RUNS[run], "maxiter": 3}
+    if "learning_rate" in options:
+        options["learning_rate"] = lambda k: told(0.1)
+    with np.errstate(all="ignore", over="raise", under="call"):
+        solve(
+            lambda x: told(rosenbrock(x) if together else rosen(x)),
+            [-1.2, 1.0],
+            jac=True if together else lambda x: told(rosen_der(x)),
+            callback=lambda x: told(None),
+            options=options,
+        )
+        assert seen
+        assert all(errors == np.geterr() for errors in seen)
+    with np.errstate(all="raise"), pytest.raises(FloatingPointError, match="overflow"):
+        solve(lambda x: (float(np.exp(1e3 * x[0])), x), [1.0], options=RUNS[run])
 
 
 @pytest.mark.parametrize("settings", [{"preset": "fit"}, {"preset": "default"}, {"history_size": 3}])
@@ -621,6 +958,12 @@ def test_a_run_without_trouble_gives_no_warning():
         (TypeError, "`jac` must return real numbers, got .*complex128", {"jac": lambda x: 1j * np.ones(2)}),
         (ValueError, r"`fun` must return a single number, got .*\(2,\)", {"fun": lambda x: x}),
         (TypeError, "`fun` must return a real number, got 1j", {"fun": lambda x: 1j}),
+        (TypeError, "`fun` must return a real number, got None", {"fun": lambda x: None}),
+        (TypeError, "`fun` must return a real number, got 'high'", {"fun": lambda x: "high"}),
+        (TypeError, r"`fun` must return a real number, got \{\}", {"fun": lambda x: {}}),
+        (TypeError, "`fun` must be callable, got None", {"fun": None}),
+        (TypeError, "`jac` must return real numbers, got None", {"jac": lambda x: None}),
+        (TypeError, "`jac` must return real numbers, got .*'up'", {"jac": lambda x: ["up", "down"]}),
     ],
 )
 def test_errors_name_the_argument_the_rule_and_the_value(kind, match, arguments):
@@ -628,6 +971,24 @@ def test_errors_name_the_argument_the_rule_and_the_value(kind, match, arguments)
         minimize(
             **{"fun": rosen, "x0": [-1.2, 1.0], "jac": rosen_der, "method": minimize_mlbfgs, **arguments}
         )
+
+
+@pytest.mark.parametrize("returned", [None, 1.0, np.float64(1.0), (1.0,), (1.0, np.ones(2), 3.0), "high"])
+@pytest.mark.parametrize("options", [{}, {"learning_rate": 0.1}])
+def test_a_function_that_does_not_return_value_and_gradient_is_named(returned, options):
+    match = "`fun` must return a value and a gradient with jac=True, got"
+    with pytest.raises(TypeError, match=match):
+        solve(lambda x: returned, [-1.2, 1.0], options=options)
+    with pytest.raises(TypeError, match=match):
+        minimize_mlbfgs(lambda x: returned, [-1.2, 1.0], jac=True, **options)
+
+
+def test_parts_of_value_and_gradient_that_are_missing_are_named():
+    with pytest.raises(TypeError, match="`fun` must return a real number, got None"):
+        solve(lambda x: (None, np.ones(2)), [-1.2, 1.0])
+    with pytest.raises(TypeError, match="`jac` must return real numbers, got None"):
+        solve(lambda x: (1.0, None), [-1.2, 1.0])
+    assert solve(lambda x: rosen(x) if x[0] < 5 else None, [-1.2, 1.0], jac=rosen_der).success
 
 
 @pytest.mark.parametrize("scheme", ["3-point", "cs"])
