@@ -54,11 +54,11 @@ def spectrum(state: State) -> Spectrum:
     >>> float(spectrum(init(Config(), [np.zeros(3)])).largest[0])
     1.0
     """
-    xp = array_namespace(state.gamma)
+    xp, unit = array_namespace(state.gamma), state.grad_scale
     hessian, scale = _hessian(state.gram, state.pairs, state.gamma, xp)
     largest = _largest(state.gram, state.operator, state.gamma, state.size, xp)
     inverse_largest = _largest(state.gram, hessian, scale, state.size, xp)
-    return Spectrum(1.0 / inverse_largest, largest, 1.0 / largest, inverse_largest)
+    return Spectrum(unit / inverse_largest, largest * unit, 1.0 / largest / unit, inverse_largest / unit)
 
 
 def curvatures(state: State | Diagnostics) -> Array:
@@ -118,6 +118,8 @@ def curvatures(state: State | Diagnostics) -> Array:
     values = xp.where(below > middle[:, None], above, below)
     # Where the two sides meet they differ by rounding, and could be out of order.
     values = xp.sort(xp.where(inside, values, xp.inf), axis=1)
+    if isinstance(state, State):  # whose gradients are in units of their own
+        values = values / state.grad_scale
     return xp.where(inside, values, xp.nan)
 
 

@@ -18,7 +18,7 @@ Array = Any
 class Diagnostics(NamedTuple):
     """Figures of the last step; (B,) arrays where a block has its own, else 0-d.
 
-    The arrays are the state's own, and stand where it stands: nothing has been copied or waited for.
+    The arrays stand where the state stands: nothing has been waited for. Most are its own.
     """
 
     step: Array
@@ -82,12 +82,12 @@ def diagnostics(state: State) -> Diagnostics:
         mu=state.mu,
         tau=state.tau,
         delta=state.delta,
-        gamma=state.gamma,
+        gamma=state.gamma * state.grad_scale,
         cosine=state.cosine,
         signal_to_noise=state.signal_to_noise,
-        gradient_rms=xp.sqrt(state.mean_square),
+        gradient_rms=xp.sqrt(state.mean_square) / state.grad_scale,
         gram=state.gram,
-        operator=state.operator,
+        operator=state.operator * state.grad_scale,
     )
 
 

@@ -39,6 +39,7 @@ class Curvature:
             [point.grad],
             when_check=bool(check),
             when_due=bool(due),
+            when_scaled=bool(core.is_scaled(self.memory)),
         )
         return np.asarray(update[0])
 
@@ -75,8 +76,8 @@ class InverseHessian(LinearOperator):
         size = history.shape[-1]
         super().__init__(np.dtype(np.float64), (size, size))
         self._rows = np.asarray(history, dtype=np.float64).reshape(-1, size)
-        self._inner = state.operator[0]
-        self._gamma = state.gamma[0]
+        self._inner = state.grad_scale * state.operator[0]
+        self._gamma = state.grad_scale * state.gamma[0]
         call = prepare(config, state, None, None, None)
         (metric,) = call.metrics(state)
         self._scale = np.ones(size) if metric is None else metric.inverse_root(call.kernels, ...)

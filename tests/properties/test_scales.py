@@ -152,3 +152,23 @@ def test_fit_converges_on_ill_conditioned_least_squares_without_noise(rate, dim,
         highest = max(highest, value())
     assert value() < 2e-4 * first
     assert highest < 1e4 * first
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_is_told_of_curvature_is_in_the_users_units(xp, dtype):
+    """Of a loss in other units, by a factor that sets the scale of gradients."""
+    loss, spectra, records = 2.0 ** (40 if dtype == "float32" else 300), [], []
+    for factor in (1.0, loss):
+        config, start = config_of("lbfgs"), np.linspace(1.5, 2.0, 6)
+        steps = trajectory(config, xp, start, scaled_quadratic(factor, 1.0, dtype), 6, dtype=dtype)
+        *_, (_, _, state) = steps
+        assert (float(to_numpy(state.grad_scale)) != 1) == (factor != 1)
+        record = core.diagnostics(state)
+        spectra.append([to_numpy(x) for x in (*core.spectrum(state), core.curvatures(state))])
+        records.append([to_numpy(x) for x in (core.curvatures(record), record.gamma, record.mu)])
+        np.testing.assert_allclose(spectra[-1][4], records[-1][0], rtol=1e-6)
+        records[-1].append(to_numpy(record.gradient_rms))
+    units = (1 / loss, 1 / loss, loss, loss, loss, loss, 1 / loss, loss, loss)
+    rtol = 2e-2 if dtype == "float32" else 1e-9
+    for one, other, unit in zip(*([*a, *b] for a, b in zip(spectra, records, strict=True)), units, strict=True):
+        np.testing.assert_allclose(other, one * unit, rtol=rtol)
