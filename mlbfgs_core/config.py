@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack, cast
+
+import numpy as np
 
 __all__ = [
     "Config",
     "Preset",
     "Settings",
     "StepLength",
+    "as_number",
     "check_real",
     "default_rate",
     "is_zero",
@@ -97,7 +101,7 @@ class _Range(NamedTuple):
     open_above: bool = True
 
 
-# Tested only for Python numbers, so that a traced hyperparameter passes through.
+# Ranges are tested only of Python's and NumPy's numbers, so that a traced hyperparameter passes through.
 _INTEGERS: Final = ("history_size", "update_every", "check_every")
 _POSITIVE: Final = _Range("must be finite and >= 0", 0.0, math.inf)
 _FRACTION: Final = _Range("must be in [0, 1)", 0.0, 1.0)
@@ -244,18 +248,10 @@ class Config:
 
     def _validate(self) -> None:
         for name in _INTEGERS:
-            value = getattr(self, name)
-            if name != "history_size" and not isinstance(value, (int, float, str, type(None))):
-                continue  # traced
-            if not isinstance(value, int) or isinstance(value, bool):
-                msg = f"`{name}` must be an int, got {value!r}"
-                raise TypeError(msg)
-            if value < 1:
-                msg = f"`{name}` must be >= 1, got {value!r}"
-                raise ValueError(msg)
+            object.__setattr__(self, name, _checked_integer(name, getattr(self, name)))
         for name in _REALS:
             if hasattr(self, name) and not (name == "beta" and self.beta is None):
-                check_real(name, getattr(self, name))
+                object.__setattr__(self, name, check_real(name, getattr(self, name)))
         if not isinstance(self.adaptive, bool):
             msg = f"`adaptive` must be a bool, got {self.adaptive!r}"
             raise TypeError(msg)
@@ -266,19 +262,57 @@ class Config:
             msg = f"`history_dtype` must be None or one of {_HISTORY_DTYPES}, got {self.history_dtype!r}"
             raise ValueError(msg)
         if self.damping is not None:
-            _check_damping(self.damping)
+            object.__setattr__(self, "damping", _checked_damping(self.damping))
 
 
-def check_real(name: str, value: object) -> None:
-    """Raise unless a real argument of a known name (a setting, or an optimizer's rate, momentum or decay)
-    is in its range; an array, traced or not, passes."""
+def as_number(name: str, value: object, rule: str = "must be a number") -> Any:
+    """A number of Python for one of Python or NumPy (a scalar, or an array without axes); an array of
+    another library, traced or not, passes as it is.
+
+    Raises
+    ------
+    TypeError
+        Anything else: a bool, a complex number, a NumPy array with axes, a string.
+    """
+    own = isinstance(value, (np.generic, np.ndarray))
+    number = value.item() if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else value
+    if isinstance(number, Integral) and not isinstance(number, bool):
+        return int(number)
+    if isinstance(number, Real) and not isinstance(number, bool):
+        return float(number)
+    if not own and hasattr(value, "dtype") and hasattr(value, "shape"):
+        return value
+    msg = f"`{name}` {rule}, got {value!r}"
+    raise TypeError(msg)
+
+
+def check_real(name: str, value: object) -> Any:
+    """The number that `as_number` makes of a real argument of a known name (a setting, or an optimizer's
+    rate, momentum or decay).
+
+    Raises
+    ------
+    TypeError, ValueError
+        No number, or one out of the argument's range; the range of another library's array is not looked at.
+    """
     rule, low, high, open_above = _REALS[name]
-    if isinstance(value, (str, bytes, bool, type(None))):
-        msg = f"`{name}` {rule}, got {value!r}"
-        raise TypeError(msg)
-    if isinstance(value, (int, float)) and (not low <= value <= high or (open_above and value == high)):
-        msg = f"`{name}` {rule}, got {value!r}"
+    number = as_number(name, value, rule)
+    if isinstance(number, (int, float)) and (not low <= number <= high or (open_above and number == high)):
+        msg = f"`{name}` {rule}, got {number!r}"
         raise ValueError(msg)
+    return number
+
+
+def _checked_integer(name: str, value: object) -> Any:
+    rule = "must be an int"
+    number = as_number(name, value, rule)
+    if isinstance(number, float) or (name == "history_size" and not isinstance(number, int)):
+        msg = f"`{name}` {rule}, got {number!r}"
+        raise TypeError(msg)
+    if isinstance(number, int) and number < 1:
+        msg = f"`{name}` must be >= 1, got {number!r}"
+        raise ValueError(msg)
+    return number
 
 
 def preset_momentum(preset: str | None) -> float:
@@ -325,20 +359,19 @@ def _check_preset(preset: str | None) -> str:
     return preset
 
 
-def _check_damping(damping: object) -> None:
-    rule = "`damping` must be None or three numbers (sigma_L, sigma_H, tau_0)"
+def _checked_damping(damping: object) -> tuple[Any, ...]:
+    rule = "must be None or three numbers (sigma_L, sigma_H, tau_0)"
     if not isinstance(damping, (tuple, list)) or len(damping) != 3:
-        msg = f"{rule}, got {damping!r}"
+        msg = f"`damping` {rule}, got {damping!r}"
         raise TypeError(msg)
-    if any(isinstance(value, (str, bytes, bool, type(None))) for value in damping):
-        msg = f"{rule}, got {damping!r}"
-        raise TypeError(msg)
-    if not all(isinstance(value, (int, float)) for value in damping):
-        return  # traced
-    sigma_low, sigma_high, tau = damping
+    numbers = tuple(as_number("damping", value, rule) for value in damping)
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        return numbers  # of another library, perhaps traced
+    sigma_low, sigma_high, tau = numbers
     if not (0 < sigma_low < 1 < sigma_high < math.inf and 0 < tau <= 1):
-        msg = f"{rule} with 0 < sigma_L < 1 < sigma_H and 0 < tau_0 <= 1, got {damping!r}"
+        msg = f"`damping` {rule} with 0 < sigma_L < 1 < sigma_H and 0 < tau_0 <= 1, got {numbers!r}"
         raise ValueError(msg)
+    return numbers
 
 
 def is_zero(value: object) -> bool:

@@ -46,11 +46,46 @@ LEAF = np.ones((2, 3))
         ({"damping": (0.1, 5.0, 0.0)}, ValueError, "0 < tau_0 <= 1"),
         ({"preset": "best"}, ValueError, "`preset` must be None or one of .*, got 'best'"),
         ({"memory": 3}, TypeError, "unknown setting `memory`"),
+        ({"beta": np.float32(1.5)}, ValueError, r"`beta` must be None or in \[0, 1\), got 1.5"),
+        ({"beta": np.asarray(-1)}, ValueError, "`beta` must be None or .*, got -1"),
+        ({"beta": np.asarray([0.5])}, TypeError, r"`beta` must be None or .*, got array\(\[0.5\]\)"),
+        ({"beta": [0.5]}, TypeError, r"`beta` must be None or .*, got \[0.5\]"),
+        ({"beta": np.True_}, TypeError, "`beta`"),
+        ({"beta": True}, TypeError, "`beta`"),
+        ({"beta": 0.5j}, TypeError, "`beta`"),
+        ({"min_cosine": np.complex64(0.5)}, TypeError, "`min_cosine`"),
+        ({"history_size": np.float64(5)}, TypeError, "`history_size` must be an int, got 5.0"),
+        ({"history_size": np.asarray(True)}, TypeError, "`history_size` must be an int"),
+        ({"history_size": np.int8(0)}, ValueError, "`history_size` must be >= 1, got 0"),
+        ({"update_every": np.asarray([3])}, TypeError, r"`update_every` must be an int, got array\(\[3\]\)"),
+        ({"check_every": [2]}, TypeError, r"`check_every` must be an int, got \[2\]"),
+        ({"damping": (np.float32(2), 5.0, 0.5)}, ValueError, "sigma_L < 1 < sigma_H"),
+        ({"damping": (0.1, 5.0, np.asarray([0.5]))}, TypeError, "`damping`"),
     ],
 )
 def test_setting_out_of_range_is_refused(settings, error, words):
     with pytest.raises(error, match=words):
         core.Config(**settings)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble, np.asarray], ids=repr)
+def test_numbers_of_numpy_are_numbers(kind):
+    given = core.Config(
+        history_size=np.int64(3),
+        update_every=np.asarray(7, dtype=np.int32),
+        check_every=np.uint8(4),
+        beta=kind(0.5),
+        noise_floor=kind(2),
+        damping=[kind(0.25), kind(8.0), kind(0.5)],
+    )
+    plain = core.Config(
+        history_size=3, update_every=7, check_every=4, beta=0.5, noise_floor=2.0, damping=(0.25, 8.0, 0.5)
+    )
+    assert given == plain
+    assert hash(given) == hash(plain)
+    numbers = (given.history_size, given.update_every, given.check_every)
+    assert {type(value) for value in numbers} == {int}
+    assert {type(value) for value in (given.beta, *given.damping)} == {float}
 
 
 def test_explicit_settings_win_over_the_preset():
@@ -188,6 +223,7 @@ def test_kernels_refuse_an_empty_tile():
 
 
 ON_THE_HOST = {
+    "config.py": {"numpy"},
     "reference.py": {"numpy"},
     "snapshot.py": {"numpy"},
     "serialization.py": {"numpy", "safetensors", "ml_dtypes"},
