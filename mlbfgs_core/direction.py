@@ -382,7 +382,7 @@ def _length(call: Call, state: State, seen: Observation, norm: Array, moving: Ar
         return 1.0 / safe, state.length
     running = xp.where(state.length > 0, state.length, norm)
     length = xp.minimum(norm, config.clip_factor * running)
-    rate = 1.0 / (xp.ones_like(norm) * config.update_every)
+    rate = 1.0 / xp.full_like(norm, config.update_every)
     followed = running + rate * (length - running)
     norm_of_params = xp.sqrt(xp.sum(seen.param_square))
     reach = xp.maximum(norm_of_params, LEAST_NORM * xp.sqrt(xp.sum(state.size)))
