@@ -416,7 +416,7 @@ class _Tree(NamedTuple):
 
         Shapes and dtypes of a state never change, so it cannot follow parameters whose own have changed.
         """
-        averages = _named(state.mean_params)
+        averages = named_leaves(state.mean_params)
         if list(averages) != self.names:
             here, there = set(self.names), set(averages)
             rule = "must be the tree that `init` has seen"
@@ -424,11 +424,7 @@ class _Tree(NamedTuple):
             msg = f"`params` {rule}, got one {told}"
             raise ValueError(msg)
         for name, given, leaf, grad in zip(self.names, self.given, self.leaves, grads, strict=True):
-            mean = averages[name]
-            if (leaf.shape, accumulation_dtype(leaf)) != (mean.shape, dtype_name(mean)):
-                rule = f"must be as `init` has seen them, with averages in {_kind(mean)} at {name!r}"
-                msg = f"`params` {rule}, got {_kind(given)} (a state cannot change: `init` makes a new one)"
-                raise ValueError(msg)
+            check_param(name, given, averages[name])
             if grad is None:
                 continue
             real = as_real(grad)
@@ -462,7 +458,16 @@ def _leaf_fields(config: core.Config) -> Sequence[str]:
     return [name for name in core.LEAF_ARRAYS if name != "moment" or config.uses_metric]
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def check_param(name: str, param: Any, mean: Any) -> None:
+    """Raise ValueError unless a parameter is like the one of whose values a state holds this average."""
+    leaf = as_real(param)
+    if (tuple(leaf.shape), accumulation_dtype(leaf)) != (tuple(mean.shape), dtype_name(mean)):
+        rule = f"must be as `init` has seen them, with averages in {_kind(mean)} at {name!r}"
+        msg = f"`params` {rule}, got {_kind(param)} (a state cannot change: `init` makes a new one)"
+        raise ValueError(msg)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by their names."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return dict(zip(path_names([path for path, _ in paths]), (leaf for _, leaf in paths), strict=True))

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import mlbfgs_core as core
-from mlbfgs_jax import MLBFGSState, mlbfgs, scale_by_mlbfgs
+from mlbfgs_jax import MLBFGSState, load_state, mlbfgs, save_state, scale_by_mlbfgs
 
 FAST = {"check_every": 1, "update_every": 4, "history_size": 3}
 STRICT = {
@@ -608,7 +608,7 @@ def settle(tx, dtype, steps=9, without=None):
 
 @pytest.mark.parametrize("settings", [*PRESETS, *VARIANTS], ids=str)
 def test_the_strictest_jax_takes_every_setting_as_well_without_x64(settings):
-    with jax.enable_x64(False):
+    with configured(jax_enable_x64=False):
         settle(mlbfgs(0.01, 0.5, 0.1, **settings), "float32")
 
 
@@ -624,7 +624,7 @@ def test_the_strictest_jax_takes_masks_and_chains_and_missing_gradients():
 
     settle(optax.masked(mlbfgs(0.01, **FAST), matrices), "float32")
     settle(optax.chain(optax.clip_by_global_norm(1.0), mlbfgs(0.01, **FAST)), "float32")
-    settle(mlbfgs(falling(30), 0.5, lambda count: 0.1 + 0 * count.astype("float32"), **FAST), "float32")
+    settle(mlbfgs(falling(30), **FAST), "float32")
     settle(mlbfgs(0.01, 0.5, 0.1, **FAST), "float32", without="a")
 
 
@@ -669,6 +669,23 @@ def test_gradients_wider_than_their_parameters_do_not_widen_the_state():
         assert_same(jax.tree.map(lambda u: u.astype("float32"), updates), expected)
     assert types(wide) == types(narrow) == types(tx.init(params))
     assert_same(wide, narrow)
+
+
+@pytest.mark.skipif(
+    not jax.tree.leaves(optax.add_decayed_weights(lambda count: 0.1).init({})),
+    reason="this version of optax takes no schedule of weight decay",
+)
+@pytest.mark.parametrize("mask", [None, True, {"w": True}, lambda params: {"w": True}])
+def test_a_schedule_of_weight_decay_counts_accepted_steps(mask):
+    tx = mlbfgs(1.0, 0.0, lambda count: 0.5 / (1 + count.astype("float32")), mask=mask)
+    params = {"w": np.ones(4, "float32")}
+    zero, spoilt = {"w": np.zeros(4, "float32")}, {"w": np.asarray([0, np.inf, 0, 0], "float32")}
+    state, sizes = tx.init(params), []
+    for grads in (zero, spoilt, zero):
+        updates, state = tx.update(jax.device_put(grads), state, params)
+        sizes.append(-float(updates["w"][0]))
+    np.testing.assert_allclose(sizes, [0.5, 0, 0.25], rtol=1e-6)
+    assert types(state) == types(tx.init(params))
 
 
 def test_a_mask_of_decay_takes_gradients_of_none():
@@ -737,6 +754,46 @@ def test_parameters_in_float32_are_refused_where_init_has_seen_float64():
     state = tx.init(make_params("float64"))
     with pytest.raises(ValueError, match=r"averages in float64 .* at 'first.bias', got float32 of shape"):
         tx.update(make_params(), state, make_params())
+
+
+@pytest.mark.parametrize("wrong", ["params", "file"])
+def test_a_checkpoint_of_parameters_of_another_dtype_is_refused_by_name(wrong, tmp_path):
+    params, tx = make_params(), mlbfgs(0.1)
+    state, wide = tx.init(params), make_params("float64")
+    save_state(tmp_path / "run.safetensors", params, state)
+    if wrong == "file":
+        with pytest.raises(ValueError, match=r"'params/first.bias' float64 of shape \(6,\), got float32"):
+            load_state(tmp_path / "run.safetensors", wide, tx.init(wide))
+        return
+    told = r"`params` must be .* float32 of shape \(6,\) at 'first.bias', got float64"
+    with pytest.raises(ValueError, match=told):
+        load_state(tmp_path / "run.safetensors", wide, state)
+    with pytest.raises(ValueError, match=told):
+        save_state(tmp_path / "other.safetensors", wide, state)
+
+
+def test_a_run_goes_on_in_float64_from_a_state_that_was_widened():
+    """As the page shows: what was learned in float32 serves on, to the precision of float64."""
+    curvature = jnp.asarray(np.geomspace(0.05, 1, 20))
+    params, tx = {"x": jnp.ones(20, "float32")}, mlbfgs(0.5, preset="lbfgs")
+    state, update = tx.init(params), jax.jit(tx.update)
+
+    def descend(params, state, steps):
+        for _ in range(steps):
+            dtype = params["x"].dtype
+            grads = {"x": curvature.astype(dtype) * (params["x"] - jnp.asarray(1 / 3, dtype))}
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    params, state = descend(params, state, 40)
+    wide, wide_state = jax.tree.map(
+        lambda x: x.astype("float64") if x.dtype == "float32" else x, (params, state)
+    )
+    assert types(wide_state) == types(tx.init(wide))
+    assert np.abs(wide["x"] - 1 / 3).max() > 1e-9
+    wide, _ = descend(wide, wide_state, 100)
+    assert np.abs(wide["x"] - 1 / 3).max() < 1e-12
 
 
 def test_parameters_of_another_dtype_with_the_same_averages_go_on():
