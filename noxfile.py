@@ -45,6 +45,7 @@ NUMPY = (
     "adapters/mlbfgs_scipy",
     "tests/adapters/test_cupy.py",
     "tests/adapters/test_cupy_kernels.py",
+    "tests/adapters/test_cupy_parameters.py",
     "tests/adapters/test_scipy.py",
     "tests/core/test_serialization.py",
 )

@@ -135,7 +135,8 @@ def _largest(gram: Array, inner: Array, scale: Array, size: Array, xp: Any) -> A
 
 def _eigenvalues_first(inner: Array, spanned: Array, xp: Any, *, descending: bool) -> Array:
     """Eigenvalues on the span, in order, and behind them numbers without a meaning."""
-    beyond = 2.0 * xp.sqrt(xp.sum(inner**2, axis=(1, 2))) + 1.0
+    beyond = 2.0 * inner.shape[-1] * xp.max(xp.abs(inner), axis=(1, 2))
+    beyond = xp.where(beyond > 0, beyond, 1.0)
     if descending:
         return xp.flip(xp.linalg.eigvalsh(_filled(inner, spanned, -beyond, xp)), axis=1)
     return xp.linalg.eigvalsh(_filled(inner, spanned, beyond, xp))

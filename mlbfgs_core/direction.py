@@ -398,7 +398,7 @@ def _length(
     running = xp.where(state.length > 0, state.length, full)
     running = xp.where(seen.diverges, SHORTENING * running, running)
     length = xp.minimum(full, config.clip_factor * running)
-    rate = 1.0 / (xp.ones_like(norm) * config.update_every)
+    rate = 1.0 / xp.full_like(norm, config.update_every)
     followed = running + rate * (length - running)
     norm_of_params = norm_of_squares(state, seen.param_squares, xp)
     reach = xp.where(norm_of_params > 0, norm_of_params, LEAST_NORM * xp.sqrt(xp.sum(state.size)))

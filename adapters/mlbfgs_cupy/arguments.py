@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import is_cupy_array
 
-from mlbfgs_core.config import check_real
+from mlbfgs_core.config import as_number, check_real
 from mlbfgs_core.state import LEAF_DTYPES, accumulation_dtype, dtype_name
 
 from .backends import backend_of
+from .overlap import find_overlap
 
-__all__ = ["Structure", "check_number"]
+__all__ = ["Structure", "check_number", "check_writable"]
 
 Array = Any
 _COMPLEX = ("complex64", "complex128")
@@ -34,7 +35,8 @@ class Structure(NamedTuple):
         Raises
         ------
         TypeError, ValueError
-            Something else than writable NumPy or CuPy arrays of a known dtype, or none at all.
+            Something else than plain, writable NumPy or CuPy arrays of a known dtype, none at all, or
+            arrays that share memory, which one step would write to twice.
         """
         if isinstance(params, Mapping):
             form, names, arrays = "mapping", tuple(params), tuple(params.values())
@@ -54,12 +56,9 @@ class Structure(NamedTuple):
         if not arrays:
             msg = "`params` must hold at least one array, got none"
             raise ValueError(msg)
-        seen: dict[int, str] = {}
         for name, array in zip(names, arrays, strict=True):
             _check_param(name, array)
-            if seen.setdefault(id(array), name) != name:
-                msg = f"`params` must be distinct, got one array as {seen[id(array)]!r} and {name!r}"
-                raise ValueError(msg)
+        _check_memory(names, arrays)
         return cls(form, names, arrays)
 
     @property
@@ -110,27 +109,33 @@ class Structure(NamedTuple):
 
 
 def check_number(name: str, value: Any) -> Any:
-    """A checked learning rate (a number or a 0-d array), momentum or weight decay (numbers).
+    """A checked learning rate, momentum or weight decay: a number of Python; but a rate that is an array
+    without axes, of NumPy or CuPy, as it is, since it may change.
 
     Raises
     ------
     TypeError, ValueError
         Something else, or a number out of range.
     """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if _is_array(value):
-        if name != "lr" or value.ndim != 0 or value.dtype.kind not in "fiu":
-            msg = f"`{name}` must be a number, got an array of shape {value.shape} and dtype {value.dtype}"
-            raise TypeError(msg)
-        if isinstance(value, np.ndarray):
-            check_real(name, float(value))
-        return value
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        msg = f"`{name}` must be a number, got {value!r}"
+    on_device = is_cupy_array(value)
+    if (on_device and name != "lr") or (_is_array(value) and (value.ndim or value.dtype.kind not in "fiu")):
+        msg = f"`{name}` must be a number, got an array of shape {value.shape} and dtype {value.dtype}"
         raise TypeError(msg)
-    check_real(name, value)
-    return value
+    if on_device:
+        return value
+    number = as_number(name, value)
+    if not isinstance(number, (int, float)):
+        msg = f"`{name}` must be a number, got {type(value).__module__}.{type(value).__name__}"
+        raise TypeError(msg)
+    number = check_real(name, number)
+    return value if name == "lr" and isinstance(value, np.ndarray) else number
+
+
+def check_writable(name: str, array: Any) -> None:
+    """Raise ValueError where a parameter cannot be updated in place."""
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        msg = f"`params` must be arrays that can be updated in place, got a read-only array for {name!r}"
+        raise ValueError(msg)
 
 
 def _is_array(x: Any) -> bool:
@@ -142,21 +147,37 @@ def _foreign(x: Any) -> bool:
     return hasattr(x, "dtype") and hasattr(x, "shape")
 
 
+def _is_plain(x: Any) -> bool:
+    """Whether an array is its values and no more: no mask, no unit, no rules of its own."""
+    return type(x) is np.ndarray or isinstance(x, np.memmap) or is_cupy_array(x)
+
+
 def _check_param(name: str, array: Any) -> None:
     if not _is_array(array):
         msg = f"`params` must be NumPy or CuPy arrays, got {type(array).__name__} for {name!r}"
+        raise TypeError(msg)
+    if not _is_plain(array):
+        rule = "must be plain arrays, without a mask, a unit or rules of their own"
+        msg = f"`params` {rule}, got {type(array).__name__} for {name!r}; `numpy.asarray` gives its values"
         raise TypeError(msg)
     if dtype_name(array) not in (*LEAF_DTYPES, *_COMPLEX):
         rule = f"must be of one of the dtypes {(*LEAF_DTYPES, *_COMPLEX)}"
         msg = f"`params` {rule}, got {array.dtype} for {name!r}"
         raise TypeError(msg)
-    read_only = isinstance(array, np.ndarray) and not array.flags.writeable
-    steps = zip(array.strides, array.shape, strict=True)
-    overlaps = array.size > 0 and any(stride == 0 and length > 1 for stride, length in steps)
-    if read_only or overlaps:
-        kind = "a read-only array" if read_only else "a broadcast view"
-        msg = f"`params` must be arrays that can be updated in place, got {kind} for {name!r}"
-        raise ValueError(msg)
+    check_writable(name, array)
+
+
+def _check_memory(names: tuple[str, ...], arrays: tuple[Array, ...]) -> None:
+    found = find_overlap(arrays)
+    if found is None:
+        return
+    one, other = names[found.first], names[found.second]
+    told = "" if found.certain else " (or may do so: whether they do is too hard to decide)"
+    if found.first == found.second:
+        msg = f"`params` must hold each value once, got {one!r}, which overlaps itself in memory{told}"
+    else:
+        msg = f"`params` must not share memory, got {one!r} and {other!r}, which overlap{told}"
+    raise ValueError(msg)
 
 
 def _checked_gradient(name: str, param: Array, grad: Any) -> Array | None:
@@ -164,7 +185,9 @@ def _checked_gradient(name: str, param: Array, grad: Any) -> Array | None:
         return None
     if isinstance(grad, np.generic) and isinstance(param, np.ndarray):
         grad = np.asarray(grad)  # what NumPy makes of a 0-d result
-    if not _is_array(grad) or isinstance(grad, np.ndarray) != isinstance(param, np.ndarray):
+    elif isinstance(grad, np.matrix):
+        grad = np.asarray(grad)  # what SciPy makes of a sum over a sparse matrix
+    if not _is_plain(grad) or isinstance(grad, np.ndarray) != isinstance(param, np.ndarray):
         kind = "NumPy" if isinstance(param, np.ndarray) else "CuPy"
         msg = f"`grads` must hold a {kind} array or None for {name!r}, got {type(grad).__module__}."
         msg += type(grad).__name__

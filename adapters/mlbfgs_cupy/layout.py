@@ -47,6 +47,8 @@ class Member(NamedTuple):
     """Whether `flat` of the parameter is a view."""
     size: int
     """Number of real values."""
+    given: tuple[tuple[int, ...], tuple[int, ...], Any]
+    """Shape, strides and dtype of the parameter when it was handed over."""
 
     @classmethod
     def of(cls, name: str, array: Array) -> Member:
@@ -56,7 +58,18 @@ class Member(NamedTuple):
         order = tuple(sorted(axes, key=lambda axis: -view.strides[axis]))
         inverse = tuple(sorted(axes, key=order.__getitem__))
         plain, dense = view is array and order == axes, view.transpose(order).flags.c_contiguous
-        return cls(name, array, view.shape, order, inverse, plain, dense, math.prod(view.shape))
+        given = array.shape, array.strides, array.dtype
+        return cls(name, array, view.shape, order, inverse, plain, dense, math.prod(view.shape), given)
+
+    def check(self) -> None:
+        """Raise ValueError where the parameter has been given another form since: NumPy lets one assign an
+        array's shape, strides and dtype, and resize it."""
+        array = self.array
+        now = array.shape, array.strides, array.dtype
+        if now != self.given:
+            had, has = (f"shape {x[0]}, strides {x[1]} and dtype {x[2]}" for x in (self.given, now))
+            msg = f"`params` must keep the form in which they were given, {had} for {self.name!r}, got {has}"
+            raise ValueError(msg)
 
     def flat(self, array: Array) -> Array:
         """An array like the parameter (or several: more axes in front), as one axis in memory order."""

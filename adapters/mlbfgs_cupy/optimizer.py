@@ -55,8 +55,8 @@ class MLBFGS:
     Raises
     ------
     ValueError, TypeError
-        Settings out of range; no parameters, or some that are not arrays of these dtypes or cannot be
-        written to.
+        Settings out of range; no parameters, or some that are not plain arrays of these dtypes, cannot be
+        written to, or share memory.
 
     Notes
     -----
@@ -205,12 +205,14 @@ class MLBFGS:
         Raises
         ------
         ValueError, TypeError
-            Gradients that do not fit the parameters, before anything has changed.
+            Gradients that do not fit the parameters; a parameter whose shape, strides or dtype have been
+            changed since it was given, or that has been made read-only. Nothing has changed then.
 
         Notes
         -----
         With gradients of None only, nothing happens, and nothing is counted.
         """
+        self._check(writes=True)
         given = self._structure.gradients(grads)
         work = []
         for unit, indices in zip(self.units, self._places, strict=True):
@@ -260,12 +262,14 @@ class MLBFGS:
         Raises
         ------
         ValueError, TypeError
-            A state of other parameters, blocks or settings that fix shapes. Nothing has changed then.
+            A state of other parameters, blocks or settings that fix shapes; a parameter that `step` would
+            refuse for its form. Nothing has changed then.
 
         Notes
         -----
         With the same parameters the run continues bit for bit.
         """
+        self._check(writes=False)
         loaded = checkpoint.decode(state_dict, self.units)
         nesterov = bool(loaded.numbers.pop("nesterov"))
         numbers = {name: check_number(name, value) for name, value in loaded.numbers.items()}
@@ -285,6 +289,8 @@ class MLBFGS:
 
         Raises
         ------
+        ValueError
+            A parameter whose shape, strides or dtype have been changed.
         OSError, ImportError
             As `mlbfgs_core.save_state`.
 
@@ -301,6 +307,7 @@ class MLBFGS:
         >>> core.load_state(path)[0].names
         ('x',)
         """
+        self._check(writes=False)
         core.save_state(path, [unit.snapshot() for unit in self.units])
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
@@ -313,7 +320,8 @@ class MLBFGS:
         Raises
         ------
         ValueError
-            A damaged file, or one of other parameters, blocks, shapes or dtypes; nothing has changed then.
+            A damaged file, or one of other parameters, blocks, shapes or dtypes; a parameter that `step`
+            would refuse for its form. Nothing has changed then.
         OSError, ImportError
             As `mlbfgs_core.load_state`.
 
@@ -321,11 +329,17 @@ class MLBFGS:
         -----
         Sets the parameters' values too. Hyperparameters and settings stay those of this optimizer.
         """
+        self._check(writes=True)
         loaded = core.load_state(path, [unit.snapshot() for unit in self.units])
         for unit, snapshot in zip(self.units, loaded, strict=True):
             unit.resume(snapshot)
 
+    def _check(self, *, writes: bool) -> None:
+        for unit in self.units:
+            unit.check(writes=writes)
+
     def __getstate__(self) -> dict[str, Any]:
+        self._check(writes=False)
         return {
             "structure": self._structure,
             "blocks": self._blocks,

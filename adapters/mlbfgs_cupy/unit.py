@@ -11,6 +11,7 @@ import mlbfgs_core as core
 from mlbfgs_core.blocks import Blocks
 from mlbfgs_core.state import LEAF_COUNTS
 
+from .arguments import check_writable
 from .backends import Backend, CudaFlags, HostFlags, as_numpy
 from .layout import Array, Leaf, Member, pack, real
 
@@ -76,6 +77,14 @@ class Unit:
     def config(self, config: core.Config) -> None:
         self._config = config
         self._sent = False
+
+    def check(self, *, writes: bool) -> None:
+        """Raise ValueError where a parameter is no longer what it was when it was given, or where it
+        `writes` to one that has been made read-only."""
+        for member in self.members:
+            member.check()
+            if writes:
+                check_writable(member.name, member.array)
 
     def diagnostics(self) -> core.Diagnostics:
         """Figures of the last step."""

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 import mlbfgs_core as core
 from mlbfgs_core.blocks import BlockSpec
 
-from .transform import MLBFGSState, as_real, from_real, path_names
+from .transform import MLBFGSState, as_real, check_param, from_real, named_leaves
 
 __all__ = ["load_state", "save_state"]
 
@@ -65,7 +65,7 @@ def save_state(
     [1.0, 1.0, 1.0]
     """
     snapshot, traces = _snapshot(params, state, blocks)
-    buffers = _named(traces[0].trace) if traces else {}
+    buffers = named_leaves(traces[0].trace) if traces else {}
     momentum = [
         as_real(buffers[name]).astype(mean.dtype) if name in buffers else None
         for name, mean in zip(snapshot.names, snapshot.state.mean_params, strict=True)
@@ -151,18 +151,20 @@ def _snapshot(
         msg = f"`state` {rule}, got {len(found)} and {len(traces)}"
         raise ValueError(msg)
     own = found[0]
-    names = tuple(_named(own.mean_params))
+    names = tuple(named_leaves(own.mean_params))
     partition = core.partition(names, blocks)
     if len(partition) != own.gamma.shape[0]:
         msg = f"`blocks` must give the state's {own.gamma.shape[0]} blocks, got {len(partition)}"
         raise ValueError(msg)
-    values = _named(params)
+    values = named_leaves(params)
     missing = [name for name in names if name not in values]
     if missing:
         msg = f"`params` must hold the parameters of the state, got none of the name {missing[0]!r}"
         raise ValueError(msg)
+    for name, mean in named_leaves(own.mean_params).items():
+        check_param(name, values[name], mean)
     fields = {
-        name: tuple(_named(value).values()) if name in core.LEAF_ARRAYS else value
+        name: tuple(named_leaves(value).values()) if name in core.LEAF_ARRAYS else value
         for name, value in own._asdict().items()
     }
     leaves = tuple(as_real(values[name]) for name in names)
@@ -178,14 +180,10 @@ def _is_count(node: Any) -> bool:
     return getattr(node, "_fields", ()) == ("count",)
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by their names."""
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return dict(zip(path_names([path for path, _ in paths]), (leaf for _, leaf in paths), strict=True))
-
-
 def _map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(tree), [function(*pair) for pair in _named(tree).items()])
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), [function(*pair) for pair in named_leaves(tree).items()]
+    )
 
 
 def _state_like(old: MLBFGSState, new: core.State) -> MLBFGSState:

@@ -66,8 +66,8 @@ class JaxKernels(core.Kernels):
         if rows.dtype == x.dtype and x.size >= _LARGE:
             return _contract(rows, x, x.ndim, 1)
         # A sum reads rows of another dtype as they are stored; a product would convert all of them
-        # beforehand.
-        return jnp.sum(rows.astype(x.dtype) * x, axis=tuple(range(1, rows.ndim)))
+        # beforehand. Both have as many axes, since JAX may be told to refuse anything else.
+        return jnp.sum(rows.astype(x.dtype) * x[None, ...], axis=tuple(range(1, rows.ndim)))
 
     def weighted(self, coefficients: Array, rows: Array, like: Array) -> Array:
         """Sum of weighted rows."""

@@ -127,6 +127,13 @@ def scale_by_mlbfgs(
     >>> bool(loss(x) < 1e-8)
     True
     """
+    return _directions(blocks, axis_name, settings)
+
+
+def _directions(
+    blocks: BlockSpec, axis_name: AxisName | None, settings: Any, *, wide: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_mlbfgs`; where `wide`, directions are of the dtype of the averages, not of the gradient."""
     config, kernels, axes = _config(settings), JaxKernels(), axis_names(axis_name)
 
     def init(params: optax.Params) -> MLBFGSState:
@@ -144,7 +151,8 @@ def scale_by_mlbfgs(
         updates: optax.Updates, state: MLBFGSState, params: optax.Params
     ) -> tuple[optax.Updates, MLBFGSState]:
         tree = _Tree.of(params, blocks)
-        given = tree.treedef.flatten_up_to(updates)
+        given = tree.gradients(updates)
+        tree.check(state, given)
         if all(grad is None for grad in given):
             return updates, state
         grads = [
@@ -154,7 +162,7 @@ def scale_by_mlbfgs(
         shards = Shards.over(axes)
         shards.check(tree.names, tree.leaves, grads)
         directions, after = core.step(
-            config,
+            _cast(config, state.gamma.dtype),
             tree.unfolded(state, config),
             tree.leaves,
             grads,
@@ -167,7 +175,7 @@ def scale_by_mlbfgs(
             when_scaled=_if,
         )
         result = [
-            None if grad is None else from_real(direction, jnp.asarray(grad))
+            None if grad is None else (_paired if wide else from_real)(direction, jnp.asarray(grad))
             for direction, grad in zip(directions, given, strict=True)
         ]
         return tree.treedef.unflatten(result), MLBFGSState(*tree.folded(after, config))
@@ -260,29 +268,80 @@ def mlbfgs(
     if not isinstance(nesterov, bool):
         msg = f"`nesterov` must be a bool, got {nesterov!r}"
         raise TypeError(msg)
-    numbers = {"learning_rate": learning_rate, "momentum": momentum, "weight_decay": weight_decay}
-    for name, value in numbers.items():
-        if name == "momentum" or not callable(value):
-            check_real(name, value)
+    decay = _number("momentum", momentum)
+    shrinkage = weight_decay if callable(weight_decay) else _number("weight_decay", weight_decay)
+    rate = learning_rate if callable(learning_rate) else _number("learning_rate", learning_rate)
     return _guarded(
         optax.chain(
-            scale_by_mlbfgs(blocks=blocks, axis_name=axis_name, **settings),
-            optax.identity() if is_zero(momentum) else _trace(momentum, nesterov=nesterov),
+            _directions(blocks, axis_name, settings, wide=True),
+            optax.identity() if is_zero(decay) else _trace(decay, nesterov=nesterov),
             # A decay of zero would still make a NaN of an infinite parameter.
-            optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask),
-            optax.scale_by_learning_rate(learning_rate),
+            optax.identity() if is_zero(shrinkage) else _decayed_weights(shrinkage, mask),
+            _scale_by_rate(rate),
         )
     )
 
 
 def _trace(decay: Any, *, nesterov: bool) -> optax.GradientTransformation:
-    """`optax.trace`, whose initial state is sharded like the parameters in a compiled `init` too."""
+    """`optax.trace`, whose initial state is sharded like the parameters in a compiled `init` too, and which
+    promotes no dtype."""
     zeros = JaxKernels().zeros
 
     def init(params: optax.Params) -> optax.TraceState:
         return optax.TraceState(jax.tree.map(lambda leaf: zeros(leaf, (), leaf.dtype), params))
 
-    return optax.GradientTransformation(init, optax.trace(decay, nesterov=nesterov).update)
+    def moved(update: Any, trace: Any) -> Any:
+        return None if update is None else update + jnp.asarray(decay, update.dtype) * trace
+
+    def update(
+        updates: optax.Updates, state: optax.TraceState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.TraceState]:
+        del params
+        trace = jax.tree.map(moved, updates, state.trace, is_leaf=_is_none)
+        if nesterov:
+            updates = jax.tree.map(moved, updates, trace, is_leaf=_is_none)
+        return updates if nesterov else trace, optax.TraceState(trace)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scale_by_rate(rate: Any) -> optax.GradientTransformation:
+    """`optax.scale_by_learning_rate`, which promotes no dtype."""
+    theirs = optax.scale_by_learning_rate(rate)
+    if callable(rate):
+        return theirs
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        return jax.tree.map(lambda update: jnp.asarray(-rate, update.dtype) * update, updates), state
+
+    return optax.GradientTransformation(theirs.init, update)
+
+
+def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`, which promotes no dtype, and with a mask takes gradients of None too."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        # The only array in the state is the count of a schedule.
+        rate = weight_decay(*jax.tree.leaves(state)) if callable(weight_decay) else weight_decay
+        chosen = True if mask is None else mask(params) if callable(mask) else mask
+
+        def decayed(update: Any, param: Any, chosen: bool) -> Any:
+            return update + jnp.asarray(rate, update.dtype) * param if chosen else update
+
+        def part(chosen: bool, updates: optax.Updates, params: optax.Params) -> optax.Updates:
+            return jax.tree.map(
+                lambda g, p: None if g is None else decayed(g, p, chosen), updates, params, is_leaf=_is_none
+            )
+
+        updates = jax.tree.map(part, chosen, updates, params)
+        return updates, jax.tree.map(optax.safe_increment, state)
+
+    return optax.GradientTransformation(optax.add_decayed_weights(weight_decay, mask).init, update)
 
 
 def _guarded(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
@@ -298,13 +357,15 @@ def _guarded(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTran
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        wide, (first, *others) = inner.update(_widened(updates), state, _widened(params), **extra_args)
+        wide, (first, *others) = inner.update(updates, state, _widened(params), **extra_args)
 
-        def kept(new: Any, old: Any) -> Any:  # optax drops the momentum of a leaf without a gradient
+        def kept(new: Any, old: Any) -> Any:  # the momentum of a leaf without a gradient stays
             return old if new is None else jnp.where(first.accepted, new, old)
 
-        rest = jax.tree.map(kept, tuple(others), tuple(state[1:]), is_leaf=lambda leaf: leaf is None)
-        result = jax.tree.map(lambda wide, given: kept(wide, 0).astype(given.dtype), wide, updates)
+        rest = jax.tree.map(kept, tuple(others), tuple(state[1:]), is_leaf=_is_none)
+        result = jax.tree.map(
+            lambda wide, given: kept(wide, 0).astype(jnp.asarray(given).dtype), wide, updates
+        )
         return result, (first, *rest)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -315,6 +376,8 @@ class _Tree(NamedTuple):
 
     treedef: Any
     names: list[str]
+    given: list[Any]
+    """As the user has them."""
     leaves: list[Any]
     blocks: Blocks | None
 
@@ -329,8 +392,46 @@ class _Tree(NamedTuple):
                 rule = "must be floating-point or complex arrays (see optax.masked for the others)"
                 msg = f"`params` {rule}, got {dtype} at {name!r}"
                 raise TypeError(msg)
-        leaves = [as_real(leaf) for _, leaf in paths]
-        return cls(treedef, names, leaves, core.partition(names, blocks) if names else None)
+        given = [leaf for _, leaf in paths]
+        return cls(
+            treedef, names, given, list(map(as_real, given)), core.partition(names, blocks) if names else None
+        )
+
+    def gradients(self, updates: optax.Updates) -> list[Any | None]:
+        """One gradient or None for each parameter.
+
+        Raises
+        ------
+        ValueError
+            A tree of another structure.
+        """
+        try:
+            return self.treedef.flatten_up_to(updates)
+        except (TypeError, ValueError) as error:
+            rule = "must be a tree like that of `params`, with None for a parameter without a gradient"
+            msg = f"`updates` {rule}, got {jax.tree.structure(updates)} for {self.treedef}"
+            raise ValueError(msg) from error
+
+    def check(self, state: core.State, grads: Sequence[Any | None]) -> None:
+        """Raise ValueError unless the state is one of these parameters, and gradients fit them.
+
+        Shapes and dtypes of a state never change, so it cannot follow parameters whose own have changed.
+        """
+        averages = named_leaves(state.mean_params)
+        if list(averages) != self.names:
+            here, there = set(self.names), set(averages)
+            rule = "must be the tree that `init` has seen"
+            told = f"without {sorted(there - here)[:3]} and with {sorted(here - there)[:3]} in addition"
+            msg = f"`params` {rule}, got one {told}"
+            raise ValueError(msg)
+        for name, given, leaf, grad in zip(self.names, self.given, self.leaves, grads, strict=True):
+            check_param(name, given, averages[name])
+            if grad is None:
+                continue
+            real = as_real(grad)
+            if real.shape != leaf.shape or not jnp.issubdtype(real.dtype, jnp.floating):
+                msg = f"`updates` must be like the parameter, {_kind(given)}, at {name!r}, got {_kind(grad)}"
+                raise ValueError(msg)
 
     def folded(self, state: core.State, config: core.Config) -> core.State:
         """The state with trees in place of lists."""
@@ -358,8 +459,51 @@ def _leaf_fields(config: core.Config) -> Sequence[str]:
     return [name for name in core.LEAF_ARRAYS if name != "moment" or config.uses_metric]
 
 
+def check_param(name: str, param: Any, mean: Any) -> None:
+    """Raise ValueError unless a parameter is like the one of whose values a state holds this average."""
+    leaf = as_real(param)
+    if (tuple(leaf.shape), accumulation_dtype(leaf)) != (tuple(mean.shape), dtype_name(mean)):
+        rule = f"must be as `init` has seen them, with averages in {_kind(mean)} at {name!r}"
+        msg = f"`params` {rule}, got {_kind(param)} (a state cannot change: `init` makes a new one)"
+        raise ValueError(msg)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their names."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return dict(zip(path_names([path for path, _ in paths]), (leaf for _, leaf in paths), strict=True))
+
+
 def _config(settings: Any) -> core.Config:
     return core.Config(**{name: value for name, value in settings.items() if value is not _FROM_PRESET})
+
+
+def _cast(config: core.Config, dtype: Any) -> core.Config:
+    """The settings with those that are arrays, traced or not, in the dtype of the coefficients."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(cast, value))
+        if not isinstance(value, jax.Array):
+            return value
+        return _real(value).astype(jnp.int32 if jnp.issubdtype(value.dtype, jnp.integer) else dtype)
+
+    return core.Config(**{name: cast(value) for name, value in vars(config).items()})
+
+
+def _number(name: str, value: Any) -> Any:
+    """A checked number, real where it is an array."""
+    value = check_real(name, value)
+    return _real(value) if isinstance(value, jax.Array) else value
+
+
+def _real(number: jax.Array) -> jax.Array:
+    """A number as `optax.inject_hyperparams` gives it, which makes it complex where a parameter is."""
+    return jnp.real(number) if jnp.issubdtype(number.dtype, jnp.complexfloating) else number
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
 
 
 def _if(predicate: Any, part: Callable[[Any], Any], operand: Any) -> Any:
@@ -378,9 +522,18 @@ def as_real(leaf: Any) -> Any:
 
 def from_real(values: Any, leaf: Any) -> Any:
     """The inverse of `as_real`, in the dtype of a leaf."""
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        values = lax.complex(values[..., 0], values[..., 1])
-    return values.astype(leaf.dtype)
+    return _paired(values, leaf).astype(leaf.dtype)
+
+
+def _paired(values: Any, leaf: Any) -> Any:
+    """Pairs of reals as complex values where a leaf is complex."""
+    if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return values
+    return lax.complex(values[..., 0], values[..., 1])
+
+
+def _kind(leaf: Any) -> str:
+    return f"{dtype_name(leaf)} of shape {tuple(leaf.shape)}"
 
 
 def _widened(tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 
@@ -13,9 +14,37 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import mlbfgs_core as core
-from mlbfgs_jax import MLBFGSState, mlbfgs, scale_by_mlbfgs
+from mlbfgs_jax import MLBFGSState, load_state, mlbfgs, save_state, scale_by_mlbfgs
 
 FAST = {"check_every": 1, "update_every": 4, "history_size": 3}
+STRICT = {
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_debug_nans": True,
+    "jax_debug_infs": True,
+    "jax_check_tracer_leaks": True,
+}
+"""The settings with which JAX's users look for faults, of their own or of others."""
+
+
+@contextlib.contextmanager
+def configured(**settings):
+    """JAX with other settings for a while."""
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _strict():
+    """All of this file holds with all of them; a test that needs another setting says why."""
+    with configured(**STRICT):
+        yield
 
 
 def make_params(dtype="float32", seed=0):
@@ -27,7 +56,7 @@ def make_params(dtype="float32", seed=0):
 
 
 def predict(params, x):
-    hidden = jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"])
+    hidden = jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"][None, :])
     return hidden @ params["last"]["kernel"]
 
 
@@ -50,6 +79,11 @@ def stepper(tx):
         return optax.apply_updates(params, updates), state
 
     return step
+
+
+def falling(steps):
+    """A schedule; those of optax promote the dtype of the count."""
+    return lambda count: 0.1 * (1 - count.astype("float32") / steps)
 
 
 def train(tx, params, batches, state=None):
@@ -105,7 +139,7 @@ def test_directions_are_the_cores(settings, blocks):
 
 
 def test_mlbfgs_is_a_chain_of_optaxs_parts():
-    schedule = optax.cosine_decay_schedule(0.1, 30)
+    schedule = falling(30)
     chain = optax.chain(
         scale_by_mlbfgs(**FAST),
         optax.trace(0.8, nesterov=True),
@@ -168,10 +202,12 @@ def test_momentum_looks_ahead_as_the_preset_says(preset, nesterov):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_gradient_costs_its_step_only(bad):
     params, batches = make_params(), make_batches(30)
-    tx = mlbfgs(optax.linear_schedule(0.1, 0.0, 40), 0.9, 0.01, **FAST)
+    tx = mlbfgs(falling(40), 0.9, 0.01, **FAST)
     params, state = train(tx, params, jax.tree.map(lambda x: x[:12], batches))
     grads = jax.grad(loss)(params, (batches[0][12], batches[1][12]))
-    grads["first"]["bias"] = grads["first"]["bias"].at[2].set(bad)
+    spoilt = np.array(grads["first"]["bias"])
+    spoilt[2] = bad
+    grads["first"]["bias"] = jax.device_put(spoilt)  # JAX would refuse to compute such a one
     updates, after = jax.jit(tx.update)(grads, state, params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
     assert int(after[0].skipped) == 1
@@ -211,12 +247,12 @@ def test_complex_parameters_count_as_pairs_of_reals(settings):
         return jax.lax.scan(step, (x, tx.init(x)), length=25)[0]
 
     def real(pair):
-        return jnp.sum(jnp.abs(matrix @ (pair[:, 0] + 1j * pair[:, 1])) ** 2)
+        return jnp.sum(jnp.abs(matrix @ jax.lax.complex(pair[:, 0], pair[:, 1])) ** 2)
 
     as_complex, state = descend(start, lambda x: jnp.sum(jnp.abs(matrix @ x) ** 2))
     as_real, _ = descend(jnp.stack([start.real, start.imag], axis=-1), real)
     assert as_complex.dtype == "complex64"
-    assert_close(as_complex, as_real[:, 0] + 1j * as_real[:, 1], rtol=1e-4, atol=1e-5)
+    assert_close(as_complex, jax.lax.complex(as_real[:, 0], as_real[:, 1]), rtol=1e-4, atol=1e-5)
     assert int(state[0].pairs[0]) > 0
 
 
@@ -356,6 +392,14 @@ def test_extra_arguments_are_ignored():
 # How it composes.
 
 
+@pytest.fixture
+def _donating():
+    """JAX keeps its arguments, which it would compute with again, where it looks for what is not finite."""
+    with configured(jax_debug_nans=False, jax_debug_infs=False):
+        yield
+
+
+@pytest.mark.usefixtures("_donating")
 def test_one_compilation_and_donation_from_the_first_call():
     params, batches = make_params(), make_batches(12)
     tx = mlbfgs(0.1, **FAST)
@@ -375,6 +419,7 @@ def test_initial_state_can_be_donated_when_init_is_compiled():
     jax.jit(tx.update, donate_argnums=1)(make_params(seed=1), state, params)
 
 
+@pytest.mark.usefixtures("_donating")
 @pytest.mark.parametrize("preset", [None, "paper", "lbfgs"])
 def test_a_compiled_step_holds_no_second_copy_of_the_history(preset):
     n, tx = 100_000, mlbfgs(0.1, preset=preset, history_size=10)  # larger than what else a step holds
@@ -446,6 +491,14 @@ def test_masked_and_partition_see_their_leaves_only():
     assert_same(updates["first"]["bias"], params["first"]["bias"])
 
 
+@pytest.fixture
+def _promoting():
+    """For parts of optax that promote dtypes: its schedules, and `MultiSteps`."""
+    with configured(jax_numpy_dtype_promotion="standard"):
+        yield
+
+
+@pytest.mark.usefixtures("_promoting")
 def test_multi_steps_accumulates_and_then_steps_once():
     params, batches = make_params(), make_batches(8)
     every_two = optax.MultiSteps(mlbfgs(0.1, **FAST), 2)
@@ -482,7 +535,7 @@ def test_injecting_the_history_size_says_that_it_is_static():
 
 
 def test_a_schedule_counts_accepted_steps():
-    params, tx = make_params(), mlbfgs(lambda count: 0.1 / (1 + count), momentum=0.0)
+    params, tx = make_params(), mlbfgs(lambda count: 0.1 / (1 + count.astype("float32")), momentum=0.0)
     grads, state = make_params(seed=1), tx.init(params)
     norms, size = [], optax.tree.size(params)
     for _ in range(3):
@@ -490,6 +543,23 @@ def test_a_schedule_counts_accepted_steps():
         norms.append(float(optax.tree.norm(updates)))
     assert norms[0] == pytest.approx(0.1 * size**0.5, rel=1e-5)
     assert int(state[-1].count) == 3
+
+
+@pytest.mark.parametrize("static", [(), ("learning_rate",)])
+def test_an_injected_schedule_counts_every_update_and_a_static_one_accepted_steps(static):
+    """`optax.inject_hyperparams` calls the schedule itself, and knows of no skipped step."""
+    inject = optax.inject_hyperparams(mlbfgs, static_args=("history_size", *static))
+    tx = inject(lambda count: 0.125 / (1 + count.astype("float32")), 0.0)
+    plain = mlbfgs(lambda count: 0.125 / (1 + count.astype("float32")), 0.0)
+    params, spoilt = {"w": np.ones(4, "float32")}, {"w": np.asarray([1, 1, np.nan, 1], "float32")}
+    state, other, sizes = tx.init(params), plain.init(params), []
+    for grads in (params, spoilt, spoilt, params):
+        updates, state = tx.update(jax.device_put(grads), state, params)
+        expected, other = plain.update(jax.device_put(grads), other, params)
+        sizes.append((-float(updates["w"][0]), -float(expected["w"][0])))
+    np.testing.assert_allclose([plain for _, plain in sizes], [0.125, 0, 0, 0.0625], rtol=1e-6)
+    ours = [0.125, 0, 0, 0.0625 if static else 0.03125]  # the first or the third of the schedule
+    np.testing.assert_allclose([injected for injected, _ in sizes], ours, rtol=1e-6)
 
 
 def test_a_whole_step_can_be_differentiated():
@@ -504,7 +574,267 @@ def test_a_whole_step_can_be_differentiated():
     np.testing.assert_allclose(jax.grad(after)(0.1), slope, rtol=1e-5)
 
 
+# How strict JAX may be.
+
+PRESETS = [{}, FAST, {"preset": "paper", "update_every": 4}, {"preset": "lbfgs"}, {"preset": "fit"}]
+VARIANTS = [
+    *({"step_length": length, **FAST} for length in ("rms", "unit", "clip", "none")),
+    {"metric_power": 0.3, "beta": 0.9, "damping": (0.01, 10.0, 0.9), **FAST},
+    {"history_dtype": "bfloat16", "blocks": "parameter", **FAST},
+]
+
+
+def settle(tx, dtype, steps=9, without=None):
+    """Parameters and state after steps on a quadratic, with a gradient of zero at first."""
+    rng = np.random.default_rng(0)
+
+    def leaf(*shape):
+        values = rng.normal(size=shape)
+        return jnp.asarray(values + 1j * rng.normal(size=shape) if "complex" in dtype else values, dtype)
+
+    params = {"w": leaf(4, 3), "scalar": leaf(), "large": leaf(150, 120)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(steps):
+        slope = min(step, 1) / 2
+        grads = jax.tree.map(lambda x, slope=slope: x * jnp.asarray(slope, x.dtype), params)
+        if without:
+            grads[without] = None
+        updates, state = update(grads, state, params)
+        params = {name: p if updates[name] is None else p + updates[name] for name, p in params.items()}
+    for part in jax.tree.leaves((params, state)):
+        assert np.all(np.isfinite(np.asarray(part).astype(complex)))
+    return params, state
+
+
+@pytest.mark.parametrize("settings", [*PRESETS, *VARIANTS], ids=str)
+def test_the_strictest_jax_takes_every_setting_as_well_without_x64(settings):
+    with configured(jax_enable_x64=False):
+        settle(mlbfgs(0.01, 0.5, 0.1, **settings), "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64", "complex64"])
+@pytest.mark.parametrize("settings", [{}, FAST, {"step_length": "clip", **FAST}], ids=str)
+def test_the_strictest_jax_takes_every_dtype(settings, dtype):
+    settle(mlbfgs(0.01, 0.5, 0.1, **settings), dtype)
+
+
+def test_the_strictest_jax_takes_masks_and_chains_and_missing_gradients():
+    def matrices(params):
+        return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
+
+    settle(optax.masked(mlbfgs(0.01, **FAST), matrices), "float32")
+    settle(optax.chain(optax.clip_by_global_norm(1.0), mlbfgs(0.01, **FAST)), "float32")
+    settle(mlbfgs(falling(30), **FAST), "float32")
+    settle(mlbfgs(0.01, 0.5, 0.1, **FAST), "float32", without="scalar")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_injected_numbers_do_what_plain_ones_do_in_every_dtype_of_the_parameters(dtype):
+    """`optax.inject_hyperparams` gives them the dtype of the parameters, a complex one if need be."""
+    numbers = {"momentum": 0.5, "weight_decay": 0.125, "beta": 0.75, "min_cosine": 0.25, "update_every": 4}
+    numbers |= {"metric_power": 0.5, "shrinkage": 0.5, "check_every": 2}  # exact in bfloat16
+    fixed = {"step_length": "clip", "history_size": 3}
+    injected = optax.inject_hyperparams(mlbfgs, static_args=("history_size",))
+    params, state = settle(injected(0.0625, **numbers, **fixed), dtype)
+    expected, _ = settle(mlbfgs(0.0625, **numbers, **fixed), dtype)
+    bound = 1e-2 if dtype == "bfloat16" else 1e-4
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        difference = np.asarray(one).astype(complex) - np.asarray(other).astype(complex)
+        assert np.all(np.abs(difference) <= bound)
+    assert types(state) == types(injected(0.0625, **numbers, **fixed).init(params))
+
+
+@pytest.mark.usefixtures("_promoting")
+def test_injected_numbers_do_not_widen_the_state_where_dtypes_are_mixed():
+    params = {
+        "narrow": jnp.ones(3, "float32"),
+        "wide": jnp.ones(3, "float64"),
+        "half": jnp.ones(2, "bfloat16"),
+    }
+    tx = optax.inject_hyperparams(mlbfgs, static_args=("history_size",))(0.1, 0.5, 0.1, history_size=3)
+    state = tx.init(params)
+    updates, after = jax.jit(tx.update)(params, state, params)
+    assert types(after) == types(state)
+    assert types(updates) == types(params)
+
+
+def test_gradients_wider_than_their_parameters_do_not_widen_the_state():
+    params, tx = make_params("float32"), mlbfgs(0.1, 0.9, 0.1, **FAST)
+    narrow = wide = tx.init(params)
+    for seed in range(6):
+        grads = make_params("float32", seed)
+        expected, narrow = tx.update(grads, narrow, params)
+        updates, wide = tx.update(jax.tree.map(lambda g: g.astype("float64"), grads), wide, params)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(updates)} == {"float64"}
+        assert_same(jax.tree.map(lambda u: u.astype("float32"), updates), expected)
+    assert types(wide) == types(narrow) == types(tx.init(params))
+    assert_same(wide, narrow)
+
+
+@pytest.mark.skipif(
+    not jax.tree.leaves(optax.add_decayed_weights(lambda count: 0.1).init({})),
+    reason="this version of optax takes no schedule of weight decay",
+)
+@pytest.mark.parametrize("mask", [None, True, {"w": True}, lambda params: {"w": True}])
+def test_a_schedule_of_weight_decay_counts_accepted_steps(mask):
+    tx = mlbfgs(1.0, 0.0, lambda count: 0.5 / (1 + count.astype("float32")), mask=mask)
+    params = {"w": np.ones(4, "float32")}
+    zero, spoilt = {"w": np.zeros(4, "float32")}, {"w": np.asarray([0, np.inf, 0, 0], "float32")}
+    state, sizes = tx.init(params), []
+    for grads in (zero, spoilt, zero):
+        updates, state = tx.update(jax.device_put(grads), state, params)
+        sizes.append(-float(updates["w"][0]))
+    np.testing.assert_allclose(sizes, [0.5, 0, 0.25], rtol=1e-6)
+    assert types(state) == types(tx.init(params))
+
+
+def test_a_mask_of_decay_takes_gradients_of_none():
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    tx = mlbfgs(0.1, 0.0, 0.5, mask={"w": True, "b": False})
+    updates, state = tx.update({"w": jnp.zeros((2, 2)), "b": None}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.05, rtol=1e-6)
+    assert updates["b"] is None
+    assert types(state) == types(tx.init(params))
+    updates, _ = tx.update({"w": None, "b": jnp.zeros(2)}, state, params)
+    assert updates["w"] is None
+    assert not np.any(updates["b"])
+
+
 # What it refuses.
+
+
+def cast(dtype):
+    return lambda params: jax.tree.map(lambda p: p.astype(dtype), params)
+
+
+CHANGED = {
+    "wider": (cast("float64"), r"averages in float32 of shape \(6,\) at 'first.bias', got float64 of shape"),
+    "complex": (cast("complex64"), r"averages in float32 of shape \(6,\) at 'first.bias', got complex64"),
+    "of another shape": (
+        lambda p: {**p, "last": {"kernel": jnp.ones((6, 5), "float32")}},
+        r"averages in float32 of shape \(6, 2\) at 'last.kernel', got float32 of shape \(6, 5\)",
+    ),
+    "more": (
+        lambda p: {**p, "new": jnp.ones(2, "float32")},
+        r"the tree that `init` has seen, got one without \[\] and with \['new'\] in addition",
+    ),
+    "fewer": (
+        lambda p: {"first": p["first"]},
+        r"the tree that `init` has seen, got one without \['last.kernel'\] and with \[\] in addition",
+    ),
+    "of other names": (
+        lambda p: {"first": p["first"], "end": p["last"]},
+        r"got one without \['last.kernel'\] and with \['end.kernel'\] in addition",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda: mlbfgs(0.1, 0.9, 0.1),
+        scale_by_mlbfgs,
+        lambda: optax.inject_hyperparams(mlbfgs, static_args=("history_size",))(0.1),
+    ],
+    ids=["mlbfgs", "scale_by_mlbfgs", "injected"],
+)
+def test_parameters_that_are_no_longer_as_init_has_seen_them_are_refused_by_name(name, compiled, wrap):
+    change, told = CHANGED[name]
+    params, tx = make_params(), wrap()
+    state = tx.init(params)
+    changed = change(params)
+    with pytest.raises(ValueError, match="`params` must be .*" + told):
+        (jax.jit(tx.update) if compiled else tx.update)(changed, state, changed)
+
+
+def test_parameters_in_float32_are_refused_where_init_has_seen_float64():
+    tx = mlbfgs(0.1)
+    state = tx.init(make_params("float64"))
+    with pytest.raises(ValueError, match=r"averages in float64 .* at 'first.bias', got float32 of shape"):
+        tx.update(make_params(), state, make_params())
+
+
+@pytest.mark.parametrize("wrong", ["params", "file"])
+def test_a_checkpoint_of_parameters_of_another_dtype_is_refused_by_name(wrong, tmp_path):
+    params, tx = make_params(), mlbfgs(0.1)
+    state, wide = tx.init(params), make_params("float64")
+    save_state(tmp_path / "run.safetensors", params, state)
+    if wrong == "file":
+        with pytest.raises(ValueError, match=r"'params/first.bias' float64 of shape \(6,\), got float32"):
+            load_state(tmp_path / "run.safetensors", wide, tx.init(wide))
+        return
+    told = r"`params` must be .* float32 of shape \(6,\) at 'first.bias', got float64"
+    with pytest.raises(ValueError, match=told):
+        load_state(tmp_path / "run.safetensors", wide, state)
+    with pytest.raises(ValueError, match=told):
+        save_state(tmp_path / "other.safetensors", wide, state)
+
+
+def test_a_run_goes_on_in_float64_from_a_state_that_was_widened():
+    """As the page shows: what was learned in float32 serves on, to the precision of float64."""
+    curvature = jnp.asarray(np.geomspace(0.05, 1, 20))
+    params, tx = {"x": jnp.ones(20, "float32")}, mlbfgs(0.5, preset="lbfgs")
+    state, update = tx.init(params), jax.jit(tx.update)
+
+    def descend(params, state, steps):
+        for _ in range(steps):
+            dtype = params["x"].dtype
+            grads = {"x": curvature.astype(dtype) * (params["x"] - jnp.asarray(1 / 3, dtype))}
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    params, state = descend(params, state, 40)
+    wide, wide_state = jax.tree.map(
+        lambda x: x.astype("float64") if x.dtype == "float32" else x, (params, state)
+    )
+    assert types(wide_state) == types(tx.init(wide))
+    assert np.abs(wide["x"] - 1 / 3).max() > 1e-9
+    wide, _ = descend(wide, wide_state, 100)
+    assert np.abs(wide["x"] - 1 / 3).max() < 1e-12
+
+
+def test_parameters_of_another_dtype_with_the_same_averages_go_on():
+    """A state of bfloat16 parameters is one of float32 ones."""
+    tx = mlbfgs(0.1, **FAST)
+    half, state = make_params("bfloat16"), tx.init(make_params("bfloat16"))
+    _, state = tx.update(half, state, half)
+    _, after = tx.update(make_params(), state, make_params())
+    assert types(after) == types(state)
+
+
+@pytest.mark.parametrize(
+    ("grads", "told"),
+    [
+        (
+            {"w": jnp.ones(2), "z": jnp.ones(2, complex)},
+            r"float\d+ of shape \(3,\), at 'w', got float\d+ .*\(2,\)",
+        ),
+        ({"w": jnp.ones(3, complex), "z": jnp.ones(2, complex)}, "at 'w', got complex"),
+        ({"w": jnp.ones(3), "z": jnp.ones(2)}, "complex.* at 'z', got float"),
+        ({"w": jnp.ones(3, int), "z": None}, "at 'w', got int"),
+        ({"w": jnp.ones(3)}, "a tree like that of `params`, with None for a parameter without a gradient"),
+        ([jnp.ones(3), jnp.ones(2)], "a tree like that of `params`"),
+    ],
+)
+def test_gradients_that_do_not_fit_are_refused_by_the_name_of_their_parameter(grads, told):
+    params, tx = {"w": jnp.ones(3), "z": jnp.ones(2, complex)}, mlbfgs(0.1, 0.9, 0.1)
+    with pytest.raises(ValueError, match="`updates` must be .*" + told):
+        tx.update(grads, tx.init(params), params)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble, np.asarray], ids=repr)
+def test_numbers_of_numpy_are_numbers(kind):
+    params, results = make_params(), []
+    for made in (float, kind):
+        tx = mlbfgs(made(0.125), made(0.5), made(0.25), min_cosine=made(0.25), history_size=np.int32(3))
+        updates, state = tx.update(params, tx.init(params), params)
+        assert state[0].history["first"]["bias"].shape == (2, 3, 6)
+        results.append(updates)
+    assert_same(*results)
+    assert isinstance(mlbfgs(0.1, kind(0)).init(params)[1], optax.EmptyState)
 
 
 def test_the_signature_names_every_setting_and_the_schedule():
@@ -519,6 +849,9 @@ def test_the_signature_names_every_setting_and_the_schedule():
     [
         (lambda: mlbfgs(-0.1), ValueError, r"`learning_rate` must be finite and >= 0, got -0.1"),
         (lambda: mlbfgs("0.1"), TypeError, r"`learning_rate` must be finite and >= 0, got '0.1'"),
+        (lambda: mlbfgs(np.float32(-1)), ValueError, r"`learning_rate` must be finite and >= 0, got -1.0"),
+        (lambda: mlbfgs(np.ones(1)), TypeError, r"`learning_rate` must be finite .*, got array\(\[1.\]\)"),
+        (lambda: mlbfgs(0.1, np.asarray(1)), ValueError, r"`momentum` must be in \[0, 1\), got 1"),
         (lambda: mlbfgs(0.1, 1.0), ValueError, r"`momentum` must be in \[0, 1\), got 1.0"),
         (lambda: mlbfgs(0.1, nesterov=1), TypeError, r"`nesterov` must be a bool, got 1"),
         (lambda: mlbfgs(0.1, weight_decay=-1), ValueError, r"`weight_decay` must be finite and >= 0, got -1"),
@@ -531,7 +864,7 @@ def test_the_signature_names_every_setting_and_the_schedule():
         (lambda: mlbfgs(0.1).update(jnp.ones(3), mlbfgs(0.1).init(jnp.ones(3))), ValueError,
          r"`params` must be given to `update`, got None"),
         (lambda: mlbfgs(0.1).update(jnp.ones(2), mlbfgs(0.1).init(jnp.ones(3)), jnp.ones(3)), ValueError,
-         r"`grads`\[0\] must have the shape \(3,\), got \(2,\)"),
+         r"`updates` must be like the parameter, .* of shape \(3,\), at '', got .* of shape \(2,\)"),
     ],
 )  # fmt: skip
 def test_bad_arguments_name_the_argument_the_rule_and_the_value(make, error, message):

@@ -34,7 +34,7 @@ def test_python_blocks_of_the_pytorch_page_run():
 
 def test_python_blocks_of_the_jax_page_run():
     names = {}
-    assert run_blocks(ROOT / "docs" / "jax.md", names) == 6
+    assert run_blocks(ROOT / "docs" / "jax.md", names) == 7
     assert names["value"] < 0.05
     assert int(names["state"][0].pairs[0]) > 0
     np.testing.assert_allclose(names["minimum"], 1.0, atol=1e-3)
@@ -44,7 +44,7 @@ def test_python_blocks_of_the_jax_page_run():
 
 def test_python_blocks_of_the_arrays_page_run():
     names = {}
-    assert run_blocks(ROOT / "docs" / "arrays.md", names) == 2
+    assert run_blocks(ROOT / "docs" / "arrays.md", names) == 3
     assert int(names["optimizer"].diagnostics()[0].step) == 100
     assert int(names["optimizer"].diagnostics()[0].pairs[0]) > 0
 

@@ -23,6 +23,24 @@ NOT_APPLICABLE = {
 }
 """Optax's tests that say nothing about an optimizer of another library, and why."""
 
+LAYOUT = ("_src.alias_test", "_src.lbfgs_test", "_src.sharding_test", "contrib._common_test")
+"""Optax's test modules. Those of L-BFGS stand in the first until 0.2.8, and then in one of their own."""
+
+
+def load_all(package: str = "optax") -> dict[str, types.ModuleType]:
+    """The test modules that there are."""
+    names = [f"{package}.{module}" for module in LAYOUT]
+    return {name: load(name) for name in names if importlib.util.find_spec(name) is not None}
+
+
+def find_case(modules: dict[str, types.ModuleType], name: str) -> type:
+    """The test class of a name, in whichever module it stands."""
+    found = [case for module in modules.values() for case in cases(module) if case.__name__ == name]
+    if len(found) != 1:
+        msg = f"`modules` must hold one test class {name!r}, got {len(found)} in {list(modules)}"
+        raise LookupError(msg)
+    return found[0]
+
 
 def load(name: str) -> types.ModuleType:
     """Execute a test module of optax anew, its tests being generated for our inputs.

@@ -10,16 +10,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from .loading import NOT_APPLICABLE, cases, claims, load
+from .inputs import lbfgs
+from .loading import NOT_APPLICABLE, cases, claims, find_case, load_all
 
-MODULES = {
-    name: load(name)
-    for name in ("optax._src.alias_test", "optax._src.sharding_test", "optax.contrib._common_test")
-}
-AliasTest = MODULES["optax._src.alias_test"].AliasTest
-LBFGSTest = MODULES["optax._src.alias_test"].LBFGSTest
-ShardingTest = MODULES["optax._src.sharding_test"].ShardingTest
-ContribTest = MODULES["optax.contrib._common_test"].ContribTest
+MODULES = load_all()
+AliasTest = find_case(MODULES, "AliasTest")
+LBFGSTest = find_case(MODULES, "LBFGSTest")
+ShardingTest = find_case(MODULES, "ShardingTest")
+ContribTest = find_case(MODULES, "ContribTest")
 # Of scikit-learn's own options, and of optax's line searches where a start is of NumPy's float64.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning:sklearn", "ignore:Explicitly requested dtype float64"
@@ -50,3 +48,23 @@ def test_every_test_of_optax_is_run_or_listed_as_not_applicable():
 def test_the_page_lists_what_does_not_apply_and_why():
     rows = re.findall(r"^\| `(test_\w+)` \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert dict(rows) == NOT_APPLICABLE
+
+
+@pytest.mark.parametrize("module", ["alias_test", "lbfgs_test"])
+def test_optaxs_tests_of_lbfgs_are_found_in_either_module_and_call_ours(module, tmp_path, monkeypatch):
+    package = f"optax_with_{module}"
+    folder = tmp_path / package / "_src"
+    folder.mkdir(parents=True)
+    head = "from absl.testing import parameterized\nfrom optax._src import alias\n"
+    body = "class {}(parameterized.TestCase):\n    def test_it(self):\n        return alias.lbfgs\n"
+    (folder / "alias_test.py").write_text(head + body.format("AliasTest"))
+    with (folder / f"{module}.py").open("a") as file:
+        file.write(head + body.format("LBFGSTest"))
+    (tmp_path / package / "contrib").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = load_all(package)
+    assert set(modules) == {f"{package}._src.alias_test", f"{package}._src.{module}"}
+    case = find_case(modules, "LBFGSTest")
+    assert case("test_it").test_it() is lbfgs
+    with pytest.raises(LookupError, match="one test class 'ShardingTest', got 0"):
+        find_case(modules, "ShardingTest")
