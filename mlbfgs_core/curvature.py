@@ -67,7 +67,7 @@ def curvatures(state: State | Diagnostics) -> Array:
     Parameters
     ----------
     state : State or Diagnostics
-        Of which `gram`, `operator`, `gamma` and `pairs` are read. Not consumed.
+        Of which `gram`, `operator`, `gamma`, `pairs` and `grad_scale` are read. Not consumed.
 
     Returns
     -------
@@ -104,9 +104,11 @@ def curvatures(state: State | Diagnostics) -> Array:
     array([[ 4., nan]])
     """
     xp = array_namespace(state.gamma)
-    hessian, scale = _hessian(state.gram, state.pairs, state.gamma, xp)
+    # A record tells gamma in the user's units, the state in those of its gradients.
+    gamma = state.gamma if isinstance(state, State) else state.gamma / state.grad_scale
+    hessian, scale = _hessian(state.gram, state.pairs, gamma, xp)
     large, spanned = _on_span(state.gram, hessian, scale, xp)
-    small, _ = _on_span(state.gram, state.operator, state.gamma, xp)
+    small, _ = _on_span(state.gram, state.operator, gamma, xp)
     above = _eigenvalues_first(large, spanned, xp, descending=False)
     below = 1.0 / _eigenvalues_first(small, spanned, xp, descending=True)
     count = xp.sum(xp.astype(spanned, xp.int32), axis=1)
@@ -118,8 +120,7 @@ def curvatures(state: State | Diagnostics) -> Array:
     values = xp.where(below > middle[:, None], above, below)
     # Where the two sides meet they differ by rounding, and could be out of order.
     values = xp.sort(xp.where(inside, values, xp.inf), axis=1)
-    if isinstance(state, State):  # whose gradients are in units of their own
-        values = values / state.grad_scale
+    values = values / state.grad_scale
     return xp.where(inside, values, xp.nan)
 
 

@@ -47,10 +47,12 @@ class Diagnostics(NamedTuple):
     """Of the last check."""
     gradient_rms: Array
     """(B,): root of the running mean squared gradient."""
+    grad_scale: Array
+    """Power of two by which gradients are multiplied before all else; see `mlbfgs_core.State`."""
     gram: Array
     """(B, 2m, 2m): inner products of the stored rows; for `curvatures`."""
     operator: Array
-    """(B, 2m, 2m): `C` in ``H = gamma I + B^T C B``; for `curvatures`."""
+    """(B, 2m, 2m): `C`, for `curvatures`; in units of `grad_scale`, as are the rows."""
 
     def __repr__(self) -> str:
         """The numbers, and of the matrices the shape."""
@@ -71,7 +73,7 @@ def diagnostics(state: State) -> Diagnostics:
     >>> int(diagnostics(init(Config(), [np.zeros(3)])).skipped)
     0
     """
-    xp = array_namespace(state.gamma)
+    xp, unit = array_namespace(state.gamma), state.grad_scale[..., None]  # states may be stacked
     return Diagnostics(
         step=state.step,
         skipped=state.skipped,
@@ -82,12 +84,13 @@ def diagnostics(state: State) -> Diagnostics:
         mu=state.mu,
         tau=state.tau,
         delta=state.delta,
-        gamma=state.gamma * state.grad_scale,
+        gamma=state.gamma * unit,
         cosine=state.cosine,
         signal_to_noise=state.signal_to_noise,
-        gradient_rms=xp.sqrt(state.mean_square) / state.grad_scale,
+        gradient_rms=xp.sqrt(state.mean_square) / unit,
+        grad_scale=state.grad_scale,
         gram=state.gram,
-        operator=state.operator * state.grad_scale,
+        operator=state.operator,
     )
 
 
