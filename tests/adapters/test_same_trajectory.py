@@ -22,7 +22,8 @@ SETTINGS = {
     "every step": {"check_every": 1, "history_size": 4},
     "fixed": {"adaptive": False, "update_every": 7},
     "fit": {"preset": "fit"},
-    "paper": {"preset": "paper"},
+    "paper": {"preset": "paper", "update_every": 20},
+    "formulas": {"preset": "formulas"},
     "single history": {"history_dtype": "float32", "metric_power": 0.0},
 }
 

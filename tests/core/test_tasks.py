@@ -81,6 +81,26 @@ def test_every_contestant_lowers_the_loss_at_a_rate_with_which_its_search_begins
     assert len(record.steps) == len(record.train) == len(record.seconds)
 
 
+@pytest.fixture(scope="module")
+def digits():
+    """The final training loss of a contestant on the 8x8 digits, at the best of three rates."""
+
+    def best(name):
+        contestant, task = CONTESTANTS[name], TASKS["digits"]
+        rates = map(rate, next_exponents(contestant.centre, {}))
+        return min(train(task.make(0), contestant, lr, task.steps).final for lr in rates)
+
+    return {name: best(name) for name in ("sgd", "mlbfgs_paper", "mlbfgs_formulas")}
+
+
+def test_the_published_recipe_trains_a_network_faster_than_sgd(digits):
+    assert digits["mlbfgs_paper"] < 0.85 * digits["sgd"]
+
+
+def test_the_bare_formulas_do_not(digits):
+    assert digits["mlbfgs_formulas"] > 1.2 * digits["sgd"]
+
+
 def test_gradients_of_a_line_search_count():
     record = train(quadratic(0), CONTESTANTS["lbfgs"], 1.0, 60)
     assert record.calls < 30
