@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.tasks import pool, report, runs
+from benchmarks.tasks import pool, recipe, report, runs
 from benchmarks.tasks.contestants import CONTESTANTS, rate
 from benchmarks.tasks.goals import goals, reaches
 from benchmarks.tasks.problems import TASKS, Problem, Task
@@ -284,6 +284,21 @@ def test_the_page_is_written_from_the_files(tmp_path, monkeypatch):
     assert "| 0.5 | 0.5\N{EN DASH}0.5 |" in tables["tasks_goals"]
     pictures = {path.name for path in (tmp_path / "docs" / "_static").iterdir()}
     assert pictures == {f"tasks_{name}.png" for name in ("steps", "seconds", "budgets", "ratio")}
+
+
+def test_the_recipe_is_held_against_sgd_and_adamw_on_tasks_that_have_all_their_runs(tmp_path):
+    plan = Plan(("digits", "classifier"), (), seeds=1, least=3, most=3)
+    finals = {"adamw": 2.0, "adamw_99": 4.0, "sgd": 3.0, "mlbfgs_paper": 1.0, "mlbfgs_formulas": math.inf}
+    for name, final in finals.items():
+        write(tmp_path, "digits", name, [9.0 + final, final, 9.0 + final], (3.0, 0.4))
+    part = recipe.part(Results(plan, tmp_path))
+    assert part.plan.contestants == tuple(finals)
+    *_, row, _, words = recipe.text(part).splitlines()
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    rates = ", ".join(f"{rate(CONTESTANTS[name].centre):.2g}" for name in ("sgd", "mlbfgs_paper"))
+    bounds = "0.333\N{EN DASH}0.333"
+    assert cells == ["1.5", "0.5", "\N{EN DASH}", "0.333", bounds, "40%", rates]
+    assert "below SGD on 1 of 1 tasks" in words
 
 
 def test_variants_change_something_and_are_held_against_the_default(tmp_path):
