@@ -20,6 +20,7 @@ FIT = core.Config(preset="fit")
 LBFGS = core.Config(preset="lbfgs")
 LBFGS_10 = core.Config(preset="lbfgs", update_every=10)
 FORMULAS_10 = core.Config(preset="formulas", update_every=10)
+RECIPE = core.Config(preset="paper")
 
 
 @cache
@@ -72,6 +73,10 @@ def diverged(config, **dims):
 
 def test_no_run_of_fit_diverges_under_noise():
     assert diverged(FIT) == 0
+
+
+def test_no_run_of_the_published_recipe_diverges_under_noise():
+    assert diverged(RECIPE, dims=(20,)) == 0
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,10 @@ def test_the_published_bounds_do_not_survive_a_rescaling_of_the_loss():
     assert published.scaled_loss("formulas", 1e-4, told=False) > 0.1
 
 
+def test_the_published_recipe_does_not_diverge_at_any_scale_of_the_loss():
+    assert max(published.scaled_loss("paper", scale, told=False) for scale in published.SCALES) < 1e-2
+
+
 def test_losses_at_every_scale_are_those_of_fit():
     losses = [published.scaled_loss("fit", scale, told=False) for scale in (1e-4, 1.0, 1e4)]
     np.testing.assert_allclose(losses, losses[1], rtol=1e-2)
