@@ -43,6 +43,7 @@ def text(results: Results) -> str:
     ]
     tasks = [task for task in results.plan.tasks if _known(results, task)]
     for task in tasks:
+        bests = [results.best(task, name) for name in (SGD, RECIPE)]
         theirs, ours = (results.tuned(task, name) for name in (SGD, RECIPE))
         each = [own.final / other.final for own, other in zip(ours, theirs, strict=True)]
         rows.append(
@@ -52,7 +53,7 @@ def text(results: Results) -> str:
                 report.number(_against_sgd(results, task)),
                 "\N{EN DASH}".join(report.number(value) for value in (min(each), max(each))),
                 report.percent(_steps(results, task)),
-                ", ".join(f"{rate(results.best(task, name)):.2g}" for name in (SGD, RECIPE)),
+                ", ".join(f"{rate(best):.2g}" for best in bests if best is not None),
             ]
         )
     lower = sum(_against_sgd(results, task) < 1 for task in tasks)
