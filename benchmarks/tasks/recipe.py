@@ -37,6 +37,7 @@ def text(results: Results) -> str:
             "published formulas",
             "recipe / SGD",
             "seed by seed",
+            "seeds below SGD",
             "recipe's steps to SGD's loss",
             "learning rates: SGD, recipe",
         ]
@@ -52,6 +53,7 @@ def text(results: Results) -> str:
                 *(report.number(report.ratio(results, task, name)) for name in (SGD, RECIPE, FORMULAS)),
                 report.number(_against_sgd(results, task)),
                 "\N{EN DASH}".join(report.number(value) for value in (min(each), max(each))),
+                f"{sum(value < 1 for value in each)} of {len(each)}",
                 report.percent(_steps(results, task)),
                 ", ".join(f"{rate(best):.2g}" for best in bests if best is not None),
             ]

@@ -297,7 +297,7 @@ def test_the_recipe_is_held_against_sgd_and_adamw_on_tasks_that_have_all_their_r
     cells = [cell.strip() for cell in row.split("|")[2:-1]]
     rates = ", ".join(f"{rate(CONTESTANTS[name].centre):.2g}" for name in ("sgd", "mlbfgs_paper"))
     bounds = "0.333\N{EN DASH}0.333"
-    assert cells == ["1.5", "0.5", "\N{EN DASH}", "0.333", bounds, "40%", rates]
+    assert cells == ["1.5", "0.5", "\N{EN DASH}", "0.333", bounds, "1 of 1", "40%", rates]
     assert "below SGD on 1 of 1 tasks" in words
 
 
