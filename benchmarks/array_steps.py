@@ -25,7 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mL-BFGS, no refresh": {"adaptive": False, "update_every": 10**6},
     "mL-BFGS, T = 50": {"adaptive": False, "update_every": 50},
     "mL-BFGS, adaptive": {},
-    "mL-BFGS, paper, T = 50": {"preset": "paper", "update_every": 50},
+    "mL-BFGS, formulas, T = 50": {"preset": "formulas", "update_every": 50},
 }
 LARGE = {1_000_000: 50, 10_000_000: 10}
 """Sizes, and steps in a window."""

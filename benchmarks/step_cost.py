@@ -51,7 +51,7 @@ OURS = {
     "mL-BFGS, adaptive": {},
     "mL-BFGS, bfloat16 history": {"adaptive": False, "update_every": EVERY, "history_dtype": "bfloat16"},
     "mL-BFGS, capturable": {"adaptive": False, "update_every": EVERY, "capturable": True},
-    "mL-BFGS, paper, T = 50": {"preset": "paper", "update_every": EVERY},
+    "mL-BFGS, formulas, T = 50": {"preset": "formulas", "update_every": EVERY},
 }
 PLAIN, PEER = "mL-BFGS, no refresh", "torch.optim.LBFGS"
 GRAPH = "mL-BFGS, CUDA graph"
@@ -72,7 +72,7 @@ JAX_PEER, JAX_DONATED = "optax.scale_by_lbfgs", "the same, state donated"
 JAX_ADAM = "optax.scale_by_adam"
 BACKENDS = {"numpy": array_api_compat.numpy, "torch": array_api_compat.torch}
 TILES = {"numpy": 2**16, "torch": 2**18}
-SETTINGS: dict[str, core.Settings] = {"default": {}, "paper": {"preset": "paper"}}
+SETTINGS: dict[str, core.Settings] = {"default": {}, "formulas": {"preset": "formulas"}}
 
 
 class Row(NamedTuple):
@@ -346,7 +346,7 @@ def direction_bandwidth(n: int, device: str) -> tuple[float, float]:
     """GB/s of the direction at one leaf of n values (two reads of the history and 6 n), and of a copy."""
     param = nn.Parameter(torch.zeros(n, device=device))
     param.grad = torch.ones_like(param)
-    optimizer = MLBFGS([param], preset="paper", history_size=HISTORY)
+    optimizer = MLBFGS([param], preset="formulas", history_size=HISTORY)
     optimizer.step()
     unit = optimizer._units[0]
     grads = [param.grad]
@@ -447,7 +447,7 @@ def jax_compilation(leaves: int, repeats: int) -> dict[str, float]:
         "optax.lbfgs": optax.lbfgs(memory_size=HISTORY),
         "the same with scale_by_mlbfgs": optax.chain(direction, optax.scale(-1.0), search),
         "mlbfgs, adaptive": mlbfgs(0.1, history_size=HISTORY),
-        "mlbfgs, paper": mlbfgs(0.1, history_size=HISTORY, preset="paper"),
+        "mlbfgs, formulas": mlbfgs(0.1, history_size=HISTORY, preset="formulas"),
         "optax.adamw": optax.with_extra_args_support(optax.adamw(0.1)),
     }
     params = [jnp.ones((30, 40)) for _ in range(leaves)]

@@ -36,8 +36,8 @@ class MLBFGS:
     blocks : {"all", "layer", "parameter"} or callable
         Which parameters share curvature; a callable maps a parameter's name to a label.
     nesterov : bool, optional
-        Whether the momentum looks ahead (Nesterov's), as in `torch.optim.SGD`, or is heavy-ball; by default
-        that of the preset: it does but for "paper", "lbfgs" and "fit".
+        Whether the momentum looks ahead (Nesterov's), as in `torch.optim.SGD`, or is heavy-ball. The
+        default preset looks ahead, the others do not.
     maximize : bool
         Climb instead of descending.
     **settings
@@ -70,7 +70,7 @@ class MLBFGS:
     References
     ----------
     Niu et al., TMLR 2023, arXiv:2307.13744. Difference from the paper: see `mlbfgs_core.Config`;
-    ``preset="paper"`` is the published method.
+    ``preset="paper"`` is the published method with its authors' settings.
 
     Examples
     --------

@@ -106,7 +106,7 @@ def scale_by_mlbfgs(
     References
     ----------
     Niu et al., TMLR 2023, arXiv:2307.13744. Difference from the paper: see `mlbfgs_core.Config`;
-    ``preset="paper"`` is the published method.
+    ``preset="paper"`` is the published method with its authors' settings.
 
     Examples
     --------
@@ -219,8 +219,8 @@ def mlbfgs(
     weight_decay : float or schedule
         Parameters shrink by ``learning_rate * weight_decay`` per step, as in `optax.adamw`.
     nesterov : bool, optional
-        Whether the momentum looks ahead (Nesterov's), as in `optax.sgd`, or is heavy-ball; by default
-        that of the preset: it does but for "paper", "lbfgs" and "fit".
+        Whether the momentum looks ahead (Nesterov's), as in `optax.sgd`, or is heavy-ball. The
+        default preset looks ahead, the others do not.
     mask : tree of bool or callable, optional
         Which parameters decay, as in `optax.adamw`.
     blocks, axis_name, **settings

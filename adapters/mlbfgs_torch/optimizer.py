@@ -61,8 +61,8 @@ class MLBFGS(Optimizer):
         Which parameters share curvature; a callable maps a parameter's name to a label. Names come
         from ``model.named_parameters()``.
     nesterov : bool, optional
-        Whether the momentum looks ahead (Nesterov's), as in `torch.optim.SGD`, or is heavy-ball; by default
-        that of the preset: it does but for "paper", "lbfgs" and "fit".
+        Whether the momentum looks ahead (Nesterov's), as in `torch.optim.SGD`, or is heavy-ball. The
+        default preset looks ahead, the others do not.
     maximize : bool
         Climb instead of descending.
     decoupled_weight_decay : bool
@@ -105,7 +105,7 @@ class MLBFGS(Optimizer):
     References
     ----------
     Niu et al., TMLR 2023, arXiv:2307.13744. Difference from the paper: see `mlbfgs_core.Config`;
-    ``preset="paper"`` is the published method.
+    ``preset="paper"`` is the published method with its authors' settings.
 
     Examples
     --------

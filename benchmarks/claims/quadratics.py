@@ -41,7 +41,8 @@ METHODS: dict[str, core.Settings | None] = {
     "gradient descent": None,
     "L-BFGS": {"preset": "lbfgs"},
     "L-BFGS, T = 10": {"preset": "lbfgs", "update_every": 10},
-    "published": {"preset": "paper", "update_every": 10},
+    "published": {"preset": "formulas", "update_every": 10},
+    "recipe": {"preset": "paper"},
     "mL-BFGS": {"preset": "fit"},
 }
 

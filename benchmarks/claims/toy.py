@@ -28,6 +28,7 @@ TITLES = {
     "L-BFGS, T = 10": "L-BFGS, a pair every 10 steps",
     "published": "published formulas, T = 10",
 }
+"""Of the pictures."""
 PLANE, HALF_WIDTH, HALF_HEIGHT = Problem(2, 10, 0.2), 3.2, 1.9
 CALM = tuple(dict.fromkeys(problem._replace(noise=0.0) for problem in PROBLEMS if problem.dim <= 200))
 """The same without noise, but for the largest, which adds no other spectrum."""
@@ -40,7 +41,8 @@ def write() -> None:
     """All figures and tables of the page."""
     noisy = runs(METHODS)
     calm = runs(
-        {name: METHODS[name] for name in ("Newton", "gradient descent", "published", "mL-BFGS")}, CALM
+        {name: METHODS[name] for name in ("Newton", "gradient descent", "published", "recipe", "mL-BFGS")},
+        CALM,
     )
     style.save(paths(noisy), "toy_paths")
     style.save(curves(noisy), "toy_losses")
@@ -150,7 +152,7 @@ def _legend(axes: Axes) -> None:
 
 def stability(noisy: dict[str, dict[Problem, Runs]]) -> None:
     """How many runs diverge."""
-    order = ("L-BFGS", "L-BFGS, T = 10", "published", "mL-BFGS", "gradient descent", "Newton")
+    order = ("L-BFGS", "L-BFGS, T = 10", "published", "recipe", "mL-BFGS", "gradient descent", "Newton")
     rows = [
         (
             f"{p.dim} dimensions, condition {p.condition:,}, noise {p.noise:g}",
@@ -164,7 +166,8 @@ def stability(noisy: dict[str, dict[Problem, Runs]]) -> None:
         f"diverged of {SEEDS}",
         "L-BFGS, T = 1",
         "L-BFGS, T = 10",
-        "published, T = 10",
+        "formulas, T = 10",
+        "published recipe",
         "mL-BFGS (fit)",
         "gradient descent",
         "exact Newton",
@@ -174,7 +177,7 @@ def stability(noisy: dict[str, dict[Problem, Runs]]) -> None:
 
 def speed(calm: dict[str, dict[Problem, Runs]]) -> None:
     """Steps to a hundredth and to a millionth of the first loss without noise."""
-    order = ("Newton", "mL-BFGS", "published", "gradient descent")
+    order = ("Newton", "mL-BFGS", "published", "recipe", "gradient descent")
     for fraction, name in zip(FRACTIONS, ("toy_newton", "toy_newton_far"), strict=True):
         rows = [
             (
@@ -188,7 +191,8 @@ def speed(calm: dict[str, dict[Problem, Runs]]) -> None:
             f"steps to {100 * fraction:g} % of the first loss",
             "exact Newton",
             "mL-BFGS (fit)",
-            "published, T = 10",
+            "formulas, T = 10",
+            "published recipe",
             "gradient descent",
             "mL-BFGS / Newton",
         )
@@ -216,7 +220,7 @@ def floor_ratio(noisy: dict[str, dict[Problem, Runs]], method: str, problem: Pro
 
 def floors(noisy: dict[str, dict[Problem, Runs]]) -> None:
     """The loss that noise leaves, against Newton's."""
-    order = ("mL-BFGS", "gradient descent", "L-BFGS", "L-BFGS, T = 10", "published")
+    order = ("mL-BFGS", "gradient descent", "L-BFGS", "L-BFGS, T = 10", "published", "recipe")
     rows = []
     for problem in PROBLEMS:
         if problem.noise:
@@ -231,7 +235,8 @@ def floors(noisy: dict[str, dict[Problem, Runs]]) -> None:
         "gradient descent",
         "L-BFGS, T = 1",
         "L-BFGS, T = 10",
-        "published, T = 10",
+        "formulas, T = 10",
+        "published recipe",
     )
     style.table("toy_floor", heading, rows)
 
@@ -243,8 +248,9 @@ def verdict(noisy: dict[str, dict[Problem, Runs]], calm: dict[str, dict[Problem,
     words = (
         f"Of {SEEDS * len(PROBLEMS)} runs on noisy quadratics {total['mL-BFGS'] or 'none'} diverge"
         f'{"" if total["mL-BFGS"] else "s"} with mL-BFGS as it is here (`preset="fit"`), '
-        f"{total['L-BFGS']} do with L-BFGS at every step and {total['published']} with the published "
-        f"formulas alone. Without noise it takes {min(near):.1f} to {max(near):.1f} times exact Newton's "
+        f"{total['L-BFGS']} do with L-BFGS at every step, {total['published']} with the published formulas "
+        f"alone and {total['recipe'] or 'none'} with the published recipe, whose steps have a fixed length. "
+        f"Without noise mL-BFGS takes {min(near):.1f} to {max(near):.1f} times exact Newton's "
         f"steps to 1 % of the first loss, and {min(far):.1f} to {_times(max(far))} times to 0.1 %."
     )
     style.text("toy_verdict", words)

@@ -60,10 +60,12 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--lr", type=float, help=f"peak; by default (None: the preset's) {RATES}")
     group.add_argument("--momentum", type=float, default=0.9, help="of mlbfgs and sgd")
     group.add_argument(
-        "--weight-decay", type=float, default=1e-4, help="decoupled; with sgd and --preset paper not"
+        "--weight-decay", type=float, default=1e-4, help="decoupled; with sgd and the published presets not"
     )
     group.add_argument("--clip", type=float, default=0.0, help="largest norm of the gradient; 0: any")
-    group.add_argument("--preset", choices=("default", "paper"), default="default", help="of mlbfgs")
+    group.add_argument(
+        "--preset", choices=("default", "paper", "formulas"), default="default", help="of mlbfgs"
+    )
     group.add_argument("--blocks", choices=("all", "layer", "parameter"), default="all", help="of mlbfgs")
     group.add_argument(
         "--set",
@@ -107,7 +109,7 @@ def make_optimizer(args: Namespace, named: Iterable[tuple[str, nn.Parameter]]) -
         lr,
         momentum=args.momentum,
         weight_decay=args.weight_decay,
-        decoupled_weight_decay=args.preset != "paper",  # which decays as SGD does
+        decoupled_weight_decay=args.preset == "default",  # the published method decays as SGD does
         blocks=args.blocks,
         preset=args.preset,
         **dict(args.set),

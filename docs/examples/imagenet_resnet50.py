@@ -15,18 +15,19 @@ Four nodes, the same line on each, with a checkpoint folder that all can see:
 give the same run with another optimizer. `--parallel fsdp2` shards parameters and the optimizer's state.
 
 The experiment of the paper (Niu et al., TMLR 2023, arXiv:2307.13744) with the rate, decay, momentum, epochs,
-history, period, average, clipping and precision of the authors' launch script (run-SLIM.sh of
-https://github.com/yuehniu/mL-BFGS, for four GPUs; its schedule is a cosine without warm-up):
+clipping and precision of the authors' launch script (run-SLIM.sh of https://github.com/yuehniu/mL-BFGS, for
+four GPUs; its schedule is a cosine without warm-up), whose history, period, averages, damping and step length
+are those of `--preset paper`:
 
     torchrun --nproc-per-node=4 docs/examples/imagenet_resnet50.py --data ... --checkpoints ... \
         --preset paper --blocks layer --lr 0.1 --weight-decay 0.0002 --momentum 0.9 --epochs 100 --clip 1 \
-        --set history_size=10 --set update_every=50 --set beta=0.999 --warmup-epochs 0 --label-smoothing 0 \
-        --amp fp16
+        --warmup-epochs 0 --label-smoothing 0 --amp fp16
 
 Not as theirs: the batch size (256 is this script's choice; their script does not give one for ImageNet),
-the blocks (theirs are chosen by hand), and their code's own way of averaging, damping and scaling
-gradients, in place of which `--preset paper` has the formulas of the paper. This script has not been run on
-ImageNet: nothing is claimed about accuracy or speed there.
+the blocks (theirs are four, chosen by hand, without the first convolution and the last layer), the last
+learning rate (theirs is 1e-4), the steps before the first pair (theirs are SGD's), and their code's own way
+of averaging, in place of which `--preset paper` has the formulas of the paper. This script has not been run
+on ImageNet: nothing is claimed about accuracy or speed there.
 
 `--resume` goes on from the last checkpoint, if there is one, with the same images and crops in the same
 order, on any number of ranks that divides the batch; on the same number the parameters come out the same to

@@ -38,7 +38,7 @@ def losses(config, rate, steps=1500):
 methods = {
     "SGD": None,
     "textbook L-BFGS": core.Config(preset="lbfgs"),
-    "published formulas": core.Config(preset="paper"),
+    "published formulas": core.Config(preset="formulas"),
     'mL-BFGS, preset="fit"': core.Config(preset="fit"),
 }
 rates = (0.03, 0.1, 0.3)

@@ -26,6 +26,7 @@ CASES = [
     ("default", "layer", "float64", 1e-10),
     ("fit", "all", "float64", 1e-10),
     ("paper", "layer", "float64", 1e-10),
+    ("formulas", "layer", "float64", 1e-10),
 ]
 
 

@@ -26,6 +26,7 @@ SETTINGS = {
     "fit": {"preset": "fit", "update_every": 6},
     "lbfgs": {"preset": "lbfgs"},
     "paper": {"preset": "paper", "update_every": 4},
+    "formulas": {"preset": "formulas", "update_every": 4},
 }
 SHAPES = {"hidden.weight": (5, 4), "hidden.bias": (5,), "scale": (), "none": (0, 3)}
 DIM = 26
@@ -110,7 +111,11 @@ def test_trajectory_is_that_of_the_readable_twin(name, momentum, decay, nesterov
 
 @pytest.mark.parametrize(
     ("settings", "rate"),
-    [({}, 1e-3), ({"step_length": "unit"}, 0.1), ({"preset": "fit"}, 0.1), ({"preset": "lbfgs"}, 0.1)],
+    [
+        ({}, 1e-3),
+        ({"step_length": "unit"}, 0.1),
+        *(({"preset": name}, 0.1) for name in ("paper", "formulas", "lbfgs", "fit")),
+    ],
 )
 def test_the_learning_rate_fits_the_step_length_where_none_is_given(settings, rate):
     assert MLBFGS(np.ones(2), **settings).lr == rate
@@ -119,7 +124,14 @@ def test_the_learning_rate_fits_the_step_length_where_none_is_given(settings, ra
 
 @pytest.mark.parametrize(
     ("preset", "nesterov"),
-    [(None, True), ("default", True), ("paper", False), ("lbfgs", False), ("fit", False)],
+    [
+        (None, True),
+        ("default", True),
+        ("paper", False),
+        ("formulas", False),
+        ("lbfgs", False),
+        ("fit", False),
+    ],
 )
 def test_momentum_looks_ahead_as_the_preset_says(preset, nesterov):
     problem = Problem()
@@ -550,6 +562,14 @@ def test_a_state_goes_through_a_file_and_the_run_continues_bit_for_bit(tmp_path,
     assert resumed.config == optimizer.config
     assert contents(resumed) == contents(optimizer)
     assert np.array_equal(problem.train(resumed, 11), problem.train(optimizer, 11))
+
+
+def test_a_state_dict_keeps_the_settings_that_its_preset_had_when_it_was_saved():
+    as_before = {"beta": 0.9, "damping": (0.01, 10.0, 0.9), "step_length": "none"}
+    optimizer = MLBFGS(np.ones(3), preset="paper", **as_before)
+    resumed = MLBFGS(np.ones(3), preset="paper")
+    resumed.load_state_dict(optimizer.state_dict())
+    assert {name: getattr(resumed.config, name) for name in as_before} == as_before
 
 
 def test_a_state_dict_is_a_copy():

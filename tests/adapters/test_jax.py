@@ -118,7 +118,11 @@ def numpy_leaves(tree):
 @pytest.mark.parametrize("blocks", ["all", "layer"])
 @pytest.mark.parametrize(
     "settings",
-    [FAST, {"preset": "lbfgs"}, *({"preset": name, "update_every": 6} for name in ("fit", "paper"))],
+    [
+        FAST,
+        {"preset": "lbfgs"},
+        *({"preset": name, "update_every": 6} for name in ("fit", "paper", "formulas")),
+    ],
     ids=str,
 )
 def test_directions_are_the_cores(settings, blocks):
@@ -190,7 +194,8 @@ def test_nesterov_is_that_of_optax(nesterov):
 
 
 @pytest.mark.parametrize(
-    ("preset", "nesterov"), [("default", True), ("paper", False), ("lbfgs", False), ("fit", False)]
+    ("preset", "nesterov"),
+    [("default", True), ("paper", False), ("formulas", False), ("lbfgs", False), ("fit", False)],
 )
 def test_momentum_looks_ahead_as_the_preset_says(preset, nesterov):
     params, batches = make_params(), make_batches(20)
@@ -420,7 +425,7 @@ def test_initial_state_can_be_donated_when_init_is_compiled():
 
 
 @pytest.mark.usefixtures("_donating")
-@pytest.mark.parametrize("preset", [None, "paper", "lbfgs"])
+@pytest.mark.parametrize("preset", [None, "paper", "formulas", "lbfgs"])
 def test_a_compiled_step_holds_no_second_copy_of_the_history(preset):
     n, tx = 100_000, mlbfgs(0.1, preset=preset, history_size=10)  # larger than what else a step holds
     params = jnp.ones(n)

@@ -22,7 +22,8 @@ SETTINGS = {
     "every step": {"check_every": 1, "history_size": 4},
     "fixed": {"adaptive": False, "update_every": 7},
     "fit": {"preset": "fit"},
-    "paper": {"preset": "paper"},
+    "paper": {"preset": "paper", "update_every": 20},
+    "formulas": {"preset": "formulas"},
     "single history": {"history_dtype": "float32", "metric_power": 0.0},
 }
 
@@ -101,3 +102,25 @@ def test_three_frameworks_reach_the_same_parameters(name, blocks, dtype):
         error = max(np.max(np.abs(to_numpy(a) - to_numpy(b))) for a, b in zip(params, expected, strict=True))
         assert count == pairs
         assert error < (1e-10 if dtype == "float64" else 1e4 * np.finfo(dtype).eps)
+
+
+def test_the_decay_of_the_published_recipe_is_a_term_of_the_gradient_in_torch_and_in_jax():
+    params, inputs, targets = problem("float64")
+    settings = {"preset": "paper", "update_every": 20}
+    ours = [torch.nn.Parameter(torch.asarray(param)) for param in params]
+    optimizer = MLBFGS(
+        zip(NAMES, ours, strict=True), weight_decay=DECAY, decoupled_weight_decay=False, **settings
+    )
+    tx = optax.chain(optax.add_decayed_weights(DECAY), mlbfgs(0.1, **settings))
+    theirs = list(map(jnp.asarray, params))
+    state, update = tx.init(theirs), jax.jit(tx.update)
+    for x, target in zip(inputs[:100], targets[:100], strict=True):
+        updates, state = update(gradient(theirs, x, target, jnp.tanh), state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+        with torch.no_grad():
+            grads = gradient(ours, torch.asarray(x), torch.asarray(target), torch.tanh)
+        for param, grad in zip(ours, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+    assert int(optimizer.diagnostics()[0].pairs[0]) >= 4
+    assert max(np.max(np.abs(to_numpy(a) - to_numpy(b))) for a, b in zip(ours, theirs, strict=True)) < 1e-10

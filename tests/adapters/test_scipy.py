@@ -534,6 +534,7 @@ def test_inverse_hessian_is_the_identity_before_the_first_pair():
         {"momentum": 0.8},
         {"preset": "default"},
         {"preset": "paper", "update_every": 3},
+        {"preset": "formulas", "update_every": 3},
         {"preset": "lbfgs", "momentum": 0.8},
     ],
     ids=str,
@@ -550,7 +551,7 @@ def test_given_steps_and_their_inverse_hessian_are_those_of_the_reference(settin
     )
     config = core.Config(**{"preset": "fit", **{k: v for k, v in settings.items() if k != "momentum"}})
     momentum = settings.get("momentum", {"fit": 0.0}.get(config.preset, 0.9))
-    heavy_ball = config.preset in ("fit", "paper", "lbfgs")
+    heavy_ball = config.preset in ("fit", "paper", "formulas", "lbfgs")
     twin, x, velocity = Reference(config, [4]), np.full(4, 5.0), np.zeros(4)
     for rate, visited in zip(rates, result.allvecs, strict=False):
         np.testing.assert_allclose(visited, x, rtol=1e-8, atol=1e-8)

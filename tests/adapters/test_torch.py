@@ -243,6 +243,7 @@ def test_groups_that_differ_in_rate_only_share_curvature():
         ({"preset": "default", "momentum": 0.5}, 0.5, True),
         ({"nesterov": False}, 0.9, False),
         ({"preset": "paper", "update_every": 4}, 0.9, False),
+        ({"preset": "formulas", "update_every": 4}, 0.9, False),
         ({"preset": "fit", "momentum": 0.8}, 0.8, False),
         ({"preset": "lbfgs", "momentum": 0.8, "nesterov": True}, 0.8, True),
     ],
@@ -269,7 +270,11 @@ def test_momentum_is_that_of_sgd_fed_with_the_directions(arguments, momentum, ne
 
 @pytest.mark.parametrize(
     ("settings", "rate"),
-    [({}, 1e-3), ({"step_length": "unit"}, 0.1), ({"preset": "fit"}, 0.1), ({"preset": "lbfgs"}, 0.1)],
+    [
+        ({}, 1e-3),
+        ({"step_length": "unit"}, 0.1),
+        *(({"preset": name}, 0.1) for name in ("paper", "formulas", "lbfgs", "fit")),
+    ],
 )
 def test_the_learning_rate_fits_the_step_length_where_none_is_given(settings, rate):
     assert MLBFGS([nn.Parameter(torch.ones(2))], **settings).param_groups[0]["lr"] == rate
@@ -277,13 +282,13 @@ def test_the_learning_rate_fits_the_step_length_where_none_is_given(settings, ra
 
 
 def test_groups_have_the_momentum_of_their_preset():
-    model = make_model()
-    presets = ["default", "paper", "lbfgs", "fit"]
-    groups = [{"params": [p], "preset": k} for p, k in zip(model.parameters(), presets, strict=True)]
-    optimizer = MLBFGS(groups, nesterov=False)
-    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9, 0.0, 0.0]
-    assert [group["nesterov"] for group in optimizer.param_groups] == [True, False, False, False]
-    assert [group["shrinkage"] == 1 for group in optimizer.param_groups] == [False, True, True, True]
+    presets = ["default", "paper", "formulas", "lbfgs", "fit"]
+    optimizer = MLBFGS(
+        [{"params": [nn.Parameter(torch.ones(1))], "preset": k} for k in presets], nesterov=False
+    )
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9, 0.9, 0.0, 0.0]
+    assert [group["nesterov"] for group in optimizer.param_groups] == [True, *4 * [False]]
+    assert [group["shrinkage"] == 1 for group in optimizer.param_groups] == [False, *4 * [True]]
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     assert optimizer.param_groups[-1]["nesterov"] is False
 
@@ -307,6 +312,24 @@ def test_a_state_dict_of_an_older_version_goes_on_as_it_was():
             for each in (train(twin, resumed, data[12:]), train(model, optimizer, data[12:]))
         )
     )
+
+
+def test_a_state_dict_keeps_the_settings_that_its_preset_had_when_it_was_saved():
+    as_before = {"beta": 0.9, "update_every": 20, "damping": (0.01, 10.0, 0.9), "step_length": "none"}
+    data, model = make_data(50), make_model()
+    optimizer = MLBFGS(model.parameters(), lr=0.01, preset="paper", **as_before)
+    train(model, optimizer, data[:45])
+    twin = copy.deepcopy(model)
+    resumed = MLBFGS(twin.parameters(), preset="paper")
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert {name: resumed.param_groups[0][name] for name in as_before} == as_before
+    assert_same(
+        *(
+            list(each.parameters())
+            for each in (train(twin, resumed, data[45:]), train(model, optimizer, data[45:]))
+        )
+    )
+    assert int(resumed.diagnostics()[0].pairs[0]) == 1
 
 
 def test_groups_with_their_own_settings_stand_alone():

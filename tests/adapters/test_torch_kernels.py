@@ -32,6 +32,7 @@ SETTINGS = [
     {"check_every": 1, "history_size": 4},
     {"preset": "fit", "update_every": 4, "history_dtype": "float16"},
     {"preset": "paper", "update_every": 3},
+    {"preset": "formulas", "update_every": 3},
 ]
 MIXED = (torch.float64, torch.float32)
 

@@ -99,6 +99,7 @@ def test_explicit_settings_win_over_the_preset():
         (None, 0.9, True, True),
         ("default", 0.9, True, True),
         ("paper", 0.9, False, False),
+        ("formulas", 0.9, False, False),
         ("lbfgs", 0.0, False, False),
         ("fit", 0.0, False, False),
     ],
@@ -111,6 +112,42 @@ def test_presets_say_what_momentum_is_and_whether_pairs_are_freed_of_noise(
     config = core.Config(preset=preset)
     assert config.shrinks is shrinks
     assert (config.shrinkage < 1) is shrinks
+
+
+RECIPE = {
+    "history_size": 10,
+    "update_every": 50,
+    "beta": 0.999,
+    "damping": (0.01, 1.5, 0.99),
+    "step_length": "unit",
+}
+FORMULAS = {
+    "history_size": 10,
+    "update_every": 20,
+    "beta": 0.9,
+    "damping": (0.01, 10.0, 0.9),
+    "step_length": "none",
+}
+NOT_PUBLISHED = {
+    "adaptive": False,
+    "noise_floor": 0.0,
+    "min_cosine": 0.0,
+    "shrinkage": 1.0,
+    "metric_power": 0.0,
+    "history_dtype": None,
+}
+
+
+@pytest.mark.parametrize(("preset", "values"), [("paper", RECIPE), ("formulas", FORMULAS)])
+def test_paper_preset_is_the_published_recipe_and_formulas_the_bare_method(preset, values):
+    """The recipe: run-SLIM.sh and opt/slimblock.py of the authors' code, https://github.com/yuehniu/mL-BFGS."""
+    config = core.Config(preset=preset)
+    assert {name: getattr(config, name) for name in values} == values
+    assert {name: getattr(config, name) for name in NOT_PUBLISHED} == NOT_PUBLISHED
+    assert not config.uses_metric
+    assert not config.uses_noise
+    assert core.default_rate(config.step_length) == 0.1
+    assert (core.preset_momentum(preset), core.preset_nesterov(preset)) == (0.9, False)
 
 
 def test_pairs_are_freed_of_noise_only_where_it_is_known_and_wanted():

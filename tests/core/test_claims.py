@@ -19,7 +19,8 @@ from benchmarks.claims.quadratics import PROBLEMS, RATE, SEEDS, STEPS
 FIT = core.Config(preset="fit")
 LBFGS = core.Config(preset="lbfgs")
 LBFGS_10 = core.Config(preset="lbfgs", update_every=10)
-PAPER_10 = core.Config(preset="paper", update_every=10)
+FORMULAS_10 = core.Config(preset="formulas", update_every=10)
+RECIPE = core.Config(preset="paper")
 
 
 @cache
@@ -74,10 +75,14 @@ def test_no_run_of_fit_diverges_under_noise():
     assert diverged(FIT) == 0
 
 
+def test_no_run_of_the_published_recipe_diverges_under_noise():
+    assert diverged(RECIPE, dims=(20,)) == 0
+
+
 @pytest.mark.parametrize(
     ("config", "least"),
-    [(LBFGS, 10), (LBFGS_10, 30), (PAPER_10, 50)],
-    ids=["lbfgs, T=1", "lbfgs, T=10", "paper, T=10"],
+    [(LBFGS, 10), (LBFGS_10, 30), (FORMULAS_10, 50)],
+    ids=["lbfgs, T=1", "lbfgs, T=10", "formulas, T=10"],
 )
 def test_the_controls_diverge_under_the_same_noise(config, least):
     assert diverged(config, dims=(20,)) >= least  # of 60 with noise

@@ -36,9 +36,13 @@ def test_each_departure_of_the_authors_averages_breaks_the_secant_equation(calm,
 
 
 def test_the_published_bounds_do_not_survive_a_rescaling_of_the_loss():
-    assert published.scaled_loss("paper", 1.0, told=False) < 1e-2
-    assert published.scaled_loss("paper", 1e4, told=False) == np.inf
-    assert published.scaled_loss("paper", 1e-4, told=False) > 0.1
+    assert published.scaled_loss("formulas", 1.0, told=False) < 1e-2
+    assert published.scaled_loss("formulas", 1e4, told=False) == np.inf
+    assert published.scaled_loss("formulas", 1e-4, told=False) > 0.1
+
+
+def test_the_published_recipe_does_not_diverge_at_any_scale_of_the_loss():
+    assert max(published.scaled_loss("paper", scale, told=False) for scale in published.SCALES) < 1e-2
 
 
 def test_losses_at_every_scale_are_those_of_fit():

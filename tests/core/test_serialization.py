@@ -24,6 +24,7 @@ SHAPES = ((4, 3), (4,), (2, 4), (), (5, 0))
 SETTINGS = {
     "default": {"check_every": 1},
     "paper": {"preset": "paper", "update_every": 2},
+    "formulas": {"preset": "formulas", "update_every": 2},
     "small": {"preset": "lbfgs", "history_size": 2},
     "half history": {"history_dtype": "float16", "check_every": 1},
 }

@@ -21,6 +21,7 @@ SETTINGS = {
     "default": {"update_every": 10},
     "fixed": {"adaptive": False, "update_every": 4},
     "paper": {"preset": "paper", "update_every": 3},
+    "formulas": {"preset": "formulas", "update_every": 3},
     "lbfgs": {"preset": "lbfgs"},
     "fit": {"preset": "fit"},
     "ema, adaptive": {"beta": 0.8, "update_every": 6},
@@ -89,7 +90,7 @@ def test_core_equals_the_reference_step_by_step(xp, name, rng):
     assert max(kept) > 0
 
 
-@pytest.mark.parametrize("name", ["default", "fit", "paper"])
+@pytest.mark.parametrize("name", ["default", "fit", "paper", "formulas"])
 @given(rng=generators)
 def test_missing_gradients_and_non_finite_parameters_equal_the_reference(xp, name, rng):
     """A leaf without a gradient keeps still; a parameter that is not finite spoils no other."""
@@ -171,7 +172,7 @@ def test_deciding_on_the_device_equals_the_masked_step(name):
     assert run._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", ["default", "fit", "paper"])
+@pytest.mark.parametrize("name", ["default", "fit", "paper", "formulas"])
 @given(rng=generators, faults=schedules(20))
 def test_nan_gradients_equal_skipped_steps(xp, name, rng, faults):
     config = config_of(name)
@@ -273,7 +274,7 @@ def test_rescaling_the_loss_leaves_the_default_alone_in_float32(xp):
         assert relative(x, expected) < 1e4 * np.finfo(np.float32).eps
 
 
-@pytest.mark.parametrize("name", ["default", "fit", "paper"])
+@pytest.mark.parametrize("name", ["default", "fit", "paper", "formulas"])
 def test_tiles_of_any_size_give_the_same_step(name):
     config, steps = config_of(name), 15
     start, gradient = noisy_quadratic(np.random.default_rng(0), 11, steps)
@@ -318,7 +319,7 @@ def on_two_shards(function):
     return results[0], results[1]
 
 
-@pytest.mark.parametrize("name", ["default", "fit", "paper"])
+@pytest.mark.parametrize("name", ["default", "fit", "paper", "formulas"])
 @pytest.mark.parametrize("shares", [(1.0, 0.0), (0.25, 0.75)], ids=["one", "some"])
 def test_shards_that_reduce_equal_the_whole(name, shares):
     """Each shard holds a part of the first leaf and a copy of the second."""
@@ -373,8 +374,13 @@ def test_shares_of_another_number_of_leaves_are_refused():
 
 @pytest.mark.parametrize(
     ("settings", "plain", "check", "refresh"),
-    [({"preset": "paper"}, 1, 0, 3), ({"preset": "fit"}, 1, 2, 3), ({}, 2, 2, 3)],
-    ids=["paper", "fit", "default"],
+    [
+        ({"preset": "paper"}, 1, 0, 3),
+        ({"preset": "formulas"}, 1, 0, 3),
+        ({"preset": "fit"}, 1, 2, 3),
+        ({}, 2, 2, 3),
+    ],
+    ids=["paper", "formulas", "fit", "default"],
 )
 def test_a_step_reduces_once_and_once_more_for_a_length_in_a_metric(settings, plain, check, refresh):
     config, calls = core.Config(**settings), []
@@ -452,7 +458,7 @@ def _nbytes(array):
     return int(np.prod(array.shape)) * bits[str(array.dtype).rpartition(".")[2]] // 8
 
 
-@pytest.mark.parametrize("name", ["default", "fit", "paper"])
+@pytest.mark.parametrize("name", ["default", "fit", "paper", "formulas"])
 @pytest.mark.parametrize("when", ["plain", "check", "refresh"])
 def test_a_step_allocates_the_update_and_a_few_tiles(name, when):
     config, n, tile = config_of(name, history_size=10), 1_000_000, 2**12
@@ -484,7 +490,7 @@ def test_a_functional_backend_keeps_what_it_was_given():
 
 def test_an_unscaled_step_is_a_step_up_to_its_factor(xp):
     start, gradient = noisy_quadratic(np.random.default_rng(3), 11, 12)
-    for name in ("default", "fit", "paper"):
+    for name in ("default", "fit", "paper", "formulas"):
         config, x = config_of(name), start.copy()
         one, other = (core.init(config, split(x, SHAPES, xp), xp=xp) for _ in range(2))
         for t in range(12):

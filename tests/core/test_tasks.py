@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.tasks import pool, report, runs
+from benchmarks.tasks import pool, recipe, report, runs
 from benchmarks.tasks.contestants import CONTESTANTS, rate
 from benchmarks.tasks.goals import goals, reaches
 from benchmarks.tasks.problems import TASKS, Problem, Task
@@ -79,6 +79,26 @@ def test_every_contestant_lowers_the_loss_at_a_rate_with_which_its_search_begins
     record = min((train(quadratic(0), contestant, lr, 60) for lr in rates), key=lambda record: record.final)
     assert record.final < 0.95 * record.train[0]
     assert len(record.steps) == len(record.train) == len(record.seconds)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The final training loss of a contestant on the 8x8 digits, at the best of three rates."""
+
+    def best(name):
+        contestant, task = CONTESTANTS[name], TASKS["digits"]
+        rates = map(rate, next_exponents(contestant.centre, {}))
+        return min(train(task.make(0), contestant, lr, task.steps).final for lr in rates)
+
+    return {name: best(name) for name in ("sgd", "mlbfgs_paper", "mlbfgs_formulas")}
+
+
+def test_the_published_recipe_trains_a_network_faster_than_sgd(digits):
+    assert digits["mlbfgs_paper"] < 0.85 * digits["sgd"]
+
+
+def test_the_bare_formulas_do_not(digits):
+    assert digits["mlbfgs_formulas"] > 1.2 * digits["sgd"]
 
 
 def test_gradients_of_a_line_search_count():
@@ -264,6 +284,21 @@ def test_the_page_is_written_from_the_files(tmp_path, monkeypatch):
     assert "| 0.5 | 0.5\N{EN DASH}0.5 |" in tables["tasks_goals"]
     pictures = {path.name for path in (tmp_path / "docs" / "_static").iterdir()}
     assert pictures == {f"tasks_{name}.png" for name in ("steps", "seconds", "budgets", "ratio")}
+
+
+def test_the_recipe_is_held_against_sgd_and_adamw_on_tasks_that_have_all_their_runs(tmp_path):
+    plan = Plan(("digits", "classifier"), (), seeds=1, least=3, most=3)
+    finals = {"adamw": 2.0, "adamw_99": 4.0, "sgd": 3.0, "mlbfgs_paper": 1.0, "mlbfgs_formulas": math.inf}
+    for name, final in finals.items():
+        write(tmp_path, "digits", name, [9.0 + final, final, 9.0 + final], (3.0, 0.4))
+    part = recipe.part(Results(plan, tmp_path))
+    assert part.plan.contestants == tuple(finals)
+    *_, row, _, words = recipe.text(part).splitlines()
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    rates = ", ".join(f"{rate(CONTESTANTS[name].centre):.2g}" for name in ("sgd", "mlbfgs_paper"))
+    bounds = "0.333\N{EN DASH}0.333"
+    assert cells == ["1.5", "0.5", "\N{EN DASH}", "0.333", bounds, "1 of 1", "40%", rates]
+    assert "below SGD on 1 of 1 tasks" in words
 
 
 def test_variants_change_something_and_are_held_against_the_default(tmp_path):

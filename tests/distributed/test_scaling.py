@@ -110,7 +110,7 @@ def test_reductions_by_hand():
     assert model.reductions(core.Config()) == {"step": (13, 1), "check": (2, 3), "refresh": (2, 3, 22)}
     paper = core.Config(preset="paper")
     assert model.reductions(paper, 3)["step"] == (63,)
-    assert model.rates(paper) == {"step": 1.0, "check": 0.0, "refresh": 1 / 20}
+    assert model.rates(paper) == {"step": 1.0, "check": 0.0, "refresh": 1 / 50}
 
 
 def test_bytes_moved_by_hand():

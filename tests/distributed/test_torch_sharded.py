@@ -74,11 +74,12 @@ def assert_same_decisions(known, others):
     [
         {"preset": "fit"},
         {"preset": "lbfgs", "lr": 0.01},
-        {"preset": "paper"},
+        {"preset": "paper", "update_every": 20},
+        {"preset": "formulas"},
         {"momentum": 0.0, "weight_decay": 0.1},
         {"adaptive": False, "beta": 0.8},
     ],
-    ids=["fit", "lbfgs", "paper", "decay", "ema"],
+    ids=["fit", "lbfgs", "paper", "formulas", "decay", "ema"],
 )
 def test_every_setting_is_that_of_one_process(settings):
     results = on_ranks(4, trained, "fsdp", settings)
@@ -197,12 +198,13 @@ def nan_in_plain():
     ("layout", "settings", "plain", "check", "refresh"),
     [
         ("fsdp", {"preset": "paper"}, 1, 0, 3),
+        ("fsdp", {"preset": "formulas"}, 1, 0, 3),
         ("fsdp", {"preset": "fit"}, 1, 2, 3),
         ("fsdp", {}, 2, 2, 3),
         ("hsdp", {}, 2, 2, 3),
         ("mixed", {}, 2, 2, 3),
     ],
-    ids=["paper", "fit", "default", "hsdp", "mixed"],
+    ids=["paper", "formulas", "fit", "default", "hsdp", "mixed"],
 )
 def test_a_step_sends_a_few_coefficients_and_nothing_else(layout, settings, plain, check, refresh):
     for sent in on_ranks(4, collectives, layout, settings):

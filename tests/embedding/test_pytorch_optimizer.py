@@ -40,7 +40,9 @@ def flat(model):
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("settings", [{}, FAST, ADAPTIVE, {"preset": "paper", "update_every": 3}])
+@pytest.mark.parametrize(
+    "settings", [{}, FAST, ADAPTIVE, *({"preset": name, "update_every": 3} for name in ("paper", "formulas"))]
+)
 def test_each_step_is_that_of_the_pytorch_adapter(settings, maximize):
     model, twin = make_model(), make_model()
     options = {"lr": 0.01, "momentum": 0.8, "weight_decay": 0.01, "maximize": maximize, **settings}

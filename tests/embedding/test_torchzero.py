@@ -68,8 +68,15 @@ def memory(optimizer):
 @pytest.mark.parametrize("blocks", ["all", "layer"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, FAST, ADAPTIVE, {"preset": "fit", "update_every": 4}, {"preset": "paper", "update_every": 3}],
-    ids=["default", "fixed interval", "adaptive", "fit", "paper"],
+    [
+        {},
+        FAST,
+        ADAPTIVE,
+        {"preset": "fit", "update_every": 4},
+        {"preset": "paper", "update_every": 3},
+        {"preset": "formulas", "update_every": 3},
+    ],
+    ids=["default", "fixed interval", "adaptive", "fit", "paper", "formulas"],
 )
 def test_each_step_is_that_of_the_pytorch_adapter(settings, blocks):
     model, twin = make_model(), make_model()

@@ -51,6 +51,7 @@ def optim_inputs(device, dtype=None):
         },
         "quasi-Newton": QUASI_NEWTON,
         "paper": {"preset": "paper", "update_every": 2},
+        "formulas": {"preset": "formulas", "update_every": 2},
         "lbfgs": {"preset": "lbfgs"},
         "fit": {"preset": "fit", "update_every": 2, "adaptive": False},
         "parameter blocks": {**QUASI_NEWTON, "blocks": "parameter"},

@@ -324,7 +324,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path, tx, checkpoint):
 
 
 @each_checkpoint
-@pytest.mark.parametrize("preset", ["default", "fit", "lbfgs", "paper"])
+@pytest.mark.parametrize("preset", ["default", "fit", "lbfgs", "paper", "formulas"])
 def test_every_array_of_every_preset_comes_back(tmp_path, preset, checkpoint):
     target = make_state(mlbfgs(0.007, preset=preset, history_size=3))
     leaves, treedef = jax.tree.flatten(target)

@@ -129,7 +129,9 @@ def test_the_mixed_precision_recipe_lowers_the_loss(dtype):
 # Gradient scaling
 
 
-@pytest.mark.parametrize("settings", [FAST, ADAPTIVE, {"preset": "lbfgs"}, {"preset": "paper"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [FAST, ADAPTIVE, *({"preset": name} for name in ("lbfgs", "paper", "formulas"))], ids=str
+)
 def test_a_power_of_two_scale_changes_no_bit(settings):
     data, plain, scaled = make_data(14), make_model(), make_model()
     expected = MLBFGS(plain.parameters(), lr=0.05, weight_decay=0.01, **settings)
