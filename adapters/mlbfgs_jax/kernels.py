@@ -62,7 +62,7 @@ class JaxKernels(core.Kernels):
         return _contract(a, b, b.ndim, 0) if b.size >= _LARGE else jnp.sum(a * b)
 
     def square(self, leaf: Array, dtype: Any, factor: float = 1.0) -> Array:
-        """Sum of squares of a multiple. XLA would multiply the sum by the factor's square, which overflows."""
+        """Sum of squares of a multiple. XLA would square the factor apart, and this overflows."""
         x = self.finite(leaf.astype(dtype))
         x = x if factor == 1.0 else lax.optimization_barrier(x * factor)
         return self.dot(x, x)

@@ -12,7 +12,7 @@ from tests.helpers import join, relative, split, to_numpy, trajectory
 
 lazy_xp_modules = [core]
 
-PRESETS = ("default", "paper", "lbfgs", "fit")
+PRESETS = ("default", "paper", "formulas", "lbfgs", "fit")
 LENGTHS = (None, "rms", "unit", "clip", "none")
 LARGEST = {"float32": 30, "float64": 200}
 """Powers of ten up to which the scales go."""
@@ -171,5 +171,7 @@ def test_what_is_told_of_curvature_is_in_the_users_units(xp, dtype):
         records[-1].append(to_numpy(record.gradient_rms))
     units = (1 / loss, 1 / loss, loss, loss, loss, loss, 1 / loss, loss, loss)
     rtol = 2e-2 if dtype == "float32" else 1e-9
-    for one, other, unit in zip(*([*a, *b] for a, b in zip(spectra, records, strict=True)), units, strict=True):
+    for one, other, unit in zip(
+        *([*a, *b] for a, b in zip(spectra, records, strict=True)), units, strict=True
+    ):
         np.testing.assert_allclose(other, one * unit, rtol=rtol)
