@@ -147,7 +147,7 @@ def reductions(config: core.Config, blocks: int = 1, *, owned: bool = False) -> 
     `owned`: parameters have owners, which cannot know whether the others' gradients are all there.
     """
     m = config.history_size
-    numbers = 2 * m + 1 + config.uses_metric + config.adaptive + (config.step_length == "clip")
+    numbers = 2 * m + 1 + config.uses_metric + config.adaptive + 3 * (config.step_length == "clip")
     lengths = 2 * blocks if owned and config.step_length == "rms" else blocks
     step = (blocks * numbers, lengths) if config.uses_metric or owned else (blocks * numbers,)
     products = (2 * blocks, 3 * blocks)
