@@ -1,4 +1,4 @@
-"""`preset="fit"` at constant learning rates: least squares without noise, and a quadratic whose noise never ends.
+"""`preset="fit"` at constant rates: least squares without noise, and a quadratic whose noise never ends.
 
 ``python -m benchmarks.fit`` prints the tables of docs/settings.md in about two minutes.
 """
