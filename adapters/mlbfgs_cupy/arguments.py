@@ -9,12 +9,12 @@ import numpy as np
 from array_api_compat import is_cupy_array
 
 from mlbfgs_core.config import as_number, check_real
+from mlbfgs_core.overlap import Place, find_overlap
 from mlbfgs_core.state import LEAF_DTYPES, accumulation_dtype, dtype_name
 
 from .backends import backend_of
-from .overlap import find_overlap
 
-__all__ = ["Structure", "check_number", "check_writable"]
+__all__ = ["Structure", "check_number", "check_writable", "place_of"]
 
 Array = Any
 _COMPLEX = ("complex64", "complex128")
@@ -167,8 +167,14 @@ def _check_param(name: str, array: Any) -> None:
     check_writable(name, array)
 
 
+def place_of(array: Array) -> Place:
+    """Where an array of NumPy or CuPy lies."""
+    start = array.data.ptr if is_cupy_array(array) else array.__array_interface__["data"][0]
+    return Place(start, array.dtype.itemsize, array.shape, array.strides)
+
+
 def _check_memory(names: tuple[str, ...], arrays: tuple[Array, ...]) -> None:
-    found = find_overlap(arrays)
+    found = find_overlap([place_of(array) for array in arrays])
     if found is None:
         return
     one, other = names[found.first], names[found.second]

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
 
-from mlbfgs_cupy import MLBFGS, overlap
-from mlbfgs_cupy.arguments import Structure
-from mlbfgs_cupy.overlap import find_overlap
+from mlbfgs_core import overlap
+from mlbfgs_core.overlap import find_overlap
+from mlbfgs_cupy import MLBFGS
+from mlbfgs_cupy.arguments import Structure, place_of
 from tests.adapters.test_cupy import FAST, Problem, contents
 
 # Memory.
@@ -118,7 +119,7 @@ def test_overlaps_are_those_of_the_addresses_one_by_one():
     for _ in range(1500):
         pair = view(), view()
         one, other = map(addresses, pair)
-        found = find_overlap(pair)
+        found = find_overlap(list(map(place_of, pair)))
         if len(set(one)) < len(one) or len(set(other)) < len(other):
             assert found[:2] == ((0, 0) if len(set(one)) < len(one) else (1, 1))
             kinds["one"] += 1
@@ -159,9 +160,10 @@ def test_thousands_of_arrays_are_compared_in_a_moment(kind):
         ),
     }[kind]()
     start = time.process_time()
-    assert find_overlap(arrays) is None
+    places = list(map(place_of, arrays))
+    assert find_overlap(places) is None
     assert time.process_time() - start < 2  # 0.1 to 0.2 s; comparing each two took a minute
-    assert find_overlap([*arrays, arrays[many // 2][-1:]]) == (many // 2, many, True)
+    assert find_overlap([*places, place_of(arrays[many // 2][-1:])]) == (many // 2, many, True)
 
 
 class FakeCupy:

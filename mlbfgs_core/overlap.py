@@ -1,4 +1,4 @@
-"""Which arrays share memory: by their addresses, without reading a value, for NumPy and CuPy alike."""
+"""Which arrays share memory: by their addresses, without reading a value, on every device alike."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import is_cupy_array
 
-__all__ = ["Overlap", "find_overlap"]
+__all__ = ["Overlap", "Place", "find_overlap"]
 
 Array = Any
 _MOST_WORK = 10_000
 """What `numpy.shares_memory` may try for one question; those on slices and transposes need a few."""
+
+
+class Place(NamedTuple):
+    """Where the values of an array lie, in bytes."""
+
+    start: int
+    """Address of the first value."""
+    width: int
+    """Size of one."""
+    shape: Sequence[int]
+    strides: Sequence[int]
 
 
 class Overlap(NamedTuple):
@@ -26,15 +36,15 @@ class Overlap(NamedTuple):
     """False where the question was too hard to be decided."""
 
 
-def find_overlap(arrays: Sequence[Array]) -> Overlap | None:
-    """The first overlap among arrays of NumPy or CuPy, of any strides.
+def find_overlap(places: Sequence[Place]) -> Overlap | None:
+    """The first overlap among arrays of any strides.
 
     Notes
     -----
     Arrays are sorted by their addresses, and only two that may meet are looked at closely, so that thousands
     of arrays take milliseconds, also where all are views of one.
     """
-    blocks = {i: _Blocks.of(array) for i, array in enumerate(arrays) if math.prod(array.shape)}
+    blocks = {i: _Blocks.of(place) for i, place in enumerate(places) if math.prod(place.shape)}
     for i, own in blocks.items():
         for part, others in own.parts():
             if (shared := _share(part, others)) is not False:
@@ -55,13 +65,12 @@ class _Blocks:
         self.stop = start + width + sum((number - 1) * distance for distance, number in axes)
 
     @classmethod
-    def of(cls, array: Array) -> _Blocks:
+    def of(cls, place: Place) -> _Blocks:
         """Of an array that holds a value."""
-        start = array.data.ptr if is_cupy_array(array) else array.__array_interface__["data"][0]
-        pairs = list(zip(array.strides, array.shape, strict=True))
-        start += sum((number - 1) * stride for stride, number in pairs if stride < 0)
+        pairs = list(zip(place.strides, place.shape, strict=True))
+        start = place.start + sum((number - 1) * stride for stride, number in pairs if stride < 0)
         axes = sorted((abs(stride), number) for stride, number in pairs if number > 1)
-        width = array.dtype.itemsize
+        width = place.width
         while axes and axes[0][0] == width:
             width *= axes.pop(0)[1]
         return cls(start, width, axes)
@@ -142,6 +151,7 @@ def _pairs(group: Sequence[int]) -> Iterator[tuple[int, int]]:
 def _share(one: _Blocks, other: _Blocks) -> bool | None:
     """Whether two share memory; None where that is too hard to decide."""
     try:
-        return np.shares_memory(one.view, other.view, max_work=_MOST_WORK)
+        # NumPy's stub knows 0 and -1 only.
+        return np.shares_memory(one.view, other.view, max_work=_MOST_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return None
