@@ -402,8 +402,9 @@ def test_a_group_with_a_vanishing_rate_keeps_still(desc):
 
 @pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "coupled"])
 def test_weight_decay_shrinks_the_parameter_or_joins_the_gradient(decoupled):
-    """One first step of a plain configuration, whose direction is a short gradient, against its formula."""
-    plain = {"preset": "lbfgs", "lr": 0.1, "weight_decay": 0.2, "decoupled_weight_decay": decoupled}
+    """One first step of the bare formulas, whose direction is the gradient, against its formula."""
+    plain = {"preset": "formulas", "momentum": 0.0, "lr": 0.1, "weight_decay": 0.2}
+    plain["decoupled_weight_decay"] = decoupled
     param = Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
     param.grad = torch.tensor([0.1, 0.2], dtype=torch.float64)
     MLBFGS([param], **plain).step()
