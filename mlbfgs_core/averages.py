@@ -89,9 +89,8 @@ def project(
     Returns
     -------
     Observation
-        Coefficient-sized, except for the gradients. A gradient whose norm is so much larger than the very
-        first one's (in float32 some 1e9 times at least, and 1e19 times mostly) that its square overflows
-        counts as non-finite.
+        Coefficient-sized, except for the gradients. A gradient whose square overflows counts as non-finite:
+        in float32 one with a norm of 1.8e19, where the first one was ordinary (`State.grad_scale` is 1).
 
     Notes
     -----
@@ -122,7 +121,10 @@ def project_call(
     """`project` after its arguments have been checked; `observed`: the gradient is in the averages."""
     config, kernels, xp = call.config, call.kernels, call.xp
     scale = run_if(
-        when_scaled, is_scaled(state), lambda old: first_scale(call, state, grads, old), state.grad_scale
+        when_scaled,
+        is_scaled(state),
+        lambda old: first_scale(call, state, params, grads, old),
+        state.grad_scale,
     )
     if when_scaled is not False:
         grads = [

@@ -16,9 +16,10 @@ from .state import State, dtype_name
 __all__ = ["first_scale", "is_scaled", "norm_of_squares", "pair_scale", "param_squares"]
 
 Array = Any
-_RANGE = {"float64": (255, 1020), "float32": (31, 124)}
-"""For a dtype of averages the exponent of 2 up to which a magnitude is ordinary (to its fourth power
-everything fits), and the largest exponent of a scale."""
+_RANGE = {"float64": (255, 400, 1000), "float32": (31, 50, 124)}
+"""For a dtype of averages: the exponent of 2 up to which a gradient is ordinary; the most that a scale may
+change gradients of a loss near 1, which are about the inverse of the parameters, since the first gradient
+may be unlike the others; and the largest exponent of a scale."""
 _PAIR_RANGE = {"float64": 255, "float16": 8}
 """The first of these for a dtype of the history; else 31. Rows of float16 have little range of their own."""
 _FAR = {"float64": 600, "float32": 80}
@@ -35,22 +36,32 @@ def is_scaled(state: State) -> Array:
     return (state.step == 0) | (state.grad_scale != 1.0)
 
 
-def first_scale(call: Call, state: State, grads: Sequence[Array | None], scale: Array) -> Array:
-    """The scale of gradients, which the largest value of the very first one decides."""
-    xp, kernels = call.xp, call.kernels
+def first_scale(
+    call: Call, state: State, params: Sequence[Array] | None, grads: Sequence[Array | None], scale: Array
+) -> Array:
+    """The scale of gradients, which the largest value of the very first one decides; that of the parameters
+    tells how large the others may be."""
+    xp = call.xp
+    tops = call.reduce(xp.stack([_top(call, state, grads), _top(call, state, params or ())]))
+    usable = xp.isfinite(tops) & (tops > 0)
+    exponents = xp.round(xp.log2(xp.where(usable, tops, 1.0)))
+    usual, change, most = map(float, _RANGE[_narrowest(state)])
+    own, others = exponents[0], xp.minimum(xp.maximum(exponents[1], -most), most)
+    wanted = xp.minimum(xp.maximum(-own, others - change), others + change)
+    wanted = xp.minimum(xp.maximum(wanted, -most), most)
+    first = 2.0 ** xp.where(xp.abs(own) > usual, wanted, 0.0)
+    return xp.where(state.step == 0, first, scale)
+
+
+def _top(call: Call, state: State, leaves: Sequence[Array | None]) -> Array:
+    """The largest magnitude of some leaves, 0-d."""
+    kernels, like = call.kernels, state.gamma[:1]
     tops = [
-        kernels.cast(kernels.peak(grad, mean.dtype), call.dtype)[None]
-        for grad, mean in zip(grads, state.mean_grads, strict=True)
-        if grad is not None
+        kernels.cast(kernels.peak(leaf, mean.dtype), call.dtype)[None]
+        for leaf, mean in zip(leaves, state.mean_grads, strict=False)
+        if leaf is not None
     ]
-    top = call.reduce(xp.max(xp.concat(tops))[None])[0]
-    usual, most = _RANGE[_narrowest(state)]
-    usable = xp.isfinite(top) & (top > 0)
-    exponent = -xp.round(xp.log2(xp.where(usable, top, 1.0)))
-    limit = xp.ones_like(top) * float(most)
-    exponent = xp.minimum(xp.maximum(exponent, -limit), limit)
-    exponent = xp.where(xp.abs(exponent) > usual, exponent, 0.0)
-    return xp.where(state.step == 0, 2.0**exponent, scale)
+    return call.xp.max(call.xp.concat([call.xp.zeros_like(like), *tops]))
 
 
 def pair_scale(call: Call, length: Array, history_dtype: str) -> Array:
