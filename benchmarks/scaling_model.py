@@ -201,7 +201,7 @@ def state_bytes(
     values = np.broadcast_to(np.float32(0), (sum(sizes),))  # takes no memory
     plan, m = core.plan_memory(config, [values]), config.history_size
     sized = plan.history + plan.averages + plan.metric + 4 * values.size
-    return State(sized, 4 * (len(blocks) * (2 * (2 * m) ** 2 + 3 * m + 10) + leaves * (m + 13)))
+    return State(sized, 4 * (len(blocks) * (2 * (2 * m) ** 2 + 3 * m + 11) + leaves * (m + 13)))
 
 
 def broadcast_bytes(size: int) -> int:

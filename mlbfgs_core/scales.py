@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from array_api_compat import array_namespace
+
 from .call import Call
 from .state import State, dtype_name
 
@@ -20,6 +22,9 @@ _RANGE = {"float64": (255, 400, 1000), "float32": (31, 50, 124)}
 """For a dtype of averages: the exponent of 2 up to which a gradient is ordinary; the most that a scale may
 change gradients of a loss near 1, which are about the inverse of the parameters, since the first gradient
 may be unlike the others; and the largest exponent of a scale."""
+_HALF_RANGE = {"float16": 4.0, "bfloat16": 31.0}
+"""The first of these for a history of half precision, whose rows must themselves be near 1; a first gradient
+that is unlike the others is then not allowed for."""
 _PAIR_RANGE = {"float64": 255, "float16": 8}
 """The first of these for a dtype of the history; else 31. Rows of float16 have little range of their own."""
 _FAR = {"float64": 600, "float32": 80}
@@ -29,11 +34,11 @@ _FAR = {"float64": 600, "float32": 80}
 def is_scaled(state: State) -> Array:
     """Whether a step has to multiply its gradients: 0-d array of bool.
 
-    The first step always does, since its gradient decides on the scale; later ones do where that is not 1. A
-    host that copies it without waiting can hand it to the next `project` or `step` as `when_scaled`, beside
+    The first one whose gradient is not zero always does, since that decides on the scale, and so do those
+    before it; later ones do where the scale is not 1. A host that copies it without waiting can hand it to the next `project` or `step` as `when_scaled`, beside
     what `upcoming` says.
     """
-    return (state.step == 0) | (state.grad_scale != 1.0)
+    return _is_first(state) | (state.grad_scale != 1.0)
 
 
 def first_scale(
@@ -46,11 +51,19 @@ def first_scale(
     usable = xp.isfinite(tops) & (tops > 0)
     exponents = xp.round(xp.log2(xp.where(usable, tops, 1.0)))
     usual, change, most = map(float, _RANGE[_narrowest(state)])
+    half = _HALF_RANGE.get(dtype_name(state.history[0]))
+    if half is not None:
+        usual, change = half, most
     own, others = exponents[0], xp.minimum(xp.maximum(exponents[1], -most), most)
     wanted = xp.minimum(xp.maximum(-own, others - change), others + change)
     wanted = xp.minimum(xp.maximum(wanted, -most), most)
     first = 2.0 ** xp.where(xp.abs(own) > usual, wanted, 0.0)
-    return xp.where(state.step == 0, first, scale)
+    return xp.where(_is_first(state), first, scale)
+
+
+def _is_first(state: State) -> Array:
+    """Whether no gradient but zero has been seen."""
+    return array_namespace(state.gamma).all(state.mean_square == 0.0)
 
 
 def _top(call: Call, state: State, leaves: Sequence[Array | None]) -> Array:

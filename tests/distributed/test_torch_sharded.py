@@ -209,11 +209,14 @@ def nan_in_plain():
 def test_a_step_sends_a_few_coefficients_and_nothing_else(layout, settings, plain, check, refresh):
     for sent in on_ranks(4, collectives, layout, settings):
         m = core.Config(**settings).history_size
-        for kinds, sizes, checked, refreshed in sent:
+        for number, (kinds, sizes, checked, refreshed) in enumerate(sent):
             assert list(kinds) == ["c10d.allreduce_"]
-            assert kinds["c10d.allreduce_"] == len(sizes) == plain + check * checked + refresh * refreshed
-            assert 2 * m + 1 <= sizes[0] <= 2 * m + 4
-            assert sum(sizes) <= 6 * m + 20
+            assert kinds["c10d.allreduce_"] == len(sizes)
+            if number == 0:  # the largest values of gradient and parameters decide on a scale
+                assert sizes.pop(0) == 2
+            assert len(sizes) == plain + check * checked + refresh * refreshed
+            assert 2 * m + 1 <= sizes[0] <= 2 * m + 5
+            assert sum(sizes) <= 6 * m + 22
         assert any(refreshed for *_, refreshed in sent)
 
 
