@@ -35,8 +35,8 @@ def is_scaled(state: State) -> Array:
     """Whether a step has to multiply its gradients: 0-d array of bool.
 
     The first one whose gradient is not zero always does, since that decides on the scale, and so do those
-    before it; later ones do where the scale is not 1. A host that copies it without waiting can hand it to the next `project` or `step` as `when_scaled`, beside
-    what `upcoming` says.
+    before it; later ones do where the scale is not 1. A host that copies it without waiting can hand it to the
+    next `project` or `step` as `when_scaled`, beside what `upcoming` says.
     """
     return _is_first(state) | (state.grad_scale != 1.0)
 

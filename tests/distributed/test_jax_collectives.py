@@ -49,7 +49,7 @@ def compiled_update(layout, kind=AxisType.Auto, gather=False, shapes=SHAPES):
 
 
 def sent(program):
-    """Collective operations that always run, and those within the two decisions."""
+    """Collective operations that always run, and those within the three decisions."""
     text = program.as_text()
     found = collectives(text)
     always = [operation for operation in found if operation.computation == "ENTRY"]
@@ -77,9 +77,10 @@ EACH_REFRESH = EACH_CHECK + 4 * M + 6
 )
 def test_a_step_sends_coefficients_in_two_reductions_and_gathers_nothing(name, kind, shapes):
     leaves = len(shapes)
-    always, (check, refresh) = sent(compiled_update(LAYOUTS[name], kind, shapes=shapes))
-    assert {operation.kind for operation in (*always, *check, *refresh)} == {"all-reduce"}
-    assert (len(always), len(check), len(refresh)) == (2, 2, 3)
+    always, (scale, check, refresh) = sent(compiled_update(LAYOUTS[name], kind, shapes=shapes))
+    assert {operation.kind for operation in (*always, *scale, *check, *refresh)} == {"all-reduce"}
+    assert (len(always), len(scale), len(check), len(refresh)) == (2, 1, 2, 3)
+    assert sum(operation.numbers for operation in scale) == 2 * leaves  # gradients' and parameters' largest
     assert sum(operation.numbers for operation in always) == leaves * EACH_STEP
     assert sum(operation.bytes for operation in always) == 4 * leaves * EACH_STEP
     assert sum(operation.numbers for operation in check) == leaves * EACH_CHECK
