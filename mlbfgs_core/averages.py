@@ -122,7 +122,7 @@ def project_call(
     config, kernels, xp = call.config, call.kernels, call.xp
     scale = run_if(
         when_scaled,
-        is_scaled(state),
+        is_scaled(state, xp),
         lambda old: first_scale(call, state, params, grads, old),
         state.grad_scale,
     )

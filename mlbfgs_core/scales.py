@@ -31,14 +31,15 @@ _FAR = {"float64": 600, "float32": 80}
 """Exponent of the scales on which very large and very small parameters are squared."""
 
 
-def is_scaled(state: State) -> Array:
+def is_scaled(state: State, xp: Any = None) -> Array:
     """Whether a step has to multiply its gradients: 0-d array of bool.
 
     The first one whose gradient is not zero always does, since that decides on the scale, and so do those
-    before it; later ones do where the scale is not 1. A host that copies it without waiting can hand it to the
-    next `project` or `step` as `when_scaled`, beside what `upcoming` says.
+    before it; later ones do where the scale is not 1. A host that copies it without waiting can hand it to
+    the next `project` or `step` as `when_scaled`, beside what `upcoming` says. `xp` saves a look at the state.
     """
-    return _is_first(state) | (state.grad_scale != 1.0)
+    xp = array_namespace(state.gamma) if xp is None else xp
+    return _is_first(state, xp) | (state.grad_scale != 1.0)
 
 
 def first_scale(
@@ -58,12 +59,12 @@ def first_scale(
     wanted = xp.minimum(xp.maximum(-own, others - change), others + change)
     wanted = xp.minimum(xp.maximum(wanted, -most), most)
     first = 2.0 ** xp.where(xp.abs(own) > usual, wanted, 0.0)
-    return xp.where(_is_first(state), first, scale)
+    return xp.where(_is_first(state, xp), first, scale)
 
 
-def _is_first(state: State) -> Array:
+def _is_first(state: State, xp: Any) -> Array:
     """Whether no gradient but zero has been seen."""
-    return array_namespace(state.gamma).all(state.mean_square == 0.0)
+    return xp.all(state.mean_square == 0.0)
 
 
 def _top(call: Call, state: State, leaves: Sequence[Array | None]) -> Array:
