@@ -36,7 +36,7 @@ def is_scaled(state: State, xp: Any = None) -> Array:
 
     The first one whose gradient is not zero always does, since that decides on the scale, and so do those
     before it; later ones do where the scale is not 1. A host that copies it without waiting can hand it to
-    the next `project` or `step` as `when_scaled`, beside what `upcoming` says. `xp` saves a look at the state.
+    the next `project` or `step` as `when_scaled`, beside what `upcoming` says. `xp` may be given.
     """
     xp = array_namespace(state.gamma) if xp is None else xp
     return _is_first(state, xp) | (state.grad_scale != 1.0)
@@ -55,9 +55,10 @@ def first_scale(
     half = _HALF_RANGE.get(dtype_name(state.history[0]))
     if half is not None:
         usual, change = half, most
-    own, others = exponents[0], xp.minimum(xp.maximum(exponents[1], -most), most)
+    limit = xp.ones_like(exponents[0]) * most
+    own, others = exponents[0], xp.minimum(xp.maximum(exponents[1], -limit), limit)
     wanted = xp.minimum(xp.maximum(-own, others - change), others + change)
-    wanted = xp.minimum(xp.maximum(wanted, -most), most)
+    wanted = xp.minimum(xp.maximum(wanted, -limit), limit)
     first = 2.0 ** xp.where(xp.abs(own) > usual, wanted, 0.0)
     return xp.where(_is_first(state, xp), first, scale)
 
