@@ -146,7 +146,7 @@ class Config:
     update_every : int
         Steps from one curvature pair to the next, `T`: exactly with ``adaptive=False``, at the
         latest with ``adaptive=True``. With ``T=1``, ``adaptive=False`` and ``step_length="none"`` the
-        very first direction is 1 long, as in L-BFGS-B.
+        very first direction is at most 1 long, as in other implementations of L-BFGS.
     adaptive : bool
         Take a pair as soon as it stands out of the gradient noise.
     check_every : int
@@ -268,9 +268,9 @@ class Config:
         return self.adaptive and not whole
 
     @property
-    def unit_first_step(self) -> bool:
-        """Whether a direction without pairs is given the length 1, since with a pair at every step there
-        is one such step only, and no scale is known for it; as in L-BFGS-B."""
+    def caps_first_step(self) -> bool:
+        """Whether a direction without pairs is shortened to length 1, since with a pair at every step there
+        is one such step only, and no scale is known for it."""
         every = isinstance(self.update_every, int) and self.update_every == 1 and not self.adaptive
         return every and self.step_length == "none"
 

@@ -367,8 +367,8 @@ def _with_sizes(
 
 
 def _scale_of_start(call: Call, state: State, seen: Observation) -> Array:
-    """`gamma` of each block; for one without a pair that of the others, or the paper's ``d = g``; or, where a
-    pair comes with every step, the one that makes the direction 1 long.
+    """`gamma` of each block; for one without a pair that of the others, or the paper's ``d = g``, which is at
+    most 1 long where a pair comes with every step, and just as long where gradients are out of the ordinary.
 
     Nocedal & Wright, section 6.1, on the scale of the first step.
     """
@@ -376,9 +376,10 @@ def _scale_of_start(call: Call, state: State, seen: Observation) -> Array:
     count = xp.sum(xp.astype(has, call.dtype))
     known = xp.sum(xp.where(has, state.gamma, 0.0)) / xp.where(count > 0, count, 1.0)
     first = 1.0 / seen.scale
-    if call.config.unit_first_step:
+    if call.config.caps_first_step:
         norm = xp.sqrt(xp.sum(seen.metric_square))
-        first = 1.0 / xp.where(norm > 0, norm, 1.0)
+        least = xp.where(seen.scale == 1.0, 1.0, xp.where(norm > 0, norm, 1.0))
+        first = 1.0 / xp.maximum(norm, least)
     return xp.where(has, state.gamma, xp.where(count > 0, known, first))
 
 

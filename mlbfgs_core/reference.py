@@ -261,8 +261,8 @@ class Reference:
             directions.append(np.where(own, d / self.root(block) if cfg.uses_metric else d, 0.0))
         norm = float(np.sqrt(sum(d @ d for d in directions)))
         if cfg.step_length == "none" or norm == 0:
-            unit = cfg.unit_first_step and not with_pairs and norm > 0
-            return [d / norm for d in directions] if unit else directions
+            cap = cfg.caps_first_step and not with_pairs
+            return [d / max(norm, 1.0) for d in directions] if cap else directions
         if cfg.step_length == "unit":
             return [d / norm for d in directions]
         if cfg.step_length == "rms":

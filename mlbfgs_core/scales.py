@@ -22,6 +22,9 @@ _RANGE = {"float64": (255, 400, 1000), "float32": (31, 50, 124)}
 """For a dtype of averages: the exponent of 2 up to which a gradient is ordinary; the most that a scale may
 change gradients of a loss near 1, which are about the inverse of the parameters, since the first gradient
 may be unlike the others; and the largest exponent of a scale."""
+_LOST = {"float64": 46, "float32": 17}
+"""How many powers of two below the parameters a gradient is out of the ordinary all the same, since they
+would round away a step as long as it."""
 _HALF_RANGE = {"float16": 4.0, "bfloat16": 31.0}
 """The first of these for a history of half precision, whose rows must themselves be near 1; a first gradient
 that is unlike the others is then not allowed for."""
@@ -59,7 +62,8 @@ def first_scale(
     own, others = exponents[0], xp.minimum(xp.maximum(exponents[1], -limit), limit)
     wanted = xp.minimum(xp.maximum(-own, others - change), others + change)
     wanted = xp.minimum(xp.maximum(wanted, -limit), limit)
-    first = 2.0 ** xp.where(xp.abs(own) > usual, wanted, 0.0)
+    unusual = (xp.abs(own) > usual) | (own < others - float(_LOST[_narrowest(state)]))
+    first = 2.0 ** xp.where(unusual, wanted, 0.0)
     return xp.where(_is_first(state, xp), first, scale)
 
 

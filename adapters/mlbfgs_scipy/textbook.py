@@ -78,7 +78,7 @@ class Textbook:
             weights.append(pair.rho * float(pair.s @ d))
             d -= weights[-1] * pair.y
         norm = _norm(grad)
-        d *= memory.gamma if memory.pairs else 1.0 / (norm or 1.0)
+        d *= memory.gamma if memory.pairs else 1.0 / max(norm, 1.0)
         for pair in memory.pairs:
             d += (weights.pop() - pair.rho * float(pair.y @ d)) * pair.s
         both = norm * _norm(d)
