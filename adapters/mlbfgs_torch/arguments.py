@@ -17,7 +17,7 @@ from mlbfgs_core.state import LEAF_DTYPES
 
 from . import sharding
 from .leaves import real_shape
-from .numbers import ROWS, widths
+from .numbers import ADDED_SINCE, ROWS, widths
 
 __all__ = [
     "ADDED",
@@ -156,7 +156,8 @@ def check_entry(entry: Any, param: Tensor, name: str) -> None:
         msg = f"`state_dict` must hold {missing[0]!r} beside a {found[0]!r}, got {sorted(entry)} for {name!r}"
         raise ValueError(msg)
     for part, width in widths(entry["history"].shape[1]).items():
-        if (got := tuple(torch.as_tensor(entry[part]).shape)) != (width,):
+        got = tuple(torch.as_tensor(entry[part]).shape)
+        if got not in ((width,), (width - ADDED_SINCE[part],)):
             msg = f"`state_dict` must hold {part!r} of the shape {(width,)}, got {got} for {name!r}"
             raise ValueError(msg)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import mlbfgs_core as core
 from mlbfgs_core.state import LEAF_COUNTS, layout
 
-__all__ = ["PER_BLOCK", "PER_UNIT", "ROWS", "Rows", "counts_and_label", "unpack", "widths"]
+__all__ = ["ADDED_SINCE", "PER_BLOCK", "PER_UNIT", "ROWS", "Rows", "counts_and_label", "unpack", "widths"]
 
 Array = Any
 
@@ -76,6 +76,10 @@ PER_UNIT = _names("unit")
 """Names of the numbers that it has once."""
 
 
+ADDED_SINCE = {"coefficients": 1, "counters": 0}
+"""How many numbers, which stand last and were 1, the rows of older versions lack: `grad_scale`."""
+
+
 def widths(history_size: int) -> dict[str, int]:
     """The length of each row of a parameter's dictionary."""
     return {name: part[-1].columns.stop for name, part in _layout(history_size)._asdict().items()}
@@ -85,9 +89,8 @@ def unpack(entry: Mapping[str, Any]) -> dict[str, Tensor]:
     """All numbers of a parameter's dictionary by their names; views, but for flags."""
     parts = _layout(entry["history"].shape[1])
     rows = {name: torch.as_tensor(entry[name]) for name in parts._fields}
-    # Older versions had no `grad_scale`, which stands last: theirs was 1.
-    missing = parts.coefficients[-1].columns.stop - rows["coefficients"].shape[0]
-    rows["coefficients"] = torch.nn.functional.pad(rows["coefficients"], (0, max(missing, 0)), value=1.0)
+    for name, width in widths(entry["history"].shape[1]).items():
+        rows[name] = torch.nn.functional.pad(rows[name], (0, width - rows[name].shape[0]), value=1)
     return {field.name: field.read(rows[name]) for name, part in parts._asdict().items() for field in part}
 
 

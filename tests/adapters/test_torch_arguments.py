@@ -318,3 +318,24 @@ def test_a_flattened_state_that_lacks_a_parameter_is_refused_by_name():
     resumed = MLBFGS(other.named_parameters(), lr=0.01, **FAST)
     with pytest.raises(ValueError, match=r"`state_dict` must hold a tensor as '.*' of '0.weight', got dict"):
         set_optimizer_state_dict(other, resumed, state, options=options)
+
+
+def test_a_state_dict_of_an_older_version_goes_on_as_if_the_scale_of_gradients_had_been_1():
+    runs = []
+    for older in (False, True):
+        param = nn.Parameter(torch.ones(4, dtype=torch.float64))
+        optimizer = MLBFGS([param], lr=0.05, update_every=4)
+        for number in range(12):
+            param.grad = (
+                param.detach() * torch.arange(1.0, 5.0, dtype=torch.float64) * (1 + 0.1 * (number % 3))
+            )
+            optimizer.step()
+            if number == 7:
+                state = copy.deepcopy(optimizer.state_dict())
+                if older:
+                    entry = state["state"][0]
+                    entry["coefficients"] = entry["coefficients"][:-1].clone()
+                optimizer = MLBFGS([param], lr=0.05, update_every=4)
+                optimizer.load_state_dict(state)
+        runs.append(param.detach().clone())
+    assert torch.equal(*runs)
