@@ -120,12 +120,11 @@ def project_call(
 ) -> Observation:
     """`project` after its arguments have been checked; `observed`: the gradient is in the averages."""
     config, kernels, xp = call.config, call.kernels, call.xp
-    scale = run_if(
-        when_scaled,
-        is_scaled(state, xp),
-        lambda old: first_scale(call, state, params, grads, old),
-        state.grad_scale,
-    )
+    scale = state.grad_scale
+    if not observed:  # else the gradient of an earlier step has decided
+        scale = run_if(
+            when_scaled, is_scaled(state, xp), lambda old: first_scale(call, state, params, grads, old), scale
+        )
     if when_scaled is not False:
         grads = [
             None if grad is None else kernels.scaled(grad, call.scalar(scale, mean), mean.dtype)
