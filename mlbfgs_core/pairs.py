@@ -141,25 +141,27 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     if config.damping is not None:
         tau = paper_tau(config, mu / unit, xp)
         base = tau * mu + (1.0 - tau) * unit
-        top = xp.maximum(length, xp.ones_like(length) * unit)
-        part_y, part_s = tau * (length / top), (1.0 - tau) * (unit / top)
-        along_s = tau * (mu / top) * part_s
-        base_length = top * xp.sqrt(part_y**2 + 2.0 * along_s + part_s**2)
+        base_length = _length_of_sum(tau * length, tau * mu, (1.0 - tau) * unit, xp)
     least = config.min_cosine * base_length
     if config.uses_noise:
         row_noise, _ = _row_noise(call, state)
         least = xp.maximum(least, config.noise_floor * xp.sqrt(spread * row_noise) / safe_norm)
     delta = xp.maximum(least - base, xp.zeros_like(base))
     curvature = base + delta
-    top = xp.maximum(base_length, curvature)
-    top = xp.where(top > 0, top, 1.0)
-    square = (base_length / top) ** 2 + 2.0 * (delta / top) * (base / top) + (delta / top) ** 2
-    final_length = top * xp.sqrt(xp.maximum(square, (curvature / top) ** 2))
+    final_length = xp.maximum(_length_of_sum(base_length, base, delta, xp), curvature)
     usable = positive & xp.isfinite(final_length) & (final_length > 0)
     usable = usable & (curvature > xp.finfo(call.dtype).eps * final_length)
     along = (1.0 - part) * tau * mu + (1.0 - tau) * unit + delta
     scale = pair_scale(call, final_length, dtype_name(state.history[0]))
     return Damping(part * tau, along, tau, delta / unit, mu / unit, usable, scale / safe_norm)
+
+
+def _length_of_sum(length: Array, along: Array, added: Array, xp: Any) -> Array:
+    """Length of ``y + added s`` with a unit `s`, if `y` is of this length and has this part along `s`."""
+    top = xp.maximum(length, added)
+    top = xp.where(top > 0, top, 1.0)
+    square = (length / top) ** 2 + 2.0 * (along / top) * (added / top) + (added / top) ** 2
+    return top * xp.sqrt(xp.maximum(square, xp.zeros_like(square)))
 
 
 def paper_tau(config: Config, mu: Array, xp: Any) -> Array:
