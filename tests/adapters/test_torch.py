@@ -37,14 +37,6 @@ def flat(values):
     return torch.cat([value.detach().reshape(-1) for value in values])
 
 
-@pytest.fixture(params=["numpy", "tensors"])
-def coefficients(request, monkeypatch):
-    """What a step computes its coefficients with: on a CPU NumPy, elsewhere tensors."""
-    if request.param == "tensors":
-        monkeypatch.setattr(units, "HOSTS", ())
-    return request.param
-
-
 @pytest.mark.parametrize(
     "settings",
     [{"update_every": 6}, FAST, {"preset": "fit", "update_every": 6}, {"preset": "lbfgs"}],

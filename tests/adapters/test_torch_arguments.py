@@ -17,19 +17,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import mlbfgs_core as core
-from mlbfgs_torch import MLBFGS, units
+from mlbfgs_torch import MLBFGS
 from tests.trainers.helpers import FAST, assert_same, make_data, make_model, train, weights
 
 NUMBERS = {"lr": 0.0625, "momentum": 0.75, "weight_decay": 0.25}
 """Exact in half precision."""
-
-
-@pytest.fixture(params=["numpy", "tensors"])
-def coefficients(request, monkeypatch):
-    """What a step computes its coefficients with: on a CPU NumPy, elsewhere tensors."""
-    if request.param == "tensors":
-        monkeypatch.setattr(units, "HOSTS", ())
-    return request.param
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.asarray], ids=repr)

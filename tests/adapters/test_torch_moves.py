@@ -12,21 +12,13 @@ import torch
 from torch import nn
 
 import mlbfgs_core as core
-from mlbfgs_torch import MLBFGS, units
+from mlbfgs_torch import MLBFGS
 from mlbfgs_torch import leaves as torch_leaves
 from tests.trainers.helpers import FAST, assert_same, make_data, make_model, train, weights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHANGES = list(itertools.permutations(DTYPES, 2))
 SETTINGS = [FAST, {"preset": "fit", "update_every": 3}, {"history_dtype": "bfloat16", **FAST}]
-
-
-@pytest.fixture(params=["numpy", "tensors"])
-def coefficients(request, monkeypatch):
-    """What a step computes its coefficients with: on a CPU NumPy, elsewhere tensors."""
-    if request.param == "tensors":
-        monkeypatch.setattr(units, "HOSTS", ())
-    return request.param
 
 
 @pytest.fixture(params=["packed", "alone"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mlbfgs_torch import MLBFGS, units
+from mlbfgs_torch import MLBFGS
 from mlbfgs_torch.memory import check_memory
 from tests.trainers.helpers import FAST, assert_same
 
@@ -46,14 +46,6 @@ def grads(param, number):
     curvature = torch.linspace(0.5, 2, max(1, param.numel()), dtype=torch.float64)[: param.numel()]
     value = param.detach().resolve_conj().resolve_neg() * (1 + 0.1 * (number % 3))
     return value * curvature.reshape(param.shape).to(value.real.dtype)
-
-
-@pytest.fixture(params=["numpy", "tensors"])
-def coefficients(request, monkeypatch):
-    """What a step computes its coefficients with: on a CPU NumPy, elsewhere tensors."""
-    if request.param == "tensors":
-        monkeypatch.setattr(units, "HOSTS", ())
-    return request.param
 
 
 @pytest.mark.parametrize(
