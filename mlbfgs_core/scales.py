@@ -8,7 +8,7 @@ ordinary range all of them are 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
@@ -18,20 +18,35 @@ from .state import State, dtype_name
 __all__ = ["first_scale", "is_scaled", "norm_of_squares", "pair_scale", "param_squares"]
 
 Array = Any
-_RANGE = {"float64": (255, 400, 1000), "float32": (31, 50, 124)}
-"""For a dtype of averages: the exponent of 2 up to which a gradient is ordinary; the most that a scale may
-change gradients of a loss near 1, which are about the inverse of the parameters, since the first gradient
-may be unlike the others; and the largest exponent of a scale."""
-_LOST = {"float64": 46, "float32": 17}
-"""How many powers of two below the parameters a gradient is out of the ordinary all the same, since they
-would round away a step as long as it."""
-_HALF_RANGE = {"float16": 4.0, "bfloat16": 31.0}
-"""The first of these for a history of half precision, whose rows must themselves be near 1; a first gradient
-that is unlike the others is then not allowed for."""
-_PAIR_RANGE = {"float64": 255, "float16": 8}
-"""The first of these for a dtype of the history; else 31. Rows of float16 have little range of their own."""
-_FAR = {"float64": 600, "float32": 80}
-"""Exponent of the scales on which very large and very small parameters are squared."""
+
+
+class _Limits(NamedTuple):
+    """Exponents of 2 for a dtype of averages."""
+
+    usual: float
+    """Up to which a gradient is ordinary."""
+    change: float
+    """The most that a scale may change gradients of a loss near 1, which are about the inverse of the
+    parameters, since the first gradient may be unlike the others."""
+    most: float
+    """The largest of a scale."""
+    lost: float
+    """How far below the parameters a gradient is out of the ordinary all the same, since they would round
+    away a step as long as it."""
+    far: int
+    """Of the scales on which very large and very small parameters are squared."""
+
+
+_LIMITS = {
+    "float64": _Limits(255.0, 400.0, 1000.0, 46.0, 600),
+    "float32": _Limits(31.0, 50.0, 124.0, 17.0, 80),
+}
+_USUAL_WITH_HALF = {"float16": 4.0, "bfloat16": 31.0}
+"""Up to which a gradient is ordinary for a history of half precision, whose rows must themselves be near 1; a
+first gradient that is unlike the others is then not allowed for."""
+_USUAL_PAIR = {"float64": 255, "float16": 8}
+"""Up to which a pair's curvature is, for a dtype of the history; else 31. Rows of float16 have little range
+of their own."""
 
 
 def is_scaled(state: State, xp: Any = None) -> Array:
@@ -54,15 +69,18 @@ def first_scale(
     tops = call.reduce(xp.stack([_top(call, state, grads), _top(call, state, params or ())]))
     usable = xp.isfinite(tops) & (tops > 0)
     exponents = xp.round(xp.log2(xp.where(usable, tops, 1.0)))
-    usual, change, most = map(float, _RANGE[_narrowest(state)])
-    half = _HALF_RANGE.get(dtype_name(state.history[0]))
+    limits = _limits(state)
+    half = _USUAL_WITH_HALF.get(dtype_name(state.history[0]))
     if half is not None:
-        usual, change = half, most
-    limit = xp.ones_like(exponents[0]) * most
-    own, others = exponents[0], xp.minimum(xp.maximum(exponents[1], -limit), limit)
-    wanted = xp.minimum(xp.maximum(-own, others - change), others + change)
-    wanted = xp.minimum(xp.maximum(wanted, -limit), limit)
-    unusual = (xp.abs(own) > usual) | (own < others - float(_LOST[_narrowest(state)]))
+        limits = limits._replace(usual=half, change=limits.most)
+
+    def near(x: Array, middle: Array, reach: float) -> Array:
+        return xp.minimum(xp.maximum(x, middle - reach), middle + reach)
+
+    zero = xp.zeros_like(exponents[0])
+    own, others = exponents[0], near(exponents[1], zero, limits.most)
+    wanted = near(near(-own, others, limits.change), zero, limits.most)
+    unusual = (xp.abs(own) > limits.usual) | (own < others - limits.lost)
     first = 2.0 ** xp.where(unusual, wanted, 0.0)
     return xp.where(_is_first(state, xp), first, scale)
 
@@ -87,7 +105,7 @@ def pair_scale(call: Call, length: Array, history_dtype: str) -> Array:
     """(B,): what both members of a pair are multiplied by after their division by ``|s|``, if `y` is then of
     this length: the inverse of its root where it is out of the ordinary. Both are then as long as one another
     is short, and neither's square leaves the range; `H` does not depend on it."""
-    xp, usual = call.xp, _PAIR_RANGE.get(history_dtype, 31)
+    xp, usual = call.xp, _USUAL_PAIR.get(history_dtype, 31)
     usable = xp.isfinite(length) & (length > 0)
     exponent = xp.log2(xp.where(usable, length, 1.0))
     return xp.where(xp.abs(exponent) > usual, 2.0 ** -xp.round(exponent / 2.0), 1.0)
@@ -95,7 +113,7 @@ def pair_scale(call: Call, length: Array, history_dtype: str) -> Array:
 
 def param_squares(call: Call, state: State, param: Array, dtype: Any) -> list[Array]:
     """Sums of squares of a parameter as it is, made small, and made large."""
-    far = _FAR[_narrowest(state)]
+    far = _limits(state).far
     return [call.kernels.square(param, dtype, factor) for factor in (1.0, 2.0**-far, 2.0**far)]
 
 
@@ -106,12 +124,12 @@ def norm_of_squares(state: State, squares: Array, xp: Any) -> Array:
     ----------
     Blue, ACM Transactions on Mathematical Software 4(1), 1978, on the norm of a vector in three accumulators.
     """
-    far = _FAR[_narrowest(state)]
+    far = _limits(state).far
     plain, small, large = (xp.sqrt(xp.sum(squares[:, i])) for i in range(3))
     others = xp.where(xp.isfinite(plain), large * 2.0**-far, small * 2.0**far)
     return xp.where(xp.isfinite(plain) & (plain > 2.0 ** (-far / 2)), plain, others)
 
 
-def _narrowest(state: State) -> str:
-    """The dtype of averages that has the least range."""
-    return min(map(dtype_name, state.mean_grads))
+def _limits(state: State) -> _Limits:
+    """Those of the dtype of averages that has the least range."""
+    return _LIMITS[min(map(dtype_name, state.mean_grads))]
