@@ -272,6 +272,7 @@ def test_kernels_refuse_an_empty_tile():
 
 ON_THE_HOST = {
     "config.py": {"numpy"},
+    "overlap.py": {"numpy"},
     "reference.py": {"numpy"},
     "snapshot.py": {"numpy"},
     "serialization.py": {"numpy", "safetensors", "ml_dtypes"},
