@@ -41,11 +41,11 @@ CORE = (
 )
 NUMPY = (
     "mlbfgs_core",
-    "adapters/mlbfgs_cupy",
+    "adapters/mlbfgs_arrays",
     "adapters/mlbfgs_scipy",
-    "tests/adapters/test_cupy.py",
-    "tests/adapters/test_cupy_kernels.py",
-    "tests/adapters/test_cupy_parameters.py",
+    "tests/adapters/test_arrays.py",
+    "tests/adapters/test_arrays_kernels.py",
+    "tests/adapters/test_arrays_parameters.py",
     "tests/adapters/test_scipy.py",
     "tests/core/test_serialization.py",
 )
@@ -290,8 +290,8 @@ def build(session: nox.Session) -> None:
         (wheel,) = Path(folder).glob("*.whl")
         install(session, f"{wheel}[diagnostics,jax,scipy,torch]")
         session.cd(folder)
-        names = ("core", "cupy", "diagnostics", "jax", "scipy", "torch")
-        for package in (f"mlbfgs_{name}" for name in names):
+        names = ("arrays", "core", "cupy", "diagnostics", "jax", "scipy", "torch")
+        for package in ("mlbfgs", *(f"mlbfgs_{name}" for name in names)):
             session.run("python", "-P", "-c", f"import {package}; print({package}.__file__)")
 
 

@@ -1,4 +1,4 @@
-"""Time whole steps of `mlbfgs_cupy.MLBFGS` against the bytes that they must move.
+"""Time whole steps of `mlbfgs_arrays.MLBFGS` against the bytes that they must move.
 
 One float32 array of a million and of ten million values, and two small models, in NumPy or, with
 ``--device cuda``, in CuPy. The floor is the time in which that library copies the 35 values per parameter
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mlbfgs_cupy import MLBFGS
+from mlbfgs_arrays import MLBFGS
 
 HISTORY = 5
 FLOOR = 4 * HISTORY + 15

@@ -21,7 +21,7 @@ import scipy.optimize
 import torch
 from scipy.special import expit
 
-from mlbfgs_cupy import MLBFGS as ArrayMLBFGS
+from mlbfgs_arrays import MLBFGS as ArrayMLBFGS
 from mlbfgs_jax import mlbfgs
 from mlbfgs_torch import MLBFGS
 
@@ -113,7 +113,7 @@ def run_optax(tx: optax.GradientTransformationExtraArgs, faults: Faults) -> Any:
 
 
 def run_arrays(faults: Faults) -> Any:
-    """`mlbfgs_cupy.MLBFGS` on a NumPy array."""
+    """`mlbfgs_arrays.MLBFGS` on a NumPy array."""
     x = np.zeros(20, np.float32)
     optimizer = ArrayMLBFGS(x, lr=RATE, preset="fit")
     for count in range(STEPS):
@@ -126,7 +126,7 @@ RATE, ADAM_RATE = 0.5, 0.1
 RUNS: dict[str, Callable[[Faults], Any]] = {
     "mlbfgs_torch": lambda f: run_torch(lambda p: MLBFGS(p, lr=RATE, preset="fit"), f),
     "mlbfgs_jax": lambda f: run_optax(mlbfgs(RATE, preset="fit"), f),
-    "mlbfgs_cupy": run_arrays,
+    "mlbfgs_arrays": run_arrays,
     "torch LBFGS": lambda f: run_torch(lambda p: torch.optim.LBFGS(p, lr=RATE, max_iter=1), f),
     "  with search": lambda f: run_torch(
         lambda p: torch.optim.LBFGS(p, max_iter=1, max_eval=20, line_search_fn="strong_wolfe"), f

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mlbfgs_cupy import MLBFGS
+from mlbfgs_arrays import MLBFGS
 
 RATES = (0.05, 0.1, 0.3, 0.5, 0.7, 1.0)
 PROBLEMS = ((5, 1e4), (20, 1e2), (20, 3.5e3), (20, 1e5), (50, 3e3), (100, 1e3))

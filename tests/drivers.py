@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import torch
 
+import mlbfgs_arrays
 import mlbfgs_core as core
-import mlbfgs_cupy
 import mlbfgs_jax
 import mlbfgs_torch
 
@@ -78,11 +78,11 @@ class TorchDriver:
 
 
 class ArrayDriver:
-    """`mlbfgs_cupy.MLBFGS`."""
+    """`mlbfgs_arrays.MLBFGS`."""
 
     def __init__(self, named, *, lr=0.1, blocks="all", **settings):
         self.params = {name: array.copy() for name, array in named.items()}
-        self.optimizer = mlbfgs_cupy.MLBFGS(self.params, lr, blocks=blocks, **settings)
+        self.optimizer = mlbfgs_arrays.MLBFGS(self.params, lr, blocks=blocks, **settings)
 
     def values(self):
         return [param.copy() for param in self.params.values()]

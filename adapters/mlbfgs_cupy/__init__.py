@@ -1,5 +1,5 @@
-"""mL-BFGS for parameters held in NumPy or CuPy arrays: `MLBFGS` updates them in place."""
+"""mL-BFGS for CuPy arrays: the optimizer of `mlbfgs_arrays`, which serves NumPy too."""
 
-from .optimizer import MLBFGS
+from mlbfgs_arrays import MLBFGS
 
 __all__ = ["MLBFGS"]

@@ -70,7 +70,7 @@ def figure(recorder: Recorder, *, block: int = 0) -> Figure:
 
     Examples
     --------
-    >>> from mlbfgs_cupy import MLBFGS
+    >>> from mlbfgs_arrays import MLBFGS
     >>> x, recorder = np.ones(3), Recorder(every=1)
     >>> optimizer = MLBFGS(x, lr=0.1, preset="fit")
     >>> for _ in range(9):

@@ -70,7 +70,7 @@ class Recorder:
     Examples
     --------
     >>> import numpy as np
-    >>> from mlbfgs_cupy import MLBFGS
+    >>> from mlbfgs_arrays import MLBFGS
     >>> x = np.ones(3)
     >>> optimizer, recorder = MLBFGS(x, lr=0.1), Recorder(every=2)
     >>> for _ in range(5):

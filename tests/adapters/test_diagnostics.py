@@ -19,8 +19,8 @@ from scipy.optimize import minimize, rosen, rosen_der
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mlbfgs_arrays
 import mlbfgs_core as core
-import mlbfgs_cupy
 import mlbfgs_jax
 import mlbfgs_torch
 from mlbfgs_core.reference import Reference, bfgs_inverse_hessian
@@ -435,7 +435,7 @@ def test_the_table_counts_skipped_steps():
 
 def test_before_the_first_step_there_is_a_table_too():
     assert "no step yet" in plain(table(mlbfgs_torch.MLBFGS([torch.nn.Parameter(torch.ones(2))])))
-    assert "no step yet" in plain(table(mlbfgs_cupy.MLBFGS(np.ones(2))))
+    assert "no step yet" in plain(table(mlbfgs_arrays.MLBFGS(np.ones(2))))
 
 
 def test_several_units_have_names_of_their_own():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy.optimize import minimize, rosen, rosen_der
 
-from mlbfgs_cupy import MLBFGS as ArrayMLBFGS
+from mlbfgs_arrays import MLBFGS as ArrayMLBFGS
 from mlbfgs_jax import diagnostics, mlbfgs
 from mlbfgs_jax import load_state as load_state_of_jax
 from mlbfgs_scipy import minimize_mlbfgs

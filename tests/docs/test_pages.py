@@ -36,7 +36,7 @@ RUN_BY = {
     "embedding.md": "tests/embedding/test_page.py",
 }
 NUMBER = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?")
-PACKAGES = ("mlbfgs_core", "mlbfgs_cupy", "mlbfgs_diagnostics", "mlbfgs_jax", "mlbfgs_scipy", "mlbfgs_torch")
+PACKAGES = tuple(f"mlbfgs_{name}" for name in ("core", "arrays", "diagnostics", "jax", "scipy", "torch"))
 
 
 def pages():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mlbfgs_core as core
-from mlbfgs_cupy import MLBFGS
+from mlbfgs_arrays import MLBFGS
 from tests.core.test_readme import ROOT, run_blocks
 
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import mlbfgs_torch
+from mlbfgs_arrays import MLBFGS
+from mlbfgs_arrays.backends import backend_of
 from mlbfgs_core import Kernels
 from mlbfgs_core.kernels import Means, Metric
-from mlbfgs_cupy import MLBFGS
-from mlbfgs_cupy.backends import backend_of
 from mlbfgs_jax import mlbfgs
 from mlbfgs_torch.fused import FusedKernels
-from tests.adapters.test_cupy import FAST, SETTINGS, Problem, flat
+from tests.adapters.test_arrays import FAST, SETTINGS, Problem, flat
 
 LR, MOMENTUM, DECAY = 0.01, 0.9, 0.1
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import mlbfgs_core as core
+from mlbfgs_arrays import MLBFGS
 from mlbfgs_core.two_loop import two_loop
-from mlbfgs_cupy import MLBFGS
 from tests.drivers import DRIVERS
 
 from .runs import begin, step

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 import mlbfgs_core as core
+from mlbfgs_arrays import cuda
+from mlbfgs_arrays.cuda import CupyKernels
+from mlbfgs_arrays.kernels import NumpyKernels
 from mlbfgs_core.kernels import Means, Metric
-from mlbfgs_cupy import cuda
-from mlbfgs_cupy.cuda import CupyKernels
-from mlbfgs_cupy.kernels import NumpyKernels
 
 M = 3
 SIZES = [0, 1, 5, 77]

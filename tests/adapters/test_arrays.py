@@ -1,4 +1,4 @@
-"""`mlbfgs_cupy.MLBFGS` on NumPy arrays follows the readable twin, wherever its parameters lie in memory."""
+"""`mlbfgs_arrays.MLBFGS` on NumPy arrays follows the readable twin, wherever its parameters lie in memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import mlbfgs_core as core
+from mlbfgs_arrays import MLBFGS
+from mlbfgs_arrays.backends import Host
 from mlbfgs_core.reference import Reference
-from mlbfgs_cupy import MLBFGS
-from mlbfgs_cupy.backends import Host
 
 FAST = {"check_every": 1, "history_size": 4}
 SETTINGS = {
@@ -717,7 +717,7 @@ def test_memory_is_what_was_planned():
 
 
 def test_the_package_needs_no_cupy():
-    code = "import sys, numpy as np, mlbfgs_cupy as m; m.MLBFGS(np.ones(2)).step(np.ones(2))"
+    code = "import sys, numpy as np, mlbfgs_arrays as m; m.MLBFGS(np.ones(2)).step(np.ones(2))"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'cupy' not in sys.modules"], check=True)
 
 

@@ -1,4 +1,4 @@
-"""Arrays that `mlbfgs_cupy.MLBFGS` must not train as they are: overlapping ones, subclasses with rules of
+"""Arrays that `mlbfgs_arrays.MLBFGS` must not train as they are: overlapping ones, subclasses with rules of
 their own, and those whose form is changed during a run."""
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
 
+from mlbfgs_arrays import MLBFGS
+from mlbfgs_arrays.arguments import Structure, place_of
 from mlbfgs_core import overlap
 from mlbfgs_core.overlap import find_overlap
-from mlbfgs_cupy import MLBFGS
-from mlbfgs_cupy.arguments import Structure, place_of
-from tests.adapters.test_cupy import FAST, Problem, contents
+from tests.adapters.test_arrays import FAST, Problem, contents
 
 # Memory.
 
