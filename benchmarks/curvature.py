@@ -72,7 +72,7 @@ def main() -> None:
     steps, width = STEPS // parts, 8 if options.quick else WIDTH
     runs = {size: train(data, size, steps, width) for size in BATCHES}
     layers = train(data, BATCH, steps, width, blocks="layer")
-    exact = train(data, len(data.images), EXACT_STEPS // parts, width, exact=True, metric_power=0.0)
+    exact = train(data, len(data.images), EXACT_STEPS // parts, width, exact=True, preconditioner="none")
     save(figure(runs[BATCH].recorder), "curvature_run", options)
     save(draw_batches(runs), "curvature_batches", options)
     save(draw_layers(layers), "curvature_layers", options)

@@ -254,7 +254,7 @@ def asked(optimizer: Optimizer) -> tuple[bool, bool]:
     found = getattr(optimizer, "_units", None)
     if not found:
         return False, False
-    check, refresh = core.upcoming(found[0].config, found[0].state).tolist()
+    check, refresh = core.Method(found[0].config).upcoming(found[0].state).tolist()
     return check, refresh
 
 

@@ -48,7 +48,7 @@ __all__ = [
 
 PARAMETERS = (10**9, 10**10, 10**11, 10**12)
 GPUS = (8, 64, 512, 4096)
-SETTINGS: dict[str, core.Settings] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "bfloat16 history": {"history_dtype": "bfloat16"},
 }
@@ -200,7 +200,7 @@ def state_bytes(
         leaves += sum(large) + (not all(large))
     values = np.broadcast_to(np.float32(0), (sum(sizes),))  # takes no memory
     plan, m = core.plan_memory(config, [values]), config.history_size
-    sized = plan.history + plan.averages + plan.metric + 4 * values.size
+    sized = plan.history + plan.averages + plan.preconditioner + 4 * values.size
     return State(sized, 4 * (len(blocks) * (2 * (2 * m) ** 2 + 3 * m + 11) + leaves * (m + 13)))
 
 
@@ -237,7 +237,7 @@ def project(
     parameters: int, gpus: int, operations: tuple[float, float] = (0.0, 0.0), hardware: Hardware = H100
 ) -> Projection:
     """The model at one point; `operations`: those of a step, and those for each leaf."""
-    config, least = core.Config(), core.Config(metric_power=0.0, adaptive=False)
+    config, least = core.Config(), core.Config(preconditioner="none", adaptive=False)
     local = parameters / gpus
     matrices = 7 * hardware.layers(parameters) + 2  # of a layer with gated units, and two embeddings
     leaves = matrices + 1 if local / matrices > SMALL else 1
@@ -311,11 +311,11 @@ def needed(hardware: Hardware = H100) -> Iterator[str]:
 
 def latencies(hardware: Hardware = H100) -> Iterator[str]:
     """All-reduces of a step by settings: how many, and how long they take."""
-    settings: dict[str, core.Settings] = {
+    settings: dict[str, dict[str, Any]] = {
         "default": {},
         "adaptive=False": {"adaptive": False},
-        "metric_power=0": {"metric_power": 0.0},
-        "both": {"adaptive": False, "metric_power": 0.0},
+        "preconditioner_power=0": {"preconditioner": "none"},
+        "both": {"adaptive": False, "preconditioner": "none"},
     }
     yield f"{'':16}{'calls':>7}{'bytes':>7}" + "".join(f"{f'{gpus} GPUs':>12}" for gpus in GPUS)
     for name, given in settings.items():
@@ -343,7 +343,7 @@ def draw(operations: tuple[float, float], path: Path, hardware: Hardware = H100)
         right.loglog(gpus, [1e3 * p.adamw for p in points], ":", color=color, alpha=0.6)
     right.loglog(gpus, [1e3 * p.reducing for p in points], "k-.", label="all-reduces alone")
     least = [1e3 * p.least_reducing for p in points]
-    right.loglog(gpus, least, "-.", color="gray", label="with adaptive=False, metric_power=0")
+    right.loglog(gpus, least, "-.", color="gray", label="with adaptive=False, preconditioner_power=0")
     left.axhline(hardware.memory / 1e9, color="k", linewidth=0.8, label="memory of a GPU")
     for dashes, label in (("-", "default"), ("--", "bfloat16 history"), (":", "AdamW")):
         left.plot([], [], dashes, color="k", label=label)

@@ -72,7 +72,7 @@ JAX_PEER, JAX_DONATED = "optax.scale_by_lbfgs", "the same, state donated"
 JAX_ADAM = "optax.scale_by_adam"
 BACKENDS = {"numpy": array_api_compat.numpy, "torch": array_api_compat.torch}
 TILES = {"numpy": 2**16, "torch": 2**18}
-SETTINGS: dict[str, core.Settings] = {"default": {}, "formulas": {"preset": "formulas"}}
+SETTINGS: dict[str, dict[str, Any]] = {"default": {}, "formulas": {"preset": "formulas"}}
 
 
 class Row(NamedTuple):
@@ -352,7 +352,7 @@ def direction_bandwidth(n: int, device: str) -> tuple[float, float]:
     grads = [param.grad]
 
     def work() -> None:
-        core.direction(unit.config, unit.state, grads, blocks=unit.blocks, kernels=unit.kernels)
+        core.Method(unit.config, blocks=unit.blocks, kernels=unit.kernels).direction(unit.state, grads)
 
     work()
     moved = 4 * (4 * HISTORY + 6) * n
@@ -361,19 +361,19 @@ def direction_bandwidth(n: int, device: str) -> tuple[float, float]:
     return moved / ours / 1e6, 32 * n / copied / 1e6
 
 
-def core_alone(backend: str, settings: core.Settings, n: int, repeats: int) -> dict[str, float]:
+def core_alone(backend: str, settings: dict[str, Any], n: int, repeats: int) -> dict[str, float]:
     """Median milliseconds of the floor, a plain step, one with a check and one with a refresh."""
     xp, rng = BACKENDS[backend], np.random.default_rng(0)
     config, kernels = core.Config(**settings), core.Kernels(xp, TILES[backend])
     x, g = (xp.asarray(rng.standard_normal(n, dtype=np.float32)) for _ in range(2))
-    state = core.init(config, [x], xp=xp)
+    state = core.Method(config).init([x], xp=xp)
     rows = xp.reshape(state.history[0], (2 * config.history_size, n))
     rows[...] = 1e-4  # touched memory, so that no page is missing at the first read
     weights = xp.ones(2 * config.history_size, dtype=xp.float32)
 
     def step(check: bool, due: bool) -> None:
         nonlocal state
-        _, state = core.step(config, state, [x], [g], kernels=kernels, when_check=check, when_due=due)
+        _, state = core.Method(config, kernels=kernels).step(state, [x], [g], when_check=check, when_due=due)
 
     parts = {
         "floor": lambda: (rows @ g, weights @ rows),

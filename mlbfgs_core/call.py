@@ -1,18 +1,17 @@
-"""What one call of a verb works with: settings, partition, kernels and reduction, checked once."""
+"""What one call of a verb works with: settings, partition, kernels and reduction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace
-
-from .blocks import Blocks, one_block, validate_blocks
+from .blocks import Blocks
 from .config import Config
-from .kernels import Kernels, Means, Metric
-from .state import LEAF_DTYPES, State, accumulation_dtype, dtype_name
+from .kernels import Kernels, Leaf, Means
+from .preconditioner import Preconditioner, Root, preconditioner_of
+from .state import State, accumulation_dtype
 
-__all__ = ["Call", "Reduce", "When", "prepare", "run_if", "stack"]
+__all__ = ["Call", "Reduce", "When", "identity", "run_if", "stack"]
 
 Array = Any
 Reduce = Callable[[Array], Array]
@@ -23,11 +22,11 @@ the host knows. A function ``(predicate, part, operand) -> result``, such as a w
 ``jax.lax.cond``: it decides on the device."""
 
 MEAN_SQUARE_FLOOR = 1e-16
-"""The metric's floor, in units of the mean of the running squares."""
+"""What is added to mean squares in a preconditioner, in units of their mean over a block."""
 
 
 class Call(NamedTuple):
-    """The bundle that the verbs hand to one another."""
+    """The bundle that the parts of a step hand to one another."""
 
     config: Config
     blocks: Blocks
@@ -36,47 +35,61 @@ class Call(NamedTuple):
     shares: Sequence[float] | None
     xp: Any
     dtype: Any
+    """Of coefficients."""
 
-    def scalar(self, value: Array, leaf: Array) -> Array:
-        """A coefficient in the accumulation dtype of a leaf's average."""
-        return self.kernels.cast(value, leaf.dtype)
+    def scalar(self, value: Array, dtype: Any) -> Array:
+        """A coefficient as the kernels take it, in a leaf's dtype."""
+        return self.kernels.to_leaf(value, dtype)
 
     @property
     def is_whole(self) -> bool:
         """Whether there are no other shards."""
-        return self.reduce is _identity
+        return self.reduce is identity
+
+    @property
+    def preconditioner(self) -> Preconditioner:
+        """The one that the settings ask for."""
+        return preconditioner_of(self.config)
 
     def device(self, state: State) -> Any:
         """The state's device, traced or not."""
         return self.kernels.device(state.gamma)
 
-    def means(self, state: State, leaf: int) -> Means:
-        """The averages of one leaf."""
-        return Means(
-            state.mean_params[leaf], state.mean_grads[leaf], state.prev_params[leaf], state.prev_grads[leaf]
-        )
+    def dtypes(self, leaves: Sequence[Array | None]) -> list[Any]:
+        """The dtype of each leaf's averages and inner products; None for one that is None."""
+        xp = self.kernels.leaf_xp
+        return [None if leaf is None else getattr(xp, accumulation_dtype(leaf)) for leaf in leaves]
 
-    def metrics(self, state: State, weights: Array | None = None) -> list[Metric | None]:
-        """The metric of each leaf; `weights` (L,) are those with which a gradient is to enter."""
-        if not self.config.uses_metric:
-            return [None] * len(state.history)
+    def leaf(self, state: State, number: int, dtype: Any, root: Root) -> Leaf:
+        """What is remembered of a leaf."""
+        if not state.history:
+            return Leaf(number, dtype, None, None, root)
+        means = Means(
+            state.mean_params[number],
+            state.mean_grads[number],
+            state.prev_params[number],
+            state.prev_grads[number],
+        )
+        return Leaf(number, dtype, state.history[number], means, root)
+
+    def roots(self, state: State, dtypes: Sequence[Any], weights: Array | None = None) -> list[Any]:
+        """`R` of each leaf whose dtype is given; with `weights` (L,) gradients are to enter it."""
+        preconditioner, kernels = self.preconditioner, self.kernels
         floors = state.mean_square * MEAN_SQUARE_FLOOR
-        result: list[Metric | None] = [None] * len(state.history)
+        roots: list[Root | None] = [None] * len(dtypes)
         for number, block in enumerate(self.blocks):
             for leaf in block:
-                moment = state.moment[leaf]
-                weight = None if weights is None else self.scalar(weights[leaf], moment)
-                result[leaf] = Metric(
-                    moment,
-                    weight,
-                    self.scalar(floors[number], moment) + self.kernels.least(moment.dtype),
-                    self.config.metric_power,
-                )
-        return result
-
-    def valid(self, state: State, leaf: int) -> Array:
-        """0-d bool: whether a leaf has been observed in this window and in the previous one."""
-        return self.kernels.to_leaves((state.leaf_window[leaf] > 0) & (state.leaf_prev_window[leaf] > 0))
+                dtype = dtypes[leaf]
+                if dtype is None:
+                    continue
+                arrays = {name: own[leaf] for name, own in state.preconditioner.items()}
+                if not arrays:
+                    roots[leaf] = preconditioner.root(self.config, arrays, dtype, None, None)
+                    continue
+                weight = None if weights is None else self.scalar(weights[leaf], dtype)
+                floor = self.scalar(floors[number], dtype) + kernels.least(dtype)
+                roots[leaf] = preconditioner.root(self.config, arrays, dtype, weight, floor)
+        return roots
 
     def shared(self, part: Array, leaf: int) -> Array:
         """What this shard adds of a leaf's inner products; a share of 0 keeps what is not finite."""
@@ -86,65 +99,17 @@ class Call(NamedTuple):
 
     def block_sums(self, parts: Sequence[Array | None]) -> Array:
         """Sum each block's parts (None: nothing) of shape (K,) or (): (B, K) or (B,)."""
-        like = self.kernels.cast(next(part for part in parts if part is not None), self.dtype)
+        convert, dtype = self.kernels.to_coefficients, self.dtype
+        like = convert(next(part for part in parts if part is not None), dtype)
         sums = []
         for block in self.blocks:
             total = None
             for leaf in block:
                 if parts[leaf] is not None:
-                    part = self.kernels.cast(self.shared(parts[leaf], leaf), self.dtype)
+                    part = convert(self.shared(parts[leaf], leaf), dtype)
                     total = part if total is None else total + part
             sums.append(self.xp.zeros_like(like) if total is None else total)
         return stack(sums, self.xp)
-
-
-def prepare(
-    config: Config,
-    state: State,
-    blocks: Blocks | None,
-    kernels: Kernels | None,
-    reduce: Reduce | None,
-    shares: Sequence[float] | None = None,
-    **leaves: Sequence[Array | None] | None,
-) -> Call:
-    """Check the arguments of a verb and bundle them.
-
-    Raises
-    ------
-    ValueError
-        A number of leaves or of shares, a shape or a partition that does not match the state, or no
-        gradient at all.
-    TypeError
-        A gradient whose dtype is neither its parameter's nor that of its averages.
-    """
-    count = len(state.history)
-    if blocks is None:
-        blocks = one_block(count)
-    else:
-        validate_blocks(blocks, count)
-    if len(blocks) != state.gamma.shape[0]:
-        msg = f"`blocks` must be the state's {state.gamma.shape[0]} blocks, got {len(blocks)}"
-        raise ValueError(msg)
-    if shares is not None and len(shares) != count:
-        msg = f"`shares` must hold a number for each of {count} leaves, got {len(shares)}"
-        raise ValueError(msg)
-    for name, arrays in leaves.items():
-        if arrays is not None:
-            _check_leaves(name, arrays, state)
-    params, grads = leaves.get("params"), leaves.get("grads")
-    if grads is not None and all(grad is None for grad in grads):
-        msg = "`grads` must hold at least one array, got only None"
-        raise ValueError(msg)
-    for index, (param, grad) in enumerate(zip(params or (), grads or (), strict=False)):
-        own, wider = dtype_name(param), accumulation_dtype(param)
-        if grad is None or dtype_name(grad) in (own, wider):
-            continue
-        rule = f"must have the parameter's dtype {own}"
-        rule += "" if wider == own else f" or {wider}"
-        msg = f"`grads`[{index}] {rule}, got {dtype_name(grad)}"
-        raise TypeError(msg)
-    xp = kernels.xp if kernels is not None else array_namespace(state.gamma)
-    return Call(config, blocks, kernels or Kernels(xp), reduce or _identity, shares, xp, state.gamma.dtype)
 
 
 def stack(parts: Sequence[Array], xp: Any) -> Array:
@@ -162,25 +127,6 @@ def run_if(when: When, predicate: Array, part: Callable[[Any], Any], operand: An
     return when(predicate, part, operand)
 
 
-def _check_leaves(name: str, arrays: Sequence[Array | None], state: State) -> None:
-    if len(arrays) != len(state.history):
-        msg = f"`{name}` must hold {len(state.history)} leaves, got {len(arrays)}"
-        raise ValueError(msg)
-    for index, (array, history) in enumerate(zip(arrays, state.history, strict=True)):
-        if array is None:
-            if name == "params":
-                msg = f"`params`[{index}] must be an array, got None"
-                raise TypeError(msg)
-            continue
-        if tuple(array.shape) != tuple(history.shape[2:]):
-            msg = (
-                f"`{name}`[{index}] must have the shape {tuple(history.shape[2:])}, got {tuple(array.shape)}"
-            )
-            raise ValueError(msg)
-        if dtype_name(array) not in LEAF_DTYPES:
-            msg = f"`{name}`[{index}] must be of a real floating-point dtype, got {array.dtype}"
-            raise TypeError(msg)
-
-
-def _identity(array: Array) -> Array:
+def identity(array: Array) -> Array:
+    """The sum over an only shard."""
     return array

@@ -2,105 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack, cast
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from .presets import Preset, preset_of
+
 __all__ = [
+    "SETTINGS",
     "Config",
-    "Preset",
-    "Settings",
+    "PreconditionerName",
     "StepLength",
     "as_number",
     "check_real",
-    "default_rate",
     "is_zero",
-    "preset_momentum",
-    "preset_nesterov",
+    "settings_in",
+    "with_preset",
 ]
 
-Preset = Literal["default", "paper", "formulas", "lbfgs", "fit"]
+PreconditionerName = Literal["none", "diagonal"]
 StepLength = Literal["rms", "unit", "clip", "none"]
 
-
-class Settings(TypedDict, total=False):
-    """The keyword arguments of `Config`, for the signatures of adapters."""
-
-    history_size: int
-    update_every: int
-    adaptive: bool
-    check_every: int
-    signal_to_noise: float
-    noise_floor: float
-    beta: float | None
-    min_cosine: float
-    shrinkage: float
-    damping: tuple[float, float, float] | None
-    step_length: StepLength
-    clip_factor: float
-    metric_power: float
-    metric_beta: float
-    history_dtype: str | None
-    preset: Preset | None
-
-
-_DEFAULT: Final[Settings] = {
-    "history_size": 5,
-    "update_every": 50,
-    "adaptive": True,
-    "check_every": 2,
-    "signal_to_noise": 4.0,
-    "noise_floor": 4.0,
-    "beta": None,
-    "min_cosine": 0.2,
-    "shrinkage": 0.25,
-    "damping": None,
-    "step_length": "rms",
-    "clip_factor": 2.0,
-    "metric_power": 1.0,
-    "metric_beta": 0.99,
-    "history_dtype": None,
-    "preset": None,
-}
-_PUBLISHED: Final[Settings] = {
-    "history_size": 10,
-    "adaptive": False,
-    "noise_floor": 0.0,
-    "min_cosine": 0.0,
-    "shrinkage": 1.0,
-    "step_length": "none",
-    "metric_power": 0.0,
-}
-_PRESETS: Final[dict[str, Settings]] = {
-    "default": {},
-    # What the authors ran for the paper (Niu et al., TMLR 2023, arXiv:2307.13744), from their code at
-    # https://github.com/yuehniu/mL-BFGS: run-SLIM.sh gives one recipe for ResNet-18 and DeiT on CIFAR-100 and
-    # for ResNet-50 on ImageNet.
-    "paper": {
-        **_PUBLISHED,  # its history of 10 is that of run-SLIM.sh, --hist-sz=10
-        "beta": 0.999,  # run-SLIM.sh, --mm-p and --mm-g
-        "update_every": 50,  # run-SLIM.sh, --update-freq
-        # opt/slimblock.py, tao_lb and tao_ub; tau_0 is 1 less the --lbfgs-damping=0.01 of run-SLIM.sh.
-        "damping": (0.01, 1.5, 0.99),
-        "step_length": "unit",  # opt/slimblock.py, __grad_cond: the direction by its norm over all blocks
-    },
-    # The formulas alone leave beta, T and the damping open: these are this library's choice.
-    "formulas": {**_PUBLISHED, "beta": 0.9, "update_every": 20, "damping": (0.01, 10.0, 0.9)},
-    "lbfgs": {**_PUBLISHED, "beta": 0.0, "update_every": 1},
-    "fit": {
-        "history_size": 10,
-        "update_every": 21,
-        "min_cosine": 0.3,
-        "shrinkage": 1.0,
-        "step_length": "clip",
-        "metric_power": 0.0,
-    },
-}
-# For "paper" that of run-SLIM.sh, as is the learning rate of 0.1 that `default_rate` gives for a unit length.
-_MOMENTUM: Final = {"default": 0.9, "paper": 0.9, "formulas": 0.9, "lbfgs": 0.0, "fit": 0.0}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_PRECONDITIONERS: Final = ("none", "diagonal")
 _STEP_LENGTHS: Final = ("rms", "unit", "clip", "none")
 _HISTORY_DTYPES: Final = ("bfloat16", "float16", "float32", "float64")
 
@@ -115,7 +45,8 @@ class _Range(NamedTuple):
 
 
 # Ranges are tested only of Python's and NumPy's numbers, so that a traced hyperparameter passes through.
-_INTEGERS: Final = ("history_size", "update_every", "check_every")
+_INTEGERS: Final = {"history_size": 0, "update_every": 1, "check_every": 1}
+"""With the least that each may be."""
 _POSITIVE: Final = _Range("must be finite and >= 0", 0.0, math.inf)
 _FRACTION: Final = _Range("must be in [0, 1)", 0.0, 1.0)
 _PART: Final = _Range("must be in [0, 1]", 0.0, 1.0, open_above=False)
@@ -126,13 +57,75 @@ _REALS: Final = {
     "min_cosine": _FRACTION,
     "shrinkage": _PART,
     "clip_factor": _Range("must be finite and >= 1", 1.0, math.inf),
-    "metric_power": _PART,
-    "metric_beta": _FRACTION,
+    "preconditioner_power": _PART,
+    "preconditioner_beta": _FRACTION,
     "momentum": _FRACTION,
     "learning_rate": _POSITIVE,
     "lr": _POSITIVE,
     "weight_decay": _POSITIVE,
 }
+
+
+class _Default:
+    """A default in a signature, which looks like its value; where it is handed back, nothing was given."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.value == (other.value if isinstance(other, _Default) else other))
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+_RENAMED: Final = {
+    "metric_power": "`preconditioner_power`, and 0 is `preconditioner`='none'",
+    "metric_beta": "`preconditioner_beta`",
+}
+
+
+def with_preset(function: _Function) -> _Function:
+    """Let a function name all settings with their defaults; those that are not given are its preset's.
+
+    Its settings and options are keyword-only, and `preset` is one of them. Other functions may call it with
+    all defaults of its signature, as `optax.inject_hyperparams` does: these count as not given.
+
+    Raises
+    ------
+    TypeError
+        From the function: an unknown setting.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    options = [
+        own.name for own in signature.parameters.values() if own.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+
+    @functools.wraps(function)
+    def filled(*args: Any, **kwargs: Any) -> Any:
+        given = {name: value for name, value in kwargs.items() if not isinstance(value, _Default)}
+        for name in given:
+            if name not in signature.parameters:
+                told = f"; it is now {_RENAMED[name]}" if name in _RENAMED else ""
+                msg = f"unknown setting `{name}`{told}; the settings are {', '.join(options)}"
+                raise TypeError(msg)
+        return function(*args, **{**preset_of(given.get("preset")).settings, **given})
+
+    filled.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[
+            own.replace(default=_Default(own.default)) if own.name in options else own
+            for own in signature.parameters.values()
+        ]
+    )
+    return filled  # type: ignore[return-value]
+
+
+def settings_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `Config` among a function's arguments, such as its ``locals()``."""
+    return {field.name: arguments[field.name] for field in fields(Config)}
 
 
 @dataclass(frozen=True, init=False)
@@ -141,8 +134,14 @@ class Config:
 
     Parameters
     ----------
+    preset : {"default", "paper", "formulas", "lbfgs", "fit"} or None
+        "paper" is the published method with the settings that its authors used, "formulas" the published
+        formulas and nothing else, "lbfgs" textbook L-BFGS at every step; "fit" suits quadratics and
+        full-batch fits. Settings that are given win over the preset's.
     history_size : int
-        Curvature pairs kept for each block, `m`. Memory is ``2 * m`` values per parameter.
+        Curvature pairs kept for each block, `m`. Memory is ``2 * m`` values per parameter. With 0 there are
+        no pairs, and none of their memory and cost: what is left is the preconditioned gradient with the
+        control of its length.
     update_every : int
         Steps from one curvature pair to the next, `T`: exactly with ``adaptive=False``, at the
         latest with ``adaptive=True``. With ``T=1``, ``adaptive=False`` and ``step_length="none"`` the
@@ -172,19 +171,16 @@ class Config:
         it to `clip_factor` times its own running length, or leave it.
     clip_factor : float
         See `step_length`.
-    metric_power : float
-        Power `p` of the diagonal metric ``(mean square gradient)^(p/2)`` in whose coordinates the
-        method runs: 0 is the published method, 1 starts from Adam's diagonal.
-    metric_beta : float
+    preconditioner : {"none", "diagonal"}
+        In whose coordinates the method runs. "diagonal": the running mean square of gradients, as in Adam.
+        "none": the parameters' own, as published.
+    preconditioner_power : float
+        Power `p` of the diagonal ``(mean square gradient)^(p/2)``: 1 starts from Adam's.
+    preconditioner_beta : float
         Decay of the mean square gradient.
     history_dtype : str or None
         Storage of the pairs: "bfloat16", "float16", "float32" or "float64"; ``None``: that of the
         averages (float32, or float64 for float64 parameters).
-    preset : {"default", "paper", "formulas", "lbfgs", "fit"} or None
-        "paper" is the published method with the settings that its authors used, "formulas" the published
-        formulas and nothing else, "lbfgs" textbook L-BFGS at every step; "fit" suits quadratics and
-        full-batch fits. Settings that are given win over the preset's.
-
     Raises
     ------
     TypeError
@@ -195,9 +191,9 @@ class Config:
     Notes
     -----
     Difference from the paper: the cosine floor, the shrinkage, the adaptive schedule, interval means, the
-    fixed root mean square and the metric are not in it; ``preset="paper"`` and ``preset="formulas"`` have
-    none of them. The paper's formulas leave ``beta``, ``T``, the damping and the step length open. "paper"
-    takes what the three recipes have in common that the authors published with their code, for ResNet-18 and
+    fixed root mean square and the preconditioner are not in it; ``preset="paper"`` and ``preset="formulas"``
+    have none of them. The paper's formulas leave ``beta``, ``T``, the damping and the step length open.
+    "paper" takes what the three recipes have in common that the authors published with their code, for ResNet-18 and
     DeiT on CIFAR-100 and ResNet-50 on ImageNet: ``T = 50``, ``beta = 0.999``, damping ``(0.01, 1.5, 0.99)``,
     10 pairs, a direction of length 1 over all blocks, heavy-ball momentum 0.9 and a learning rate of 0.1.
     Their runs add a cosine schedule down to 1e-4 and a weight decay of 2e-4 (DeiT: 5e-4) as a term of the
@@ -234,32 +230,51 @@ class Config:
     damping: tuple[float, float, float] | None
     step_length: StepLength
     clip_factor: float
-    metric_power: float
-    metric_beta: float
+    preconditioner: PreconditionerName
+    preconditioner_power: float
+    preconditioner_beta: float
     history_dtype: str | None
-    preset: Preset | None
 
-    def __init__(self, **settings: Unpack[Settings]) -> None:
-        names = [field.name for field in fields(self)]
-        for name in settings:
-            if name not in names:
-                msg = f"unknown setting `{name}`; the settings are {', '.join(names)}"
-                raise TypeError(msg)
-        preset = _check_preset(settings.get("preset"))
-        values = cast("dict[str, Any]", {**_DEFAULT, **_PRESETS[preset], **settings})
-        for name in names:
-            object.__setattr__(self, name, values[name])
+    @with_preset
+    def __init__(
+        self,
+        *,
+        preset: Preset | None = None,
+        history_size: int = 5,
+        update_every: int = 50,
+        adaptive: bool = True,
+        check_every: int = 2,
+        signal_to_noise: float = 4.0,
+        noise_floor: float = 4.0,
+        beta: float | None = None,
+        min_cosine: float = 0.2,
+        shrinkage: float = 0.25,
+        damping: tuple[float, float, float] | None = None,
+        step_length: StepLength = "rms",
+        clip_factor: float = 2.0,
+        preconditioner: PreconditionerName = "diagonal",
+        preconditioner_power: float = 1.0,
+        preconditioner_beta: float = 0.99,
+        history_dtype: str | None = None,
+    ) -> None:
+        for name, value in settings_in(locals()).items():
+            object.__setattr__(self, name, value)
         self._validate()
 
     @property
-    def uses_metric(self) -> bool:
-        """Whether the method runs in a diagonal metric (a traced power counts as one)."""
-        return not is_zero(self.metric_power)
+    def takes_pairs(self) -> bool:
+        """Whether curvature pairs are stored; without any, the base optimizer is left."""
+        return self.history_size > 0
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether pairs are asked for by the noise of gradients."""
+        return self.adaptive and self.takes_pairs
 
     @property
     def uses_noise(self) -> bool:
         """Whether the noise along the stored pairs must be followed."""
-        return self.adaptive or not is_zero(self.noise_floor)
+        return self.takes_pairs and (self.adaptive or not is_zero(self.noise_floor))
 
     @property
     def shrinks(self) -> bool:
@@ -272,11 +287,11 @@ class Config:
         """Whether a direction without pairs is shortened to length 1, since with a pair at every step there
         is one such step only, and no scale is known for it."""
         every = isinstance(self.update_every, int) and self.update_every == 1 and not self.adaptive
-        return every and self.step_length == "none"
+        return self.takes_pairs and every and self.step_length == "none"
 
     def _validate(self) -> None:
-        for name in _INTEGERS:
-            object.__setattr__(self, name, _checked_integer(name, getattr(self, name)))
+        for name, least in _INTEGERS.items():
+            object.__setattr__(self, name, _checked_integer(name, getattr(self, name), least))
         for name in _REALS:
             if hasattr(self, name) and not (name == "beta" and self.beta is None):
                 object.__setattr__(self, name, check_real(name, getattr(self, name)))
@@ -286,11 +301,18 @@ class Config:
         if self.step_length not in _STEP_LENGTHS:
             msg = f"`step_length` must be one of {_STEP_LENGTHS}, got {self.step_length!r}"
             raise ValueError(msg)
+        if self.preconditioner not in _PRECONDITIONERS:
+            msg = f"`preconditioner` must be one of {_PRECONDITIONERS}, got {self.preconditioner!r}"
+            raise ValueError(msg)
         if self.history_dtype is not None and self.history_dtype not in _HISTORY_DTYPES:
             msg = f"`history_dtype` must be None or one of {_HISTORY_DTYPES}, got {self.history_dtype!r}"
             raise ValueError(msg)
         if self.damping is not None:
             object.__setattr__(self, "damping", _checked_damping(self.damping))
+
+
+SETTINGS: Final = tuple(field.name for field in fields(Config))
+"""Names of all settings."""
 
 
 def as_number(name: str, value: object, rule: str = "must be a number") -> Any:
@@ -331,60 +353,16 @@ def check_real(name: str, value: object) -> Any:
     return number
 
 
-def _checked_integer(name: str, value: object) -> Any:
+def _checked_integer(name: str, value: object, least: int) -> Any:
     rule = "must be an int"
     number = as_number(name, value, rule)
     if isinstance(number, float) or (name == "history_size" and not isinstance(number, int)):
         msg = f"`{name}` {rule}, got {number!r}"
         raise TypeError(msg)
-    if isinstance(number, int) and number < 1:
-        msg = f"`{name}` must be >= 1, got {number!r}"
+    if isinstance(number, int) and number < least:
+        msg = f"`{name}` must be >= {least}, got {number!r}"
         raise ValueError(msg)
     return number
-
-
-def preset_momentum(preset: str | None) -> float:
-    """Heavy-ball momentum that belongs to a preset: 0 for "lbfgs" and "fit", else 0.9.
-
-    Examples
-    --------
-    >>> preset_momentum(None), preset_momentum("fit")
-    (0.9, 0.0)
-    """
-    return _MOMENTUM[_check_preset(preset)]
-
-
-def preset_nesterov(preset: str | None) -> bool:
-    """Whether a preset's momentum looks ahead, as Nesterov's: that of the default does, the others' do not.
-
-    A step is then ``d + momentum * buffer`` instead of ``buffer``.
-
-    Examples
-    --------
-    >>> preset_nesterov(None), preset_nesterov("paper")
-    (True, False)
-    """
-    return _check_preset(preset) == "default"
-
-
-def default_rate(step_length: StepLength) -> float:
-    """Learning rate of an optimizer that is given none: 1e-3 for "rms", else 0.1.
-
-    Examples
-    --------
-    >>> default_rate(Config().step_length), default_rate(Config(preset="fit").step_length)
-    (0.001, 0.1)
-    """
-    return 1e-3 if step_length == "rms" else 0.1
-
-
-def _check_preset(preset: str | None) -> str:
-    if preset is None:
-        return "default"
-    if preset not in _PRESETS:
-        msg = f"`preset` must be None or one of {tuple(_PRESETS)}, got {preset!r}"
-        raise ValueError(msg)
-    return preset
 
 
 def _checked_damping(damping: object) -> tuple[Any, ...]:

@@ -1,29 +1,99 @@
-"""Eigenvalues of the Hessian approximation and of its inverse, from the state's coefficients alone."""
+"""The inverse Hessian's products, and its eigenvalues and those of the Hessian, from coefficients alone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 from array_api_compat import device as array_device
 
+from .blocks import Blocks, one_block
+from .call import Call, identity
+from .config import Config
 from .diagnostics import Diagnostics
+from .kernels import Kernels
 from .state import State
 from .two_loop import ring_order
 
-__all__ = ["Spectrum", "curvatures", "spectrum"]
+__all__ = ["Spectrum", "curvatures", "inverse_hessian", "spectrum"]
 
 Array = Any
 
 
 class Spectrum(NamedTuple):
-    """Extreme eigenvalues, (B,) each, of the inverse Hessian `H` and of its inverse; in the
-    coordinates of the metric where there is one."""
+    """Extreme eigenvalues, (B,) each, of the inverse Hessian `H` and of its inverse, in the coordinates of
+    the preconditioner."""
 
     smallest: Array
     largest: Array
     inverse_smallest: Array
     inverse_largest: Array
+
+
+def inverse_hessian(
+    config: Config, state: State, vectors: Sequence[Array], *, blocks: Blocks | None = None
+) -> list[Array]:
+    """The inverse Hessian times a vector: ``R^T (gamma I + B^T C B) R v``, with no control of its length.
+
+    Parameters
+    ----------
+    config : Config
+    state : State
+        Not consumed.
+    vectors : sequence of arrays
+        The parts of the vector: one for each leaf, of its shape and of its averages' dtype.
+    blocks : tuple of tuples of int, optional
+        Those of the state; by default one block of all leaves.
+
+    Returns
+    -------
+    list of arrays
+        The parts of the product. A block without a pair has `gamma` 1.
+
+    Notes
+    -----
+    Symmetric and positive definite. Reads the history twice: ``4 m`` values per parameter.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mlbfgs_core import Config, Method
+    >>> method, x = Method(Config(preset="lbfgs", history_size=1)), np.asarray([1.0, 1.0])
+    >>> state = method.init([x])
+    >>> for point in (x, x + [1.0, 0.0]):
+    ...     state = method.observe(state, [point], [np.asarray([4.0, 1.0]) * point])
+    ...     state = method.refresh(state, state.due)
+    >>> inverse_hessian(method.config, state, [np.asarray([4.0, 0.0])])
+    [array([1., 0.])]
+    """
+    xp = array_namespace(state.gamma)
+    call = Call(
+        config, blocks or one_block(len(vectors)), Kernels(xp), identity, None, xp, dtype=state.gamma.dtype
+    )
+    dtypes = [vector.dtype for vector in vectors]
+    leaves = [
+        call.leaf(state, i, dtype, root)
+        for i, (dtype, root) in enumerate(zip(dtypes, call.roots(state, dtypes), strict=True))
+    ]
+    always, one = xp.ones_like(state.accepted), xp.ones_like(state.grad_scale)
+    white, sums = zip(
+        *(call.kernels.whiten(leaf, v, None, one) for leaf, v in zip(leaves, vectors, strict=True)),
+        strict=True,
+    )
+    gamma = state.gamma * state.grad_scale
+    if config.takes_pairs:
+        rows = call.block_sums([own[0] for own in sums])
+        c = state.grad_scale * xp.sum(state.middle_matrix * rows[:, None, :], axis=2)
+    else:
+        c = xp.zeros_like(gamma)[:, None]
+    block_of = {i: number for number, block in enumerate(call.blocks) for i in block}
+    products = []
+    for i, (leaf, v, z) in enumerate(zip(leaves, vectors, white, strict=True)):
+        own = block_of[i]
+        weights = call.scalar(c[own, :], leaf.dtype), call.scalar(gamma[own], leaf.dtype)
+        products.append(call.kernels.direct(leaf, v, z, weights, always)[0])
+    return products
 
 
 def spectrum(state: State) -> Spectrum:
@@ -50,13 +120,13 @@ def spectrum(state: State) -> Spectrum:
     Examples
     --------
     >>> import numpy as np
-    >>> from mlbfgs_core import Config, init
-    >>> float(spectrum(init(Config(), [np.zeros(3)])).largest[0])
+    >>> from mlbfgs_core import Config, Method
+    >>> float(spectrum(Method(Config()).init([np.zeros(3)])).largest[0])
     1.0
     """
     xp, unit = array_namespace(state.gamma), state.grad_scale
     hessian, scale = _hessian(state.gram, state.pairs, state.gamma, xp)
-    largest = _largest(state.gram, state.operator, state.gamma, state.size, xp)
+    largest = _largest(state.gram, state.middle_matrix, state.gamma, state.size, xp)
     inverse_largest = _largest(state.gram, hessian, scale, state.size, xp)
     return Spectrum(unit / inverse_largest, largest * unit, 1.0 / largest / unit, inverse_largest / unit)
 
@@ -67,14 +137,14 @@ def curvatures(state: State | Diagnostics) -> Array:
     Parameters
     ----------
     state : State or Diagnostics
-        Of which `gram`, `operator`, `gamma`, `pairs` and `grad_scale` are read. Not consumed.
+        Of which `gram`, `middle_matrix`, `gamma`, `pairs` and `grad_scale` are read. Not consumed.
 
     Returns
     -------
     (B, 2m) array
-        Eigenvalues of the inverse of `H`, in rising order, in the coordinates of the metric where there is
-        one. NaN behind those that there are: a block with `k` pairs has `2 k` of them, or fewer where the
-        pairs depend on one another or the block is small, and none before its first pair. In every direction
+        Eigenvalues of the inverse of `H`, in rising order, in the coordinates of the preconditioner. NaN
+        behind those that there are: a block with `k` pairs has `2 k` of them, or fewer where the pairs
+        depend on one another or the block is small, and none before its first pair. In every direction
         outside the span the curvature is ``1 / gamma``.
 
     Notes
@@ -94,21 +164,23 @@ def curvatures(state: State | Diagnostics) -> Array:
     One pair of a function with curvatures 4 and 1, along the first axis:
 
     >>> import numpy as np
-    >>> from mlbfgs_core import Config, init, observe, refresh
-    >>> config, x = Config(preset="lbfgs", history_size=1), np.asarray([1.0, 1.0])
-    >>> state = init(config, [x])
+    >>> from mlbfgs_core import Config, Method
+    >>> method, x = Method(Config(preset="lbfgs", history_size=1)), np.asarray([1.0, 1.0])
+    >>> state = method.init([x])
     >>> for point in (x, x + [1.0, 0.0]):
-    ...     state = observe(config, state, [point], [np.asarray([4.0, 1.0]) * point])
-    ...     state = refresh(config, state, state.due)
+    ...     state = method.observe(state, [point], [np.asarray([4.0, 1.0]) * point])
+    ...     state = method.refresh(state, state.due)
     >>> curvatures(state)
     array([[ 4., nan]])
     """
     xp = array_namespace(state.gamma)
     # A record tells gamma in the user's units, the state in those of its gradients.
     gamma = state.gamma if isinstance(state, State) else state.gamma / state.grad_scale
+    if state.gram.shape[-1] == 0:
+        return xp.zeros_like(state.gram[:, 0, :])
     hessian, scale = _hessian(state.gram, state.pairs, gamma, xp)
     large, spanned = _on_span(state.gram, hessian, scale, xp)
-    small, _ = _on_span(state.gram, state.operator, gamma, xp)
+    small, _ = _on_span(state.gram, state.middle_matrix, gamma, xp)
     above = _eigenvalues_first(large, spanned, xp, descending=False)
     below = 1.0 / _eigenvalues_first(small, spanned, xp, descending=True)
     count = xp.sum(xp.astype(spanned, xp.int32), axis=1)
@@ -126,6 +198,8 @@ def curvatures(state: State | Diagnostics) -> Array:
 
 def _largest(gram: Array, inner: Array, scale: Array, size: Array, xp: Any) -> Array:
     """Largest eigenvalue of ``scale I + B^T inner B``, from the Gram matrix of the rows."""
+    if gram.shape[-1] == 0:
+        return scale
     inner, spanned = _on_span(gram, inner, scale, xp)
     # A direction outside the span keeps `scale`, which counts only if the block has such a one;
     # else it is given the value of a spanned direction, which lies between the extremes.

@@ -32,7 +32,7 @@ class Diagnostics(NamedTuple):
     window: Array
     """Steps since the last refresh."""
     interval: Array
-    """Steps of the window before: how long the last refresh was in coming; 0 before there was one."""
+    """Steps of the window before, from one refresh to the next; 0 before there was one."""
     mu: Array
     """(B,): curvature ``s.y / s.s`` of the last pair, before damping."""
     tau: Array
@@ -51,13 +51,13 @@ class Diagnostics(NamedTuple):
     """Power of two by which gradients are multiplied before all else; see `mlbfgs_core.State`."""
     gram: Array
     """(B, 2m, 2m): inner products of the stored rows; for `curvatures`."""
-    operator: Array
+    middle_matrix: Array
     """(B, 2m, 2m): `C`, for `curvatures`; in units of `grad_scale`, as are the rows."""
 
     def __repr__(self) -> str:
         """The numbers, and of the matrices the shape."""
         words = [
-            f"{name}=<{tuple(value.shape)}>" if name in ("gram", "operator") else f"{name}={value!r}"
+            f"{name}=<{tuple(value.shape)}>" if name in ("gram", "middle_matrix") else f"{name}={value!r}"
             for name, value in zip(self._fields, self, strict=True)
         ]
         return f"{type(self).__name__}({', '.join(words)})"
@@ -69,8 +69,8 @@ def diagnostics(state: State) -> Diagnostics:
     Examples
     --------
     >>> import numpy as np
-    >>> from mlbfgs_core import Config, init
-    >>> int(diagnostics(init(Config(), [np.zeros(3)])).skipped)
+    >>> from mlbfgs_core import Config, Method
+    >>> int(diagnostics(Method(Config()).init([np.zeros(3)])).skipped)
     0
     """
     xp, unit = array_namespace(state.gamma), state.grad_scale[..., None]  # states may be stacked
@@ -90,7 +90,7 @@ def diagnostics(state: State) -> Diagnostics:
         gradient_rms=xp.sqrt(state.mean_square) / unit,
         grad_scale=state.grad_scale,
         gram=state.gram,
-        operator=state.operator,
+        middle_matrix=state.middle_matrix,
     )
 
 
@@ -107,7 +107,7 @@ def block_names(names: Sequence[str], blocks: Blocks) -> tuple[str, ...]:
     Returns
     -------
     tuple of str
-        "all" for the only block; the name of an only leaf; else what the names have in common up to a dot,
+        "all" for the only block; the name of a single leaf; else what the names have in common up to a dot,
         where no other block has that; else the first name and the number of the others.
 
     Examples
@@ -133,7 +133,7 @@ def block_names(names: Sequence[str], blocks: Blocks) -> tuple[str, ...]:
 
 
 def _common_stem(names: Sequence[str]) -> str:
-    """What dotted names have in common in front; all of an only one."""
+    """The components that dotted names have in common in front; of a single name, all."""
     stem: list[str] = []
     for parts in zip(*(name.split(".") for name in names), strict=False):
         if len(set(parts)) > 1:

@@ -1,8 +1,8 @@
 """The operations on parameter-sized arrays, in plain array-API calls: the seam for speed.
 
-An adapter may subclass `Kernels` and override any method by a faster one of the same meaning.
-Arrays that a method is documented to consume are updated in place where the backend allows it.
-Coefficients may be of another library than the leaves: `xp` is theirs, and `cast` and `to_leaves` convert.
+An adapter may subclass `Kernels` and override any method by a faster one of the same meaning. Arrays that a
+method is documented to consume are updated in place where the backend allows it. No kernel knows a
+preconditioner: what is whitened, or is to be, goes through the leaf's `Root`.
 """
 
 from __future__ import annotations
@@ -15,36 +15,14 @@ import array_api_extra as xpx
 from array_api_compat import device as array_device
 from array_api_compat import is_array_api_obj, is_array_api_strict_namespace, is_jax_namespace
 
+from .preconditioner.root import Root
 from .two_loop import repeat
 
-__all__ = ["Array", "Kernels", "Means", "Metric", "PairTile", "Projection", "square_roots"]
+__all__ = ["Array", "Kernels", "Leaf", "Means", "PairTile", "StepEnd", "part"]
 
 Array = Any
-Index = Any
-
-
-class Metric(NamedTuple):
-    """The diagonal metric ``q = (moment + floor) ** (power / 2)`` of one leaf."""
-
-    moment: Array
-    """`v`, the running mean of squared gradients, of the leaf's shape."""
-    weight: Any
-    """0-d: weight of this step's square in `v`; None where it has entered already."""
-    floor: Array
-    """0-d: keeps `q` positive where the gradient has always been zero."""
-    power: Any
-
-    kept: Array | None = None
-    """``q ** -0.5`` as `Kernels.project` has kept it, of the leaf's shape."""
-
-    def inverse_root(self, kernels: Kernels, tile: Index, grad: Array | None = None) -> Array:
-        """A tile of ``q ** -0.5``; a gradient that is given enters first, with the metric's weight."""
-        if self.kept is not None:
-            return self.kept[tile]
-        moment = self.moment[tile]
-        if grad is not None and self.weight is not None:
-            moment = kernels.lerp(moment, grad * grad, self.weight)
-        return kernels.inverse_power(moment + self.floor, self.power / 4)
+Tile = tuple[Any, ...] | None
+"""An index that cuts a tile out of a leaf; None: all of it."""
 
 
 class Means(NamedTuple):
@@ -54,6 +32,20 @@ class Means(NamedTuple):
     grads: Array
     prev_params: Array
     prev_grads: Array
+
+
+class Leaf(NamedTuple):
+    """What is remembered of one leaf, as the passes over it take it."""
+
+    number: int
+    dtype: Any
+    """Of averages and inner products."""
+    history: Array | None
+    """None where no pairs are stored."""
+    means: Any
+    """`Means`, or None where no pairs are stored."""
+    root: Root
+    """`R` of this step."""
 
 
 class PairTile(NamedTuple):
@@ -66,23 +58,21 @@ class PairTile(NamedTuple):
     yy: Array
 
 
-class Projection(NamedTuple):
-    """What one leaf adds to the inner products of a step; every sum in the scaled coordinates of the
-    metric but `grad_square`."""
+class StepEnd(NamedTuple):
+    """The numbers of the end of a step: Python's, or 0-d arrays beside the leaf."""
 
-    rows: Array
-    """(2m,): inner products of the stored rows with the gradient."""
-    grad_square: Array
-    metric_square: Array | None
-    scatter: Array | None
-    inverse_root: Array | None
-    """The metric's ``q ** -0.5``, of the leaf's shape, for the other kernels of this step."""
+    length: Any
+    """By which the update is to be multiplied."""
+    lr: Any
+    momentum: Any
+    weight_decay: Any
+    """Decoupled."""
+    nesterov: bool
 
 
-def square_roots(exponent: Any) -> int | None:
-    """How many square roots make a power (none at all for the first), or None where they don't."""
-    halvings = -math.log2(exponent) if isinstance(exponent, float) and exponent > 0 else 0.5
-    return int(halvings) if halvings.is_integer() and halvings >= 0 else None
+def part(array: Array, tile: Tile, axes: int = 0) -> Array:
+    """A tile of an array with so many axes more in front than the leaf."""
+    return array if tile is None else array[(*(slice(None),) * axes, *tile)]
 
 
 class Kernels:
@@ -91,130 +81,40 @@ class Kernels:
     Parameters
     ----------
     xp : array namespace
-        From `array_api_compat.array_namespace`.
+        From `array_api_compat.array_namespace`: that of the coefficients.
     tile : int
         Values of a leaf handled at a time where arrays can be written in place: the size of every
         temporary array. A few times ``2**16`` fits processor caches; a GPU wants it large.
         Backends that cannot write in place always take whole leaves.
+    leaf_xp : array namespace, optional
+        That of the leaves, where it is another one.
     """
 
-    def __init__(self, xp: Any, tile: int = 2**16) -> None:
+    def __init__(self, xp: Any, tile: int = 2**16, leaf_xp: Any = None) -> None:
         if not isinstance(tile, int) or tile < 1:
             msg = f"`tile` must be an int >= 1, got {tile!r}"
             raise ValueError(msg)
         self.xp = xp
+        self.leaf_xp = xp if leaf_xp is None else leaf_xp
         self.tile = tile
-        self.in_place = not is_jax_namespace(xp)
+        self.in_place = not is_jax_namespace(self.leaf_xp)
         # The standard itself has no assignment by an index array.
-        self.indexes_by_array = not is_array_api_strict_namespace(xp)
+        self.indexes_by_array = not is_array_api_strict_namespace(self.leaf_xp)
 
-    # Elementary operations.
+    # Between leaves and coefficients.
 
     def device(self, x: Array) -> Any:
         """Where coefficients that belong to an array are to lie; None (the default device) for a traced or
         an abstract one."""
         return array_device(x) if is_array_api_obj(x) else None
 
-    def tiles(self, leaf: Array) -> Iterator[Index]:
-        """Indices that cut a leaf along its first axis."""
-        size = math.prod(leaf.shape)
-        if not self.in_place or size <= self.tile:
-            yield (...,)
-            return
-        rows = leaf.shape[0]
-        step = max(1, self.tile * rows // size)
-        for start in range(0, rows, step):
-            yield (slice(start, start + step), ...)
+    def to_leaf(self, x: Array, dtype: Any = None) -> Array:
+        """A coefficient as the kernels take it, in a leaf's dtype if one is given."""
+        return x if dtype is None else self.cast(x, dtype)
 
-    def scratch(self, history: Array, leaf: Array, dtype: Any) -> Array:
-        """An array of a leaf's shape, of any values, for one step's root and update; `history` tells
-        which leaf it is."""
-        return self.xp.empty_like(leaf, dtype=dtype)
-
-    def cast(self, x: Array, dtype: Any) -> Array:
-        """`x` in a dtype; itself where it has that already, which saves a call."""
-        return x if x.dtype == dtype else self.xp.astype(x, dtype, copy=False)
-
-    def to_leaves(self, x: Array) -> Array:
-        """A flag or an index among the coefficients, as the kernels take it."""
-        return x
-
-    def least(self, dtype: Any) -> Any:
-        """The smallest normal number of a dtype."""
-        return self.xp.finfo(dtype).smallest_normal
-
-    def store(self, array: Array, tile: Index, value: Array) -> Array:
-        """`array` with `value` at the tile; consumes `array`."""
-        if not self.in_place:
-            return value
-        array[tile] = value
-        return array
-
-    def finite(self, x: Array) -> Array:
-        """`x` with zeros for what is not finite."""
-        return self.xp.where(self.xp.isfinite(x), x, 0.0)
-
-    def lerp(self, start: Array, end: Array, weight: Array) -> Array:
-        """``start + weight * (end - start)`` with a 0-d weight; consumes neither."""
-        return start + weight * (end - start)
-
-    def blend(self, array: Array, tile: Index, value: Array, weight: Array, keep: Array) -> Array:
-        """`array` moved by `weight` (0-d) towards a value at the tile where `keep` (0-d), whatever the
-        value holds where not; consumes `array`."""
-        old = array[tile]
-        return self.store(array, tile, self.xp.where(keep, self.lerp(old, value, weight), old))
-
-    def pick(self, array: Array, index: Array, axis: int) -> Array:
-        """`array` at the positions of a 1-d index array along an axis."""
-        if not self.indexes_by_array:
-            return self.xp.take(array, index, axis=axis)
-        return array[(slice(None),) * axis + (index, ...)]  # NumPy's take copies a strided array whole
-
-    def put(self, array: Array, index: Array, axis: int, value: Array) -> Array:
-        """`array` with `value` at the positions of a 1-d index array along an axis; consumes `array`."""
-        where = (slice(None),) * axis
-        if self.indexes_by_array:
-            return xpx.at(array)[(*where, index, ...)].set(value)
-        xp, length = self.xp, array.shape[axis]
-        ring = xp.reshape(xp.arange(length), (-1,) + (1,) * (array.ndim - axis - 1))
-        array[...] = xp.where(ring == index[0], value, array)
-        return array
-
-    def zeros(self, leaf: Array, leading: tuple[int, ...], dtype: Any) -> Array:
-        """Zeros of the shape ``(*leading, *leaf.shape)``, placed like the leaf, which may be abstract."""
-        return self.xp.zeros((*leading, *leaf.shape), dtype=dtype, device=self.device(leaf))
-
-    def dot(self, a: Array, b: Array) -> Array:
-        """Inner product over all axes, in the arrays' (full) precision."""
-        return self.xp.matmul(self.xp.reshape(a, (-1,)), self.xp.reshape(b, (-1,)))
-
-    def largest(self, x: Array) -> Array:
-        """The largest magnitude, 0-d."""
-        return self.xp.max(self.xp.abs(x))
-
-    def times(self, rows: Array, x: Array) -> Array:
-        """Inner products (2m,) of a tile's rows with a tile of a leaf, in the arrays' full precision."""
-        return self.xp.matmul(rows, self.xp.reshape(x, (-1,)))
-
-    def weighted(self, coefficients: Array, rows: Array, like: Array) -> Array:
-        """The sum of a tile's rows with these weights, of the shape of `like`, in the arrays' full
-        precision."""
-        return self.xp.reshape(self.xp.matmul(coefficients, rows), like.shape)
-
-    def inverse_power(self, x: Array, exponent: Any) -> Array:
-        """``x ** -exponent`` of a positive array; by square roots where they suffice (far cheaper).
-        May consume `x`."""
-        roots = square_roots(exponent)
-        if roots is None:
-            return x**-exponent
-        for _ in range(roots):
-            x = self.xp.sqrt(x)
-        return 1.0 / x
-
-    def rows(self, history: Array, tile: Index, dtype: Any) -> Array:
-        """The tile of a history as a matrix of 2m rows in `dtype`; a view where it can be."""
-        part = history[(slice(None), slice(None), *tile)]
-        return self.cast(self.xp.reshape(part, (2 * history.shape[1], -1)), dtype)
+    def to_coefficients(self, x: Array, dtype: Any) -> Array:
+        """What a kernel has summed, among the coefficients and in their dtype."""
+        return self.cast(x, dtype)
 
     repeat = staticmethod(repeat)
     """Runs the two loops of the recursion; see `mlbfgs_core.two_loop.two_loop`."""
@@ -223,55 +123,273 @@ class Kernels:
         """`flag`, once `sums` are known: for a backend that orders its work by data alone."""
         return flag
 
-    # The kernels. Each names the values it moves per parameter.
+    # Memory and tiles.
 
-    def project(
-        self,
-        history: Array,
-        grad: Array,
-        mean_grad: Array | None,
-        scatter_weight: Array,
-        metric: Metric | None,
-        dtype: Any,
-    ) -> Projection:
-        """Project a gradient on the stored rows; reads 2m + 1 values (+ 1 scatter, + 1 metric, of which
-        it writes the root).
+    def zeros(self, leaf: Array, leading: tuple[int, ...], dtype: Any) -> Array:
+        """Zeros of the shape ``(*leading, *leaf.shape)``, placed like the leaf, which may be abstract."""
+        return self.leaf_xp.zeros((*leading, *leaf.shape), dtype=dtype, device=self.device(leaf))
 
-        Where `metric` has a weight, the gradient enters it first. `mean_grad` is None where no scatter
-        is needed.
+    def scratch(self, number: int, leaf: Array, dtype: Any) -> Array:
+        """An array of a leaf's shape, of any values, for one step; `number` tells which leaf it is."""
+        return self.leaf_xp.empty_like(leaf, dtype=dtype)
+
+    def tiles(self, leaf: Array) -> Iterator[Tile]:
+        """Indices that cut a leaf along its first axis."""
+        size = math.prod(leaf.shape)
+        if not self.in_place or size <= self.tile:
+            yield None
+            return
+        rows = leaf.shape[0]
+        step = max(1, self.tile * rows // size)
+        for start in range(0, rows, step):
+            yield (slice(start, start + step),)
+
+    def store(self, array: Array, tile: Tile, value: Array) -> Array:
+        """`array` with `value` at the tile; consumes `array`."""
+        if not self.in_place:
+            return value
+        if value is not array:
+            array[... if tile is None else tile] = value
+        return array
+
+    # Elementary operations.
+
+    def cast(self, x: Array, dtype: Any) -> Array:
+        """`x` in a dtype; itself where it has that already, which saves a call."""
+        return x if x.dtype == dtype else self.leaf_xp.astype(x, dtype, copy=False)
+
+    def least(self, dtype: Any) -> Any:
+        """The smallest normal number of a dtype."""
+        return self.leaf_xp.finfo(dtype).smallest_normal
+
+    def finite(self, x: Array) -> Array:
+        """`x` with zeros for what is not finite."""
+        return self.leaf_xp.where(self.leaf_xp.isfinite(x), x, 0.0)
+
+    def lerp(self, start: Array, end: Array, weight: Array) -> Array:
+        """``start + weight * (end - start)`` with a 0-d weight; consumes neither."""
+        return start + weight * (end - start)
+
+    def inverse_root(self, x: Array, count: int) -> Array:
+        """One over a positive array's square root, which is taken `count` times; may consume the array."""
+        for _ in range(count):
+            x = self.leaf_xp.sqrt(x)
+        return 1.0 / x
+
+    def dot(self, a: Array, b: Array) -> Array:
+        """Inner product over all axes, in the arrays' (full) precision."""
+        return self.leaf_xp.matmul(self.leaf_xp.reshape(a, (-1,)), self.leaf_xp.reshape(b, (-1,)))
+
+    def largest(self, x: Array) -> Array:
+        """The largest magnitude, 0-d."""
+        return self.leaf_xp.max(self.leaf_xp.abs(x))
+
+    def rows(self, history: Array, dtype: Any) -> Array:
+        """A tile of a history as a matrix of 2m rows in `dtype`; a view where it can be."""
+        return self.cast(self.leaf_xp.reshape(history, (2 * history.shape[1], -1)), dtype)
+
+    def times(self, rows: Array, x: Array) -> Array:
+        """Inner products (2m,) of a tile's rows with a tile of a leaf, in the arrays' full precision."""
+        return self.leaf_xp.matmul(rows, self.leaf_xp.reshape(x, (-1,)))
+
+    def weighted(self, coefficients: Array, rows: Array, like: Array) -> Array:
+        """The sum of a tile's rows with these weights, of the shape of `like`, in the arrays' full
+        precision."""
+        return self.leaf_xp.reshape(self.leaf_xp.matmul(coefficients, rows), like.shape)
+
+    # Kernels, on tiles. Each names the values it moves per parameter.
+
+    def project(self, history: Array, z: Array) -> Array:
+        """Inner products (2m,) of the stored rows with a whitened gradient; reads 2m + 1 values."""
+        return self.times(self.rows(history, z.dtype), z)
+
+    def combine(self, history: Array, z: Array, coefficients: Array, gamma: Array) -> Array:
+        """``gamma z + B^T c``; reads 2m + 1 values, writes 1."""
+        return gamma * z + self.weighted(coefficients, self.rows(history, z.dtype), z)
+
+    def average(
+        self, mean: Array, value: Array, weight: Array, keep: Array, *, squared: bool = False
+    ) -> Array:
+        """``M += weight * (x - M)`` for a value (or its square) where `keep` (0-d); reads 2 values, writes 1.
+
+        Consumes the mean. What is not finite enters as zero, so that it does not spoil the others' pairs;
+        where not `keep`, nothing enters, whatever the value holds.
         """
+        for tile in self.tiles(mean):
+            old, x = part(mean, tile), self.cast(part(value, tile), mean.dtype)
+            x = self.finite(x)
+            x = x * x if squared else x
+            mean = self.store(mean, tile, self.leaf_xp.where(keep, self.lerp(old, x, weight), old))
+        return mean
+
+    def difference(self, now: Array, before: Array, valid: Array) -> Array:
+        """``now - before``, zero where `valid` (0-d) is false; the caller may write to it. Moves 3 values."""
+        return self.leaf_xp.where(valid, now - before, 0.0)
+
+    def pair_products(self, s: Array, y: Array) -> PairTile:
+        """Inner products of a pair, which it consumes; reads 2 values."""
+        xp = self.leaf_xp
+        if math.prod(s.shape) == 0:
+            zero = xp.sum(s)
+            return PairTile(zero, zero, zero, zero, zero)
+        s_scale, y_scale = self.largest(s), self.largest(y)
+        s /= xp.where(s_scale > 0, s_scale, 1.0)
+        y /= xp.where(y_scale > 0, y_scale, 1.0)
+        return PairTile(s_scale, y_scale, self.dot(s, s), self.dot(s, y), self.dot(y, y))
+
+    def push(
+        self, history: Array, slot: Array, pair: tuple[Array, Array], keep: Array, z: Array | None
+    ) -> tuple[Array, Array]:
+        """Store a pair at a slot of the ring where `keep` (0-d), and form the inner products of the rows
+        there, as stored.
+
+        Consumes the history; reads ``2 m`` values and moves about 8 more. `slot` is an index array of shape
+        (1,). The products (4m + 2,) are those of `s` and of `y` with all 2m rows, and of both with the
+        whitened gradient `z` (0 where it is None).
+        """
+        xp, m, dtype = self.leaf_xp, history.shape[1], pair[0].dtype
+        new = xp.expand_dims(self.cast(xp.stack(pair), history.dtype), axis=1)
+        new = xp.where(keep, new, self._pick(history, slot, 1))
+        history = self._put(history, slot, 1, new)
+        rows = self.rows(history, dtype)
+        new = self.cast(self._pick(rows, xp.concat([slot, slot + m]), 0), dtype)
+        products = [self.times(rows, new[0, ...]), self.times(rows, new[1, ...])]
+        products.append(xp.zeros_like(products[0][:2]) if z is None else self.times(new, z))
+        return history, xp.concat(products)
+
+    def rotate(self, now: Array, before: Array, turn: Array, *, restart: bool) -> tuple[Array, Array]:
+        """Where `turn` (0-d): an average becomes the previous one and, with `restart`, begins anew at zero.
+        Consumes both; moves 4 values."""
+        xp = self.leaf_xp
+        for tile in self.tiles(now):
+            own = part(now, tile)
+            before = self.store(before, tile, xp.where(turn, own, part(before, tile)))
+            if restart:
+                now = self.store(now, tile, xp.where(turn, 0.0, own))
+        return now, before
+
+    def apply(
+        self, param: Array, update: Array, buffer: Array | None, end: StepEnd, keep: Array
+    ) -> tuple[Array, Array | None]:
+        """The end of a step: momentum, weight decay and learning rate where `keep` (0-d).
+
+        Consumes parameter, update and buffer (of the update's dtype; None: no momentum), and returns the
+        first and the last. With ``d = length * update`` the buffer becomes ``u = momentum * u + d``, the step
+        `p` is `u`, or ``d + momentum * u`` with `nesterov`, and the parameter
+        ``(1 - lr * weight_decay) * theta - lr * p``, rounded once. A value that is not finite stays as it is.
+        Moves 5 values.
+        """
+        xp, dtype = self.leaf_xp, update.dtype
+        for tile in self.tiles(update):
+            old, change = part(param, tile), part(update, tile) * end.length
+            if buffer is not None:
+                carried = part(buffer, tile)
+                carried = xp.where(keep, end.momentum * carried + change, carried)
+                change = change + end.momentum * carried if end.nesterov else carried
+                buffer = self.store(buffer, tile, carried)
+            value = self.cast(old, dtype)
+            moved = value * (1.0 - end.lr * end.weight_decay) - end.lr * change
+            new = self.cast(xp.where(keep & xp.isfinite(value), moved, value), param.dtype)
+            param = self.store(param, tile, new)
+        return param, buffer
+
+    # Passes over a leaf, made of the kernels. A backend may fuse the whitening of an elementwise root.
+
+    def whiten(
+        self, leaf: Leaf, grad: Array, mean: Array | None, scatter_weight: Array
+    ) -> tuple[Array | None, list[Array]]:
+        """``z = R g``, and the sums that a step needs of it: reads 2m + 1 values (+ 1 scatter, + those of
+        `R`), writes 1.
+
+        Returns
+        -------
+        z : array or None
+            None where `R` leaves the gradient as it is.
+        sums : list of arrays
+            The rows' inner products with `z` (2m,), where there are any; ``|g|^2``; ``|z|^2`` where `z` is
+            not `g`; and ``scatter_weight * |R (g - mean)|^2`` where a mean is given.
+        """
+        white: Array | None = None
         total: list[Array] = []
-        inverse_root = None if metric is None else self.scratch(history, grad, dtype)
-        for tile in self.tiles(grad):
-            scaled = g = self.cast(grad[tile], dtype)
-            parts = [self.dot(g, g)]
-            if metric is not None:
-                root = metric.inverse_root(self, tile, g)
-                inverse_root = self.store(inverse_root, tile, root)
-                scaled = g * root
-                parts.append(self.dot(scaled, scaled))
-            if mean_grad is not None:
-                off = g - mean_grad[tile]
-                off = off if metric is None else off * root
-                parts.append(self.dot(off, off) * scatter_weight)
-            parts.insert(0, self.times(self.rows(history, tile, dtype), scaled))
-            total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
-        rest = iter(total[2:])
-        return Projection(
-            total[0],
-            total[1],
-            None if metric is None else next(rest),
-            None if mean_grad is None else next(rest),
-            inverse_root,
-        )
+        for tile in self._tiles(grad, leaf.root):
+            g = self.cast(part(grad, tile), leaf.dtype)
+            root = leaf.root.at(self, tile, g)
+            z = root.whiten(g)
+            sums = [] if leaf.history is None else [self.project(part(leaf.history, tile, 2), z)]
+            sums += [self.dot(g, g)] if z is g else [self.dot(g, g), self.dot(z, z)]
+            if mean is not None:
+                off = root.whiten(g - part(mean, tile))
+                sums.append(self.dot(off, off) * scatter_weight)
+            total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
+            if z is not g:
+                white = self.scratch(leaf.number, grad, leaf.dtype) if white is None else white
+                white = self.store(white, tile, z)
+        return white, total
+
+    def direct(
+        self, leaf: Leaf, grad: Array, white: Array | None, weights: tuple[Array, Array], keep: Array
+    ) -> tuple[Array, Array]:
+        """``d = R^T (gamma z + B^T c)`` with ``(c, gamma) = weights``, zero where `keep` (0-d) is false, and
+        ``|d|^2``; reads 2m + 1 values (+ those of `R`), writes 1. Consumes `white`."""
+        coefficients, gamma = weights
+        update = self.scratch(leaf.number, grad, leaf.dtype) if white is None else white
+        total = None
+        for tile in self._tiles(grad, leaf.root):
+            z = self.cast(part(grad, tile), leaf.dtype) if white is None else part(white, tile)
+            root = leaf.root.at(self, tile)
+            if leaf.history is None:
+                d = gamma * z
+            else:
+                d = self.combine(part(leaf.history, tile, 2), z, coefficients, gamma)
+            d = self.leaf_xp.where(keep, root.back(d), 0.0)
+            square = self.dot(d, d)
+            total = square if total is None else total + square
+            update = self.store(update, tile, d)
+        return update, total
+
+    def pair(self, leaf: Leaf, tile: Tile, valid: Array) -> tuple[Array, Array]:
+        """A tile of the next pair, ``s' = R^-T s`` and ``y' = R y``, zero where `valid` (0-d) is false; the
+        caller may write to it. Moves 6 values (+ those of `R`)."""
+        means, root = leaf.means, leaf.root.at(self, tile)
+        s = self.difference(part(means.params, tile), part(means.prev_params, tile), valid)
+        y = self.difference(part(means.grads, tile), part(means.prev_grads, tile), valid)
+        return root.dual(s), root.whiten(y)
+
+    def next_products(self, leaf: Leaf, valid: Array) -> list[PairTile]:
+        """Inner products of the next pair, tile by tile."""
+        return [
+            self.pair_products(*self.pair(leaf, tile, valid))
+            for tile in self._tiles(leaf.means.params, leaf.root)
+        ]
+
+    def push_next(
+        self, leaf: Leaf, slot: Array, damping: tuple[Array, Array, Array], flags: tuple[Array, Array], z: Any
+    ) -> tuple[Array, Array]:
+        """`push` the next pair as ``(s, a y + b s) / c`` with ``(a, b, 1 / c) = damping``.
+
+        `flags` (0-d each) are whether the pair is valid, and whether it is kept.
+        """
+        history, total = leaf.history, None
+        for tile in self._tiles(leaf.means.params, leaf.root):
+            s, y = self.pair(leaf, tile, flags[0])
+            s, y = s * damping[2], y * damping[2]
+            new = s, damping[0] * y + damping[1] * s
+            own, sums = self.push(
+                part(history, tile, 2), slot, new, flags[1], None if z is None else part(z, tile)
+            )
+            history = history if self.in_place else own
+            total = sums if total is None else total + sums
+        return history, total
+
+    # Reductions of a leaf for the control of scales and lengths.
 
     def peak(self, leaf: Array, dtype: Any) -> Array:
         """The largest magnitude of a leaf in `dtype`, 0-d; 0 for one without values; reads 1 value."""
         total = None
         for tile in self.tiles(leaf):
-            x = self.cast(leaf[tile], dtype)
-            top = self.xp.sum(x) if math.prod(x.shape) == 0 else self.largest(x)
-            total = top if total is None else self.xp.maximum(total, top)
+            x = self.cast(part(leaf, tile), dtype)
+            top = self.leaf_xp.sum(x) if math.prod(x.shape) == 0 else self.largest(x)
+            total = top if total is None else self.leaf_xp.maximum(total, top)
         return total
 
     def scaled(self, leaf: Array, factor: Array, dtype: Any) -> Array:
@@ -282,187 +400,34 @@ class Kernels:
         """Sum of squares of ``factor`` times a leaf's finite values, in `dtype`; reads 1 value."""
         total = None
         for tile in self.tiles(leaf):
-            x = self.finite(self.cast(leaf[tile], dtype))
+            x = self.finite(self.cast(part(leaf, tile), dtype))
             x = x if factor == 1.0 else x * factor
             total = self.dot(x, x) if total is None else total + self.dot(x, x)
         return total
 
-    def update_means(
-        self,
-        mean_params: Array,
-        mean_grads: Array,
-        metric: Metric | None,
-        param: Array,
-        grad: Array,
-        weight: Array,
-        keep: Array,
-    ) -> tuple[Array, Array, Array | None]:
-        """``M += weight * (x - M)`` of parameter, gradient and squared gradient; reads 4 values and
-        writes 2 (+ 2 metric). Consumes the means. Nothing changes where `keep` (0-d) is false; a value of
-        the parameter that is not finite enters as zero, so that it does not spoil the others' pairs."""
-        dtype = mean_params.dtype
-        moment = None if metric is None else metric.moment
-        for tile in self.tiles(param):
-            value = self.finite(self.cast(param[tile], dtype))
-            mean_params = self.blend(mean_params, tile, value, weight, keep)
-            g = self.cast(grad[tile], dtype)
-            mean_grads = self.blend(mean_grads, tile, g, weight, keep)
-            if metric is not None:
-                moment = self.blend(moment, tile, g * g, metric.weight, keep)
-        return mean_params, mean_grads, moment
-
-    def pair(self, means: Means, metric: Metric | None, tile: Index, valid: Array) -> tuple[Array, Array]:
-        """A tile of the differences ``s`` and ``y``, in the metric; zero where `valid` (0-d) is false.
-        The caller may write to them."""
-        xp = self.xp
-        s = xp.where(valid, means.params[tile] - means.prev_params[tile], 0.0)
-        y = xp.where(valid, means.grads[tile] - means.prev_grads[tile], 0.0)
-        if metric is None:
-            return s, y
-        root = metric.inverse_root(self, tile)
-        return s / root, y * root
-
-    def damped_pair(
-        self,
-        means: Means,
-        metric: Metric | None,
-        tile: Index,
-        valid: Array,
-        inverse_norm: Array,
-        damping: tuple[Array, Array],
-    ) -> Array:
-        """A tile of ``(s, a y + b s) * inverse_norm`` with ``(a, b) = damping``, stacked."""
-        s, y = self.pair(means, metric, tile, valid)
-        s, y = s * inverse_norm, y * inverse_norm
-        return self.xp.stack([s, damping[0] * y + damping[1] * s])
-
-    def pair_products(self, means: Means, metric: Metric | None, valid: Array) -> list[PairTile]:
-        """Inner products of ``s`` and ``y``, tile by tile; reads 4 values (+ 1 metric)."""
-        xp = self.xp
-        products = []
-        for tile in self.tiles(means.params):
-            s, y = self.pair(means, metric, tile, valid)
-            if math.prod(s.shape) == 0:
-                zero = xp.sum(s)
-                products.append(PairTile(zero, zero, zero, zero, zero))
-                continue
-            s_scale, y_scale = self.largest(s), self.largest(y)
-            s /= xp.where(s_scale > 0, s_scale, 1.0)
-            y /= xp.where(y_scale > 0, y_scale, 1.0)
-            products.append(PairTile(s_scale, y_scale, self.dot(s, s), self.dot(s, y), self.dot(y, y)))
-        return products
-
-    def push(
-        self,
-        history: Array,
-        slot: Array,
-        means: Means,
-        metric: Metric | None,
-        valid: Array,
-        inverse_norm: Array,
-        damping: tuple[Array, Array],
-        keep: Array,
-        grad: Array | None,
-    ) -> tuple[Array, Array]:
-        """Store a pair (`write_pair`) and form its inner products (`gram`)."""
-        history = self.write_pair(history, slot, means, metric, valid, inverse_norm, damping, keep)
-        return history, self.gram(history, slot, grad, metric, means.params.dtype)
-
-    def write_pair(
-        self,
-        history: Array,
-        slot: Array,
-        means: Means,
-        metric: Metric | None,
-        valid: Array,
-        inverse_norm: Array,
-        damping: tuple[Array, Array],
-        keep: Array,
-    ) -> Array:
-        """Store ``(s, a y + b s) * inverse_norm`` with ``(a, b) = damping`` at a slot of the ring.
-
-        Consumes the history; moves about 8 values. `slot` is an index array of shape (1,).
-        """
-        xp = self.xp
-        for tile in self.tiles(means.params):
-            new = self.damped_pair(means, metric, tile, valid, inverse_norm, damping)
-            new = xp.expand_dims(self.cast(new, history.dtype), axis=1)
-            where = (slice(None), slice(None), *tile)
-            part = history[where]
-            new = xp.where(keep, new, self.pick(part, slot, 1))
-            part = self.put(part, slot, 1, new)
-            history = history if self.in_place else part
-        return history
-
-    def gram(
-        self, history: Array, slot: Array, grad: Array | None, metric: Metric | None, dtype: Any
-    ) -> Array:
-        """Inner products of the two rows at a slot, as stored: with all 2m rows, and with a gradient
-        (0 where it is None). Shape (4m + 2,): those of `s`, of `y`, and the two; reads 2m values, and
-        as many again where a tile does not fit the caches."""
-        xp, total = self.xp, None
-        m = history.shape[1]
-        picked = xp.concat([slot, slot + m])
-        for tile in self.tiles(history[0, 0, ...]):
-            rows = self.rows(history, tile, dtype)
-            new = self.cast(self.pick(rows, picked, 0), dtype)
-            parts = [self.times(rows, new[0, ...]), self.times(rows, new[1, ...])]
-            if grad is None:
-                parts.append(xp.zeros_like(parts[0][:2]))
-            else:
-                g = self.cast(grad[tile], dtype)
-                g = g if metric is None else g * metric.inverse_root(self, tile)
-                parts.append(self.times(new, g))
-            part = xp.concat(parts)
-            total = part if total is None else total + part
-        return total
-
-    def rotate(self, means: Means, turn: Array, *, restart: bool) -> Means:
-        """Where `turn` (0-d): the averages become the previous ones and, with `restart`, begin
-        anew at zero. Consumes the averages; moves 8 values."""
-        xp = self.xp
-        params, grads, prev_params, prev_grads = means
-        for tile in self.tiles(params):
-            now_p, now_g = params[tile], grads[tile]
-            prev_params = self.store(prev_params, tile, xp.where(turn, now_p, prev_params[tile]))
-            prev_grads = self.store(prev_grads, tile, xp.where(turn, now_g, prev_grads[tile]))
-            if restart:
-                params = self.store(params, tile, xp.where(turn, 0.0, now_p))
-                grads = self.store(grads, tile, xp.where(turn, 0.0, now_g))
-        return Means(params, grads, prev_params, prev_grads)
-
-    def combine(
-        self,
-        history: Array,
-        grad: Array,
-        coefficients: Array,
-        gamma: Array,
-        metric: Metric | None,
-        keep: Array,
-        dtype: Any,
-    ) -> tuple[Array, Array | None]:
-        """``gamma g + B^T c`` in `dtype`, and its sum of squares in a metric; zero where `keep` is
-        false. Consumes the root that the metric has kept.
-
-        Reads 2m + 1 values (+ 1 metric), writes 1.
-        """
-        xp, square = self.xp, None
-        update = None if metric is None else metric.kept
-        update = self.scratch(history, grad, dtype) if update is None else update
-        for tile in self.tiles(grad):
-            g = self.cast(grad[tile], dtype)
-            root = None if metric is None else metric.inverse_root(self, tile)
-            g = g if root is None else g * root
-            d = gamma * g + self.weighted(coefficients, self.rows(history, tile, dtype), g)
-            d = xp.where(keep, d if root is None else d * root, 0.0)
-            if root is not None:
-                square = self.dot(d, d) if square is None else square + self.dot(d, d)
-            update = self.store(update, tile, d)
-        return update, square
-
     def scale(self, update: Array, factor: Array, dtype: Any) -> Array:
         """``update * factor`` in `dtype`; consumes the update; moves 2 values."""
-        scaled = update if update.dtype == dtype else self.xp.empty_like(update, dtype=dtype)
+        scaled = update if update.dtype == dtype else self.leaf_xp.empty_like(update, dtype=dtype)
         for tile in self.tiles(update):
-            scaled = self.store(scaled, tile, self.cast(update[tile] * factor, dtype))
+            scaled = self.store(scaled, tile, self.cast(part(update, tile) * factor, dtype))
         return scaled
+
+    def _tiles(self, leaf: Array, root: Root) -> Iterator[Tile]:
+        """Tiles, of a leaf that its root lets cut."""
+        return self.tiles(leaf) if root.elementwise else iter((None,))
+
+    def _pick(self, array: Array, index: Array, axis: int) -> Array:
+        """`array` at the positions of a 1-d index array along an axis."""
+        if not self.indexes_by_array:
+            return self.leaf_xp.take(array, index, axis=axis)
+        return array[(slice(None),) * axis + (index, ...)]  # NumPy's take copies a strided array whole
+
+    def _put(self, array: Array, index: Array, axis: int, value: Array) -> Array:
+        """`array` with `value` at the positions of a 1-d index array along an axis; consumes `array`."""
+        where = (slice(None),) * axis
+        if self.indexes_by_array:
+            return xpx.at(array)[(*where, index, ...)].set(value)
+        xp, length = self.leaf_xp, array.shape[axis]
+        ring = xp.reshape(xp.arange(length), (-1,) + (1,) * (array.ndim - axis - 1))
+        array[...] = xp.where(ring == index[0], value, array)
+        return array

@@ -1,4 +1,4 @@
-"""Curvature pairs: their inner products, the test for noise, damping and the cosine floor."""
+"""Curvature pairs: their inner products, shrinkage, damping and the floors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import Any, NamedTuple
 
 from .call import Call, stack
 from .config import Config
-from .kernels import Metric, PairTile
+from .kernels import PairTile
+from .noise import row_noise, window_noise
+from .preconditioner import Root
 from .scales import pair_scale
 from .state import State, dtype_name
 
-__all__ = ["Damping", "PairProducts", "check", "damp", "paper_tau", "products"]
+__all__ = ["Damping", "PairProducts", "common_scale", "damp", "joint_norm", "paper_tau", "products", "valid"]
 
 Array = Any
 
 
 class PairProducts(NamedTuple):
-    """Per block (B,): inner products of ``s / s_scale`` and ``y / y_scale``, in the metric.
+    """Per block (B,): inner products of ``s / s_scale`` and ``y / y_scale``, whitened.
 
     The scales are about the largest magnitudes in `s` and `y`, so that pairs of any representable
     size have products that neither overflow nor vanish.
@@ -55,20 +57,25 @@ class Damping(NamedTuple):
     """``1 / |s|``, times `pair_scale`, by which both members are multiplied."""
 
 
-def products(call: Call, state: State, metrics: Sequence[Metric | None]) -> PairProducts:
-    """Inner products of each block's next pair; reads 4 to 5 values per parameter, reduces twice."""
-    xp = call.xp
+def valid(call: Call, state: State, leaf: int) -> Array:
+    """0-d bool: whether a leaf has been observed in this window and in the previous one."""
+    return call.kernels.to_leaf((state.leaf_window[leaf] > 0) & (state.leaf_prev_window[leaf] > 0))
+
+
+def products(call: Call, state: State, roots: Sequence[Root]) -> PairProducts:
+    """Inner products of each block's next pair; reads 4 values per parameter (and those of the
+    preconditioner), reduces twice."""
+    xp, convert = call.xp, call.kernels.to_coefficients
     gathered = []
     for block in call.blocks:
         tiles: list[PairTile] = []
-        for leaf in block:
+        for number in block:
+            leaf = call.leaf(state, number, state.mean_params[number].dtype, roots[number])
             tiles += [
-                PairTile(tile.s_scale, tile.y_scale, *(call.shared(x, leaf) for x in tile[2:]))
-                for tile in call.kernels.pair_products(
-                    call.means(state, leaf), metrics[leaf], call.valid(state, leaf)
-                )
+                PairTile(tile.s_scale, tile.y_scale, *(call.shared(x, number) for x in tile[2:]))
+                for tile in call.kernels.next_products(leaf, valid(call, state, number))
             ]
-        columns = [[call.kernels.cast(x, call.dtype) for x in column] for column in zip(*tiles, strict=True)]
+        columns = [[convert(x, call.dtype) for x in column] for column in zip(*tiles, strict=True)]
         if len(tiles) == 1:
             gathered.append([column[0] for column in columns])
             continue
@@ -82,32 +89,6 @@ def products(call: Call, state: State, metrics: Sequence[Metric | None]) -> Pair
     shard = _add_scaled(*local, s_total=scales[:, :1], y_total=scales[:, 1:], xp=xp)
     sums = call.reduce(xp.stack(shard[2:], axis=1))
     return PairProducts(scales[:, 0], scales[:, 1], sums[:, 0], sums[:, 1], sums[:, 2])
-
-
-def check(call: Call, state: State, metrics: Sequence[Metric | None], asked: Array) -> tuple[Array, Array]:
-    """Ask whether the pair stands out of the gradient noise: whether the next step takes it, and how far
-    it stands out; the state's `pending` and `signal_to_noise`.
-
-    ``|y|^2`` must exceed `signal_to_noise` times the noise expected in it, and the curvature
-    `noise_floor` times its standard deviation, once that is known.
-    """
-    config, xp = call.config, call.xp
-    pair = products(call, state, metrics)
-    _, s_part = _common_scale(pair.s_scale, xp)
-    y_top, y_part = _common_scale(pair.y_scale, xp)
-    y_norm = _joint_norm(pair.yy, y_top, y_part, xp)
-    spread, y_noise = _window_noise(call, state)
-    row_noise, known = _row_noise(call, state)
-    rise = y_top * xp.sum(pair.sy * s_part * y_part)  # s.y in units of the largest s_scale, as is the next
-    rise_noise = xp.sqrt(spread * xp.sum(pair.ss * s_part**2 * row_noise))
-    passed = (y_norm > xp.sqrt(xp.ones_like(y_norm) * config.signal_to_noise) * y_noise) & (
-        (rise > config.noise_floor * rise_noise) | ~xp.any(known)
-    )
-    ratio = (y_norm / xp.where(y_noise > 0, y_noise, 1.0)) ** 2
-    return (
-        state.pending | (asked & passed),
-        xp.where(asked, xp.where(y_noise > 0, ratio, 0.0), state.signal_to_noise),
-    )
 
 
 def damp(call: Call, state: State, pair: PairProducts) -> Damping:
@@ -130,9 +111,9 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     unit = state.grad_scale  # of a curvature, since gradients are multiplied by it
     part = xp.ones_like(mu)
     if config.shrinks or config.uses_noise:
-        spread, y_noise = _window_noise(call, state)
+        spread, y_noise = window_noise(call, state)
     if config.shrinks:
-        y_norm = _joint_norm(pair.yy, *_common_scale(pair.y_scale, xp), xp)
+        y_norm = joint_norm(pair.yy, *common_scale(pair.y_scale, xp), xp)
         noise = xp.minimum(y_noise / xp.where(y_norm > 0, y_norm, 1.0), xp.ones_like(y_norm)) ** 2
         part = part * xp.maximum(1.0 - noise, xp.ones_like(noise) * config.shrinkage)
         cosine = xp.minimum(xp.abs(mu) / xp.where(length > 0, length, 1.0), xp.ones_like(mu))
@@ -144,8 +125,8 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
         base_length = _length_of_sum(tau * length, tau * mu, (1.0 - tau) * unit, xp)
     least = config.min_cosine * base_length
     if config.uses_noise:
-        row_noise, _ = _row_noise(call, state)
-        least = xp.maximum(least, config.noise_floor * xp.sqrt(spread * row_noise) / safe_norm)
+        noise, _ = row_noise(call, state)
+        least = xp.maximum(least, config.noise_floor * xp.sqrt(spread * noise) / safe_norm)
     delta = xp.maximum(least - base, xp.zeros_like(base))
     curvature = base + delta
     final_length = xp.maximum(_length_of_sum(base_length, base, delta, xp), curvature)
@@ -185,48 +166,15 @@ def paper_tau(config: Config, mu: Array, xp: Any) -> Array:
     return xp.where(low | high, xp.minimum(binding, limit), limit)
 
 
-def _common_scale(scales: Array, xp: Any) -> tuple[Array, Array]:
+def common_scale(scales: Array, xp: Any) -> tuple[Array, Array]:
     """The largest of the blocks' scales, 0-d; and each in units of it."""
     top = xp.max(scales)
     return top, scales / xp.where(top > 0, top, 1.0)
 
 
-def _joint_norm(squares: Array, top: Array, parts: Array, xp: Any) -> Array:
-    """0-d: the norm over all blocks, from scaled squares of each and what `_common_scale` gives."""
+def joint_norm(squares: Array, top: Array, parts: Array, xp: Any) -> Array:
+    """0-d: the norm over all blocks, from scaled squares of each and what `common_scale` gives."""
     return top * xp.sqrt(xp.sum(squares * parts**2))
-
-
-def _window_noise(call: Call, state: State) -> tuple[Array, Array]:
-    """Variance of ``M_g - P_g`` in units of one gradient's; and what is expected of ``|y|``, over all
-    blocks, from noise alone: from the scatters and their degrees of freedom."""
-    config, xp = call.config, call.xp
-    now = xp.astype(xp.maximum(state.window, xp.ones_like(state.window)), call.dtype)
-    before = xp.astype(xp.maximum(state.prev_window, xp.ones_like(state.window)), call.dtype)
-    if config.beta is None:
-        spread, freedom = 1.0 / now + 1.0 / before, now + before - 2.0
-    else:
-        # Exponential averages that started at their first value: P has the variance `prev`, of which
-        # a part stays in M, and the `now` gradients since have geometric weights.
-        beta = xp.ones_like(now) * config.beta
-        first = xp.astype(state.step - state.window, call.dtype)
-        limit = (1.0 - beta) / (1.0 + beta)
-        prev = limit + (1.0 - limit) * beta ** (2.0 * xp.maximum(first - 1.0, xp.zeros_like(first)))
-        spread = (1.0 - beta**now) ** 2 * prev + limit * (1.0 - beta ** (2.0 * now))
-        seen = now + before - xp.astype(first <= before, call.dtype)  # the very first adds no scatter
-        freedom = seen * 2.0 * beta / (1.0 + beta)
-    freedom = xp.maximum(freedom, xp.ones_like(freedom))
-    return spread, xp.sqrt(spread * (state.scatter + state.prev_scatter) / freedom)
-
-
-def _row_noise(call: Call, state: State) -> tuple[Array, Array]:
-    """(B,): mean variance along the stored `s` on which two samples or more are known; and whether
-    there is one."""
-    xp = call.xp
-    slots = xp.arange(state.row_age.shape[1], dtype=state.pairs.dtype, device=call.device(state))
-    known = (slots[None, :] < state.pairs[:, None]) & (state.row_age >= 4)
-    count = xp.sum(xp.astype(known, call.dtype), axis=1)
-    total = xp.sum(xp.where(known, state.row_noise, 0.0), axis=1)
-    return total / xp.maximum(count, xp.ones_like(count)), count > 0
 
 
 def _add_scaled(

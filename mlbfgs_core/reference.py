@@ -110,55 +110,59 @@ class Reference:
         self.n += 1
         for block, theta, g, own in zip(self.blocks, thetas, grads, here, strict=True):
             self._observe(block, theta, g, own)
-        due = self.n >= cfg.update_every or self.pending
+        due = cfg.takes_pairs and (self.n >= cfg.update_every or self.pending)
         usual = sum(len(g) * block.mean_square for block, g in zip(self.blocks, grads, strict=True))
         self.diverges = cfg.step_length == "clip" and 0 < 6.0 * usual < sum(float(g @ g) for g in grads)
         self.pending = self.pending or (cfg.adaptive and self.diverges)
-        if cfg.adaptive and self.n_P == 0:
+        if cfg.is_adaptive and self.n_P == 0:
             due = due or self.n >= cfg.check_every
-        if cfg.adaptive and self.n_P > 0 and self.n % cfg.check_every == 0:
+        if cfg.is_adaptive and self.n_P > 0 and self.n % cfg.check_every == 0:
             self.pending = self.pending or self._stands_out()
         if due:
             self._refresh()
         directions = self._directions(thetas, grads, here)
         for block, g in zip(self.blocks, grads, strict=True):
-            decay = cfg.metric_beta
+            decay = cfg.preconditioner_beta
             block.mean_square += (1 - decay) / (1 - decay**self.steps) * (g @ g / len(g) - block.mean_square)
         return directions
 
-    def root(self, block: _Block) -> Vector:
-        """``sqrt(q)`` of the metric ``q = (v + floor)^(p/2)``."""
+    def dense_root(self, block: _Block) -> Vector:
+        """The dense `R` of a block's preconditioner; it takes `g` to ``R g``, and `s` to ``R^-T s``."""
+        if self.config.preconditioner == "none":
+            return np.eye(len(block.v))
         floor = 1e-16 * block.mean_square + np.finfo(np.float64).smallest_normal
-        root: Vector = (block.v + floor) ** (self.config.metric_power / 4)
+        root: Vector = np.diag((block.v + floor) ** (-self.config.preconditioner_power / 4))
         return root
 
     def inverse_hessian(self, block: _Block) -> Vector:
-        """The dense `H` of a block, in the coordinates of the metric."""
+        """The dense `H` of a block, in the coordinates of its preconditioner."""
         n = len(block.v)
         s, y = block.pairs[-1]
         return bfgs_inverse_hessian(block.pairs, s @ y / (y @ y), n)
 
     def _observe(self, block: _Block, theta: Vector, g: Vector, present: npt.NDArray[np.bool_]) -> None:
         cfg = self.config
-        decay = cfg.metric_beta
+        decay = cfg.preconditioner_beta
         block.seen, block.n = block.seen + present, block.n + present
         steps, n = np.maximum(block.seen, 1), np.maximum(block.n, 1)
         w_v = np.where(present, (1 - decay) / (1 - decay**steps), 0.0)
         w = 1 / n if cfg.beta is None else np.where(steps == 1, 1.0, 1 - cfg.beta)
         w = np.where(present, w, 0.0)
         block.v = block.v + w_v * (g**2 - block.v)
-        off = np.where(present, (g - block.M_g) / self.root(block), 0.0)
-        self.r += float(np.sum((1 - w) * off**2))
+        R = self.dense_root(block)
+        off = R @ np.where(present, np.sqrt(1 - w) * (g - block.M_g), 0.0)
+        self.r += float(off @ off)
         for (s, _), seen in zip(block.pairs, block.noise, strict=True):
-            seen.append(float(s @ (g / self.root(block))))
+            seen.append(float(s @ R @ g))
         block.M_theta = block.M_theta + w * (theta - block.M_theta)
         block.M_g = block.M_g + w * (g - block.M_g)
 
     def _pair(self, block: _Block) -> tuple[Vector, Vector]:
         known = (block.n > 0) & (block.n_P > 0)
-        root = self.root(block)
-        s, y = root * (block.M_theta - block.P_theta), (block.M_g - block.P_g) / root
-        return np.where(known, s, 0.0), np.where(known, y, 0.0)
+        R = self.dense_root(block)
+        s = np.where(known, block.M_theta - block.P_theta, 0.0)
+        y = np.where(known, block.M_g - block.P_g, 0.0)
+        return np.asarray(np.linalg.solve(R.T, s), dtype=np.float64), R @ y
 
     def _spread(self) -> tuple[float, float]:
         """Variance of ``M_g - P_g`` in units of one gradient's, and degrees of freedom of `r`."""
@@ -250,15 +254,14 @@ class Reference:
         with_pairs = [block for block in self.blocks if block.pairs]
         directions = []
         for block, g, own in zip(self.blocks, grads, present, strict=True):
-            g_metric: Any = g / self.root(block) if cfg.uses_metric else g
+            R = self.dense_root(block)
+            z: Any = R @ g
             if block.pairs:
-                d = self.inverse_hessian(block) @ g_metric
+                z = self.inverse_hessian(block) @ z
             elif with_pairs:
                 gammas = [s @ y / (y @ y) for s, y in (block.pairs[-1] for block in with_pairs)]
-                d = float(np.mean(gammas)) * g_metric
-            else:
-                d = g_metric
-            directions.append(np.where(own, d / self.root(block) if cfg.uses_metric else d, 0.0))
+                z = float(np.mean(gammas)) * z
+            directions.append(np.where(own, R.T @ z, 0.0))
         norm = float(np.sqrt(sum(d @ d for d in directions)))
         if cfg.step_length == "none" or norm == 0:
             cap = cfg.caps_first_step and not with_pairs
@@ -267,7 +270,7 @@ class Reference:
             return [d / norm for d in directions]
         if cfg.step_length == "rms":
             return [d * (np.sqrt(sum(np.sum(own) for own in present)) / norm) for d in directions]
-        if not with_pairs:
+        if not with_pairs and cfg.takes_pairs:
             theta, dim = np.concatenate(thetas)[np.concatenate(present)], sum(len(g) for g in grads)
             part = min(0.01 * 1.5 ** (self.steps - 1), 0.3)
             length = part * (np.linalg.norm(theta) or 0.01 * np.sqrt(dim))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from .call import Call
-from .state import State, dtype_name
+from .state import State, accumulation_dtype, dtype_name
 
 __all__ = ["first_scale", "is_scaled", "norm_of_squares", "pair_scale", "param_squares"]
 
@@ -69,8 +69,8 @@ def first_scale(
     tops = call.reduce(xp.stack([_top(call, state, grads), _top(call, state, params or ())]))
     usable = xp.isfinite(tops) & (tops > 0)
     exponents = xp.round(xp.log2(xp.where(usable, tops, 1.0)))
-    limits = _limits(state)
-    half = _USUAL_WITH_HALF.get(dtype_name(state.history[0]))
+    limits = _limits(grads if params is None else params)
+    half = _USUAL_WITH_HALF.get(dtype_name(state.history[0])) if state.history else None
     if half is not None:
         limits = limits._replace(usual=half, change=limits.most)
 
@@ -94,8 +94,8 @@ def _top(call: Call, state: State, leaves: Sequence[Array | None]) -> Array:
     """The largest magnitude of some leaves, 0-d."""
     kernels, like = call.kernels, state.gamma[:1]
     tops = [
-        kernels.cast(kernels.peak(leaf, mean.dtype), call.dtype)[None]
-        for leaf, mean in zip(leaves, state.mean_grads, strict=False)
+        kernels.to_coefficients(kernels.peak(leaf, dtype), call.dtype)[None]
+        for leaf, dtype in zip(leaves, call.dtypes(leaves), strict=True)
         if leaf is not None
     ]
     return call.xp.max(call.xp.concat([call.xp.zeros_like(like), *tops]))
@@ -111,25 +111,25 @@ def pair_scale(call: Call, length: Array, history_dtype: str) -> Array:
     return xp.where(xp.abs(exponent) > usual, 2.0 ** -xp.round(exponent / 2.0), 1.0)
 
 
-def param_squares(call: Call, state: State, param: Array, dtype: Any) -> list[Array]:
+def param_squares(call: Call, params: Sequence[Array], leaf: int, dtype: Any) -> list[Array]:
     """Sums of squares of a parameter as it is, made small, and made large."""
-    far = _limits(state).far
-    return [call.kernels.square(param, dtype, factor) for factor in (1.0, 2.0**-far, 2.0**far)]
+    far = _limits(params).far
+    return [call.kernels.square(params[leaf], dtype, factor) for factor in (1.0, 2.0**-far, 2.0**far)]
 
 
-def norm_of_squares(state: State, squares: Array, xp: Any) -> Array:
+def norm_of_squares(params: Sequence[Array], squares: Array, xp: Any) -> Array:
     """0-d: the norm from each block's sums (B, 3) of `param_squares`: from those whose squares are in range.
 
     References
     ----------
     Blue, ACM Transactions on Mathematical Software 4(1), 1978, on the norm of a vector in three accumulators.
     """
-    far = _limits(state).far
+    far = _limits(params).far
     plain, small, large = (xp.sqrt(xp.sum(squares[:, i])) for i in range(3))
     others = xp.where(xp.isfinite(plain), large * 2.0**-far, small * 2.0**far)
     return xp.where(xp.isfinite(plain) & (plain > 2.0 ** (-far / 2)), plain, others)
 
 
-def _limits(state: State) -> _Limits:
+def _limits(leaves: Sequence[Array | None]) -> _Limits:
     """Those of the dtype of averages that has the least range."""
-    return _LIMITS[min(map(dtype_name, state.mean_grads))]
+    return _LIMITS[min(accumulation_dtype(leaf) for leaf in leaves if leaf is not None)]

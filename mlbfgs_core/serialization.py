@@ -29,13 +29,13 @@ from .snapshot import (
     settings_of,
     shape_settings,
 )
-from .state import LEAF_ARRAYS, State, layout
+from .state import RENAMED, State, layout, with_leaf_arrays
 
 __all__ = ["load_state", "save_state"]
 
 Array = Any
 StrPath = str | os.PathLike[str]
-FORMAT, VERSION = "mlbfgs", 1
+FORMAT, VERSION = "mlbfgs", 2
 """The header's one entry, and the version of what it tells."""
 ABANDONED_AFTER = 3600
 """Seconds since the last write to a temporary file."""
@@ -79,10 +79,10 @@ def save_state(path: StrPath, snapshots: Sequence[Snapshot]) -> None:
     Examples
     --------
     >>> import tempfile
-    >>> from mlbfgs_core import Config, init
+    >>> from mlbfgs_core import Config, Method
     >>> x = np.ones(3)
     >>> path = Path(tempfile.mkdtemp()) / "run.safetensors"
-    >>> save_state(path, [Snapshot(("x",), ((0,),), init(Config(), [x]), (x,), (None,))])
+    >>> save_state(path, [Snapshot(("x",), ((0,),), Method(Config()).init([x]), (x,), (None,))])
     >>> load_state(path)[0].params
     (array([1., 1., 1.]),)
     """
@@ -104,7 +104,7 @@ def save_state(path: StrPath, snapshots: Sequence[Snapshot]) -> None:
                 "blocks": snapshot.blocks,
                 "history_size": config.history_size,
                 "history_dtype": config.history_dtype,
-                "metric": config.uses_metric,
+                "preconditioner": config.preconditioner,
             }
         )
     header = {FORMAT: json.dumps({"version": VERSION, "sha256": _NO_DIGEST, "parts": parts})}
@@ -189,8 +189,8 @@ def _read(path: StrPath) -> list[Snapshot]:
         raise _refusal(path, f"must be a whole safetensors file, got: {error}") from error
     if not isinstance(header, dict):
         raise _refusal(path, f"must be a checkpoint of {FORMAT}, got a file that tells {sorted(metadata)}")
-    if header.get("version") != VERSION:
-        rule = f"must be of version {VERSION} of the format, which this release reads"
+    if header.get("version") not in range(1, VERSION + 1):
+        rule = f"must be of a version up to {VERSION} of the format, which this release reads"
         raise _refusal(path, f"{rule}, got {header.get('version')!r}: a newer release of mlbfgs may read it")
     if not _is_intact(data, 8 + length, str(header.get("sha256"))):
         raise _refusal(path, "must have the content of its checksum: it is damaged")
@@ -219,21 +219,34 @@ def _parse(part: dict[str, Any], prefix: str, arrays: dict[str, Array]) -> Snaps
     """One snapshot; takes its arrays out of the dictionary."""
     names, blocks = tuple(part["names"]), tuple(map(tuple, part["blocks"]))
     check_names(names, blocks, "the header")
-    config = shape_settings(part["history_size"], part["history_dtype"], part["metric"])
     own = {name[len(prefix) :]: arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
-    own.setdefault("grad_scale", np.ones_like(own["length"]))  # of an older version, which had none
+    if "preconditioner" in part:
+        preconditioner = part["preconditioner"]
+    else:  # of version 1
+        preconditioner = "diagonal" if part["metric"] else "none"
+        own = {_of_today(name): array for name, array in own.items()}
+        own.setdefault("grad_scale", np.ones_like(own["length"]))
+    config = shape_settings(part["history_size"], part["history_dtype"], preconditioner)
     check_layout(config, names, blocks, own, "the file")
-    values: dict[str, Any] = {name: [] for name in LEAF_ARRAYS}
+    values: dict[str, Any] = dict.fromkeys(State._fields, ())
+    leaves: dict[str, list[Array | None]] = {}
     params = [own[f"params/{name}"] for name in names]
-    for field, index, shape, dtype in layout(config, params, blocks):
-        if index is None:
-            values[field] = own[field]
+    for entry in layout(config, params, blocks):
+        if entry.leaf is None:
+            values[entry.name] = own[entry.name]
         else:  # zeros without memory
-            zeros = np.broadcast_to(np.zeros((), _numpy_dtype(dtype)), shape)
-            values[field].append(own.get(f"{field}/{names[index]}", zeros))
-    state = State(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+            zeros = np.broadcast_to(np.zeros((), _numpy_dtype(entry.dtype)), entry.shape)
+            array = own.get(f"{entry.name}/{names[entry.leaf]}", zeros)
+            leaves.setdefault(entry.name, [None] * len(names))[entry.leaf] = array
+    state = with_leaf_arrays(State(**values), {name: tuple(arrays) for name, arrays in leaves.items()})
     momentum = tuple(own.get(f"momentum/{name}") for name in names)
     return Snapshot(names, blocks, state, tuple(params), momentum)
+
+
+def _of_today(name: str) -> str:
+    """The name of an array, or of a leaf's, in a file of version 1 as it is today."""
+    field, slash, leaf = name.partition("/")
+    return RENAMED.get(field, field) + slash + leaf
 
 
 def _as_numpy(entry: dict[str, Any]) -> Array:

@@ -9,13 +9,24 @@ import numpy as np
 
 from .blocks import Blocks, validate_blocks
 from .config import Config
-from .state import LEAF_ARRAYS, LEAF_COUNTS, LEAF_DTYPES, State, dtype_name, layout
+from .preconditioner import PRECONDITIONERS
+from .state import (
+    LEAF_COUNTS,
+    LEAF_DTYPES,
+    State,
+    accumulation_dtype,
+    dtype_name,
+    layout,
+    leaf_arrays,
+    with_leaf_arrays,
+)
 
 __all__ = [
     "Snapshot",
     "arrays_by_name",
     "check_layout",
     "check_names",
+    "coefficients",
     "matched",
     "settings_of",
     "shape_settings",
@@ -60,9 +71,9 @@ class Snapshot(NamedTuple):
         --------
         PyTorch's linear layer as Flax's dense one:
 
-        >>> from mlbfgs_core import Config, init
+        >>> from mlbfgs_core import Config, Method
         >>> weight = np.zeros((3, 8))
-        >>> run = Snapshot(("0.weight",), ((0,),), init(Config(), [weight]), (weight,), (None,))
+        >>> run = Snapshot(("0.weight",), ((0,),), Method(Config()).init([weight]), (weight,), (None,))
         >>> dense = run.mapped(lambda name: "Dense_0.kernel", lambda name, a: np.swapaxes(a, -1, -2))
         >>> dense.names, dense.state.history[0].shape
         (('Dense_0.kernel',), (2, 5, 8, 3))
@@ -73,33 +84,24 @@ class Snapshot(NamedTuple):
             pairs = zip(names, arrays, strict=True)
             return tuple(None if array is None else transform(name, array) for name, array in pairs)
 
-        fields = {name: moved(value) for name, value in _leaf_fields(self.state)}
-        return Snapshot(
-            names, self.blocks, self.state._replace(**fields), moved(self.params), moved(self.momentum)
-        )
+        arrays = {name: moved(own) for name, own in leaf_arrays(self.state).items()}
+        state = with_leaf_arrays(self.state, arrays)
+        return Snapshot(names, self.blocks, state, moved(self.params), moved(self.momentum))
 
 
 def arrays_by_name(snapshot: Snapshot) -> Iterator[tuple[str, Array]]:
     """The arrays of a file by their names in it, without those of leaves that never had a gradient."""
-    for name, value in zip(snapshot.state._fields, snapshot.state, strict=True):
-        if name not in LEAF_ARRAYS:
-            yield name, value
+    for name, value in coefficients(snapshot.state).items():
+        yield name, value
     seen = np.asarray(snapshot.state.leaf_steps) > 0
-    for name, values in _leaf_fields(snapshot.state):
+    for name, values in leaf_arrays(snapshot.state).items():
         for leaf, value, used in zip(snapshot.names, values, seen, strict=True):
-            if used:
+            if used and value is not None:
                 yield f"{name}/{leaf}", value
     for leaf, param, buffer in zip(snapshot.names, snapshot.params, snapshot.momentum, strict=True):
         yield f"params/{leaf}", param
         if buffer is not None:
             yield f"momentum/{leaf}", buffer
-
-
-def _leaf_fields(state: State) -> Iterator[tuple[str, Sequence[Array]]]:
-    """Names and arrays of the parameter-sized fields that the settings ask for."""
-    for name in LEAF_ARRAYS:
-        if getattr(state, name):
-            yield name, getattr(state, name)
 
 
 def check_names(names: Sequence[str], blocks: Blocks, where: str) -> None:
@@ -129,13 +131,14 @@ def check_layout(
         msg = f"{where} must hold for 'leaf_steps' {len(names)} numbers, got an array of shape {steps.shape}"
         raise ValueError(msg)
     used = steps > 0
-    for field, index, shape, dtype in layout(config, params, blocks):
-        if index is None:
-            wanted[field] = shape, dtype
-        elif used[index]:
-            wanted[f"{field}/{names[index]}"] = shape, dtype
-        if field == "mean_params" and index is not None and f"momentum/{names[index]}" in arrays:
-            wanted[f"momentum/{names[index]}"] = shape, dtype
+    for entry in layout(config, params, blocks):
+        if entry.leaf is None:
+            wanted[entry.name] = entry.shape, entry.dtype
+        elif used[entry.leaf]:
+            wanted[f"{entry.name}/{names[entry.leaf]}"] = entry.shape, entry.dtype
+    for name, param in zip(names, params, strict=True):
+        if f"momentum/{name}" in arrays:
+            wanted[f"momentum/{name}"] = tuple(param.shape), accumulation_dtype(param)
     got = {name: (tuple(array.shape), dtype_name(array)) for name, array in arrays.items()}
     for name in sorted({*wanted, *got}):
         if wanted.get(name) != got.get(name):
@@ -165,16 +168,16 @@ def matched(found: Sequence[Snapshot], wanted: Snapshot, where: str) -> Snapshot
         msg = f"{where} must have the blocks {want_blocks[:2]}, ..., got {got_blocks[:2]}, ..."
         raise ValueError(msg)
     order = [got_blocks.index(block) for block in want_blocks]
-    fields: dict[str, Any] = {}
-    for name, value in zip(State._fields, snapshot.state, strict=True):
-        if name in LEAF_ARRAYS:
-            fields[name] = tuple(value[i] for i in place) if value else ()
-        elif value.ndim:
-            fields[name] = value[place] if name in LEAF_COUNTS else value[order]
+    arrays = {name: tuple(own[i] for i in place) for name, own in leaf_arrays(snapshot.state).items()}
+    numbers = {
+        name: value[place] if name in LEAF_COUNTS else value[order]
+        for name, value in coefficients(snapshot.state).items()
+        if value.ndim
+    }
     result = Snapshot(
         wanted.names,
         wanted.blocks,
-        snapshot.state._replace(**fields),
+        with_leaf_arrays(snapshot.state, arrays)._replace(**numbers),
         tuple(snapshot.params[i] for i in place),
         tuple(snapshot.momentum[i] for i in place),
     )
@@ -188,25 +191,46 @@ def _named_blocks(snapshot: Snapshot) -> list[list[str]]:
 
 def _check_same(found: Snapshot, wanted: Snapshot, where: str) -> None:
     """Raise unless both have parameters and state of the same shapes and dtypes."""
-    settings = [bool(snapshot.state.moment) for snapshot in (wanted, found)]
-    if settings[0] != settings[1]:
-        told = ["metric_power > 0" if metric else "metric_power=0" for metric in settings]
-        msg = f"{where} must be of a run with {told[0]}, got one with {told[1]}"
+    kinds = [settings_of(snapshot.state).preconditioner for snapshot in (wanted, found)]
+    if kinds[0] != kinds[1]:
+        told = f"preconditioner={kinds[0]!r}, got one with {kinds[1]!r}"
+        msg = f"{where} must be of a run with {told}"
         raise ValueError(msg)
     pairs = [("params", found.params, wanted.params)]
-    pairs += [(name, getattr(found.state, name), getattr(wanted.state, name)) for name in LEAF_ARRAYS]
+    own, others = leaf_arrays(found.state), leaf_arrays(wanted.state)
+    pairs += [(name, own.get(name, ()), others.get(name, ())) for name in {**others, **own}]
     for field, got, want in pairs:
-        for name, one, other in zip(found.names if want else (), got, want, strict=True):
-            kinds = [(tuple(array.shape), dtype_name(array)) for array in (one, other)]
-            if kinds[0] != kinds[1]:
-                told = [_told(kind) for kind in kinds]
-                msg = f"{where} must hold for '{field}/{name}' {told[1]}, got {told[0]}"
+        for index, name in enumerate(found.names):
+            kind = [
+                None if not arrays or arrays[index] is None else _kind(arrays[index])
+                for arrays in (got, want)
+            ]
+            if kind[0] != kind[1]:
+                told = f"{_told(kind[1])}, got {_told(kind[0])}"
+                msg = f"{where} must hold for '{field}/{name}' {told}"
                 raise ValueError(msg)
 
 
-def shape_settings(history_size: int, history_dtype: str | None, metric: bool) -> Config:
+def _kind(array: Array) -> tuple[tuple[int, ...], str]:
+    return tuple(array.shape), dtype_name(array)
+
+
+def coefficients(state: State) -> dict[str, Array]:
+    """The arrays of a state that belong to no leaf, and the counts of leaves, by their names."""
+    return {
+        name: value
+        for name, value in zip(state._fields, state, strict=True)
+        if not isinstance(value, (tuple, dict))
+    }
+
+
+def shape_settings(history_size: int, history_dtype: str | None, preconditioner: str) -> Config:
     """Settings of which only what shapes a state is meant."""
-    return Config(history_size=history_size, history_dtype=history_dtype, metric_power=0.5 if metric else 0.0)
+    return Config(
+        history_size=history_size,
+        history_dtype=history_dtype,
+        preconditioner=preconditioner,  # type: ignore[arg-type]
+    )
 
 
 def settings_of(state: State) -> Config:
@@ -216,6 +240,8 @@ def settings_of(state: State) -> Config:
         dtype_name(history) == dtype_name(mean)
         for history, mean in zip(state.history, state.mean_params, strict=True)
     )
-    return shape_settings(
-        state.gram.shape[-1] // 2, None if own else next(iter(dtypes)), metric=bool(state.moment)
-    )
+    for name, preconditioner in PRECONDITIONERS.items():
+        config = shape_settings(state.gram.shape[-1] // 2, None if own else next(iter(dtypes)), name)
+        if {entry[0] for entry in preconditioner.layout(config, (), "float32")} == set(state.preconditioner):
+            break
+    return config

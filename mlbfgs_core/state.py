@@ -1,9 +1,9 @@
-"""What the optimizer remembers: a NamedTuple of arrays, its start and its exact size in bytes."""
+"""What the optimizer remembers: a NamedTuple of arrays, its layout, and its exact size in bytes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
@@ -11,18 +11,23 @@ from array_api_compat import array_namespace
 from .blocks import Blocks, one_block, validate_blocks
 from .config import Config
 from .kernels import Kernels
+from .preconditioner import preconditioner_of
 
 __all__ = [
-    "LEAF_ARRAYS",
     "LEAF_COUNTS",
     "LEAF_DTYPES",
+    "RENAMED",
     "Array",
+    "Entry",
     "MemoryPlan",
     "State",
     "accumulation_dtype",
+    "dtype_name",
     "init",
     "layout",
+    "leaf_arrays",
     "plan_memory",
+    "with_leaf_arrays",
 ]
 
 Array = Any
@@ -37,7 +42,7 @@ class State(NamedTuple):
     Symbols are those of the paper (Niu et al. 2023); shapes never change.
     """
 
-    # Parameter-sized: a tuple with one array per leaf.
+    # Of each leaf: a tuple with one array per leaf; an empty one where nothing of the kind is remembered.
     history: tuple[Array, ...]
     """``(2, m, *leaf)``: `s` in [0], damped `y` in [1], each divided by the norm of `s` (and, where ``|y|``
     and ``|s|`` differ by many orders of magnitude, multiplied by a common power of two)."""
@@ -48,8 +53,9 @@ class State(NamedTuple):
     prev_params: tuple[Array, ...]
     """`M_theta` of the previous window."""
     prev_grads: tuple[Array, ...]
-    moment: tuple[Array, ...]
-    """`v`, running mean of squared gradients; an empty tuple without a metric."""
+    preconditioner: dict[str, tuple[Array | None, ...]]
+    """What the preconditioner remembers, by the names of its layout: an array per leaf, or None for a leaf
+    that has none of the kind. ``exp_avg_sq``: `v`, the running mean of squared gradients."""
 
     # Per leaf, (L,) int32.
     leaf_steps: Array
@@ -66,7 +72,7 @@ class State(NamedTuple):
     """Running mean of the mean squared gradient."""
     gram: Array
     """(B, 2m, 2m): inner products of the stored rows."""
-    operator: Array
+    middle_matrix: Array
     """(B, 2m, 2m): `C` in ``H = gamma I + B^T C B``."""
     gamma: Array
     """Scale of the initial inverse Hessian."""
@@ -117,10 +123,37 @@ class State(NamedTuple):
     gradients are in these units, so that the inverse Hessian is ``grad_scale * (gamma I + B^T C B)``."""
 
 
-LEAF_ARRAYS = State._fields[:6]
-"""Names of the fields that hold one parameter-sized array per leaf."""
+_LEAF_FIELDS = State._fields[:5]
+"""Names of the fields that hold an array per leaf, except what the preconditioner remembers."""
 LEAF_COUNTS = State._fields[6:9]
 """Names of the fields that hold one number per leaf."""
+RENAMED = {"moment": "exp_avg_sq", "operator": "middle_matrix"}
+"""Names of arrays in states that older versions have written, with those of today."""
+
+
+def leaf_arrays(state: State) -> dict[str, tuple[Array | None, ...]]:
+    """All that is remembered of leaves, by name: for each leaf an array, or None where it has none."""
+    own = {name: getattr(state, name) for name in _LEAF_FIELDS}
+    return {name: arrays for name, arrays in own.items() if arrays} | state.preconditioner
+
+
+def with_leaf_arrays(state: State, arrays: Mapping[str, tuple[Array | None, ...]]) -> State:
+    """The state with others in place of its `leaf_arrays`, of which it takes all that is given."""
+    own = {name: tuple(arrays.get(name, ())) for name in _LEAF_FIELDS}
+    rest = {name: tuple(values) for name, values in arrays.items() if name not in own}
+    return state._replace(**own, preconditioner=rest)
+
+
+class Entry(NamedTuple):
+    """One array of a state."""
+
+    name: str
+    leaf: int | None
+    """Index of the leaf to which it belongs; None for a coefficient."""
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    """The field of `MemoryPlan` under which it counts."""
 
 
 class MemoryPlan(NamedTuple):
@@ -128,7 +161,7 @@ class MemoryPlan(NamedTuple):
 
     history: int
     averages: int
-    metric: int
+    preconditioner: int
     coefficients: int
     total: int
 
@@ -188,27 +221,33 @@ def init(
         msg = f"`leaves` must be on one device, got {sorted(devices)}"
         raise ValueError(msg)
     device = next(iter(devices.values()), None)
-    arrays: dict[str, list[Array]] = {}
-    for name, index, shape, dtype in layout(config, leaves, blocks):
-        if not hasattr(xp, dtype):
-            msg = f"`history_dtype` must be a dtype of {xp.__name__}, got {dtype!r}"
+    leaf_values: dict[str, list[Array | None]] = {}
+    values: dict[str, Array] = {}
+    for entry in layout(config, leaves, blocks):
+        of = xp if entry.leaf is None else kernels.leaf_xp
+        if not hasattr(of, entry.dtype):
+            msg = f"`history_dtype` must be a dtype of {of.__name__}, got {entry.dtype!r}"
             raise ValueError(msg)
-        if index is None:
-            fill = 1 if name in ("gamma", "accepted", "grad_scale") else 0
-            array = xp.full(shape, fill, dtype=getattr(xp, dtype), device=device)
+        dtype = getattr(of, entry.dtype)
+        if entry.leaf is None:
+            fill = 1 if entry.name in ("gamma", "accepted", "grad_scale") else 0
+            values[entry.name] = xp.full(entry.shape, fill, dtype=dtype, device=device)
         else:
-            leading = shape[: len(shape) - len(leaves[index].shape)]
-            array = kernels.zeros(leaves[index], leading, getattr(xp, dtype))
-        arrays.setdefault(name, []).append(array)
+            own = leaf_values.setdefault(entry.name, [None] * len(leaves))
+            own[entry.leaf] = _zeros(kernels, leaves[entry.leaf], entry.shape, dtype)
     sizes = [float(sum(math.prod(leaves[i].shape) for i in block)) for block in blocks]
-    full = [xp.full((), size, dtype=arrays["size"][0].dtype, device=device) for size in sizes]
-    arrays["size"] = [xp.stack(full)]
-    return State(
-        **{
-            name: tuple(arrays.get(name, ())) if name in LEAF_ARRAYS else arrays[name][0]
-            for name in State._fields
-        }
-    )
+    full = [xp.full((), size, dtype=values["size"].dtype, device=device) for size in sizes]
+    values["size"] = xp.stack(full)
+    empty: dict[str, Any] = {**dict.fromkeys(_LEAF_FIELDS, ()), "preconditioner": {}}
+    return with_leaf_arrays(State(**empty, **values), {name: tuple(own) for name, own in leaf_values.items()})
+
+
+def _zeros(kernels: Kernels, leaf: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Zeros placed like the leaf, where they have its shape behind others."""
+    count = len(shape) - len(leaf.shape)
+    if count >= 0 and shape[count:] == tuple(leaf.shape):
+        return kernels.zeros(leaf, shape[:count], dtype)
+    return kernels.leaf_xp.zeros(shape, dtype=dtype, device=kernels.device(leaf))
 
 
 def plan_memory(config: Config, leaves: Sequence[Array], blocks: Blocks | None = None) -> MemoryPlan:
@@ -225,7 +264,7 @@ def plan_memory(config: Config, leaves: Sequence[Array], blocks: Blocks | None =
     -------
     MemoryPlan
         Bytes. With float32 parameters and history it is ``(2 m + 5) * 4`` bytes per parameter (one
-        array less without a metric) and a few kilobytes of coefficients per block.
+        array less without a preconditioner) and a few kilobytes of coefficients per block.
 
     Raises
     ------
@@ -236,18 +275,13 @@ def plan_memory(config: Config, leaves: Sequence[Array], blocks: Blocks | None =
     --------
     >>> import numpy as np
     >>> plan = plan_memory(Config(history_dtype="float32"), [np.zeros(1000, dtype=np.float32)])
-    >>> plan.history, plan.averages, plan.metric
+    >>> plan.history, plan.averages, plan.preconditioner
     (40000, 16000, 4000)
     """
     blocks = _check(config, leaves, blocks)
-    kinds = {"history": 0, "averages": 0, "metric": 0, "coefficients": 0}
-    for name, index, shape, dtype in layout(config, leaves, blocks):
-        kind = (
-            "coefficients"
-            if index is None
-            else {"history": "history", "moment": "metric"}.get(name, "averages")
-        )
-        kinds[kind] += math.prod(shape) * _BYTES[dtype]
+    kinds = dict.fromkeys(("history", "averages", "preconditioner", "coefficients"), 0)
+    for entry in layout(config, leaves, blocks):
+        kinds[entry.kind] += math.prod(entry.shape) * _BYTES[entry.dtype]
     return MemoryPlan(**kinds, total=sum(kinds.values()))
 
 
@@ -266,36 +300,33 @@ def dtype_name(leaf: Array) -> str:
     return str(leaf.dtype).rpartition(".")[2]
 
 
-def layout(
-    config: Config, leaves: Sequence[Array], blocks: Blocks
-) -> Iterator[tuple[str, int | None, tuple[int, ...], str]]:
-    """Name, leaf (None: none), shape and dtype of every array of the state: its one definition."""
+def layout(config: Config, leaves: Sequence[Array], blocks: Blocks) -> Iterator[Entry]:
+    """Every array of the state: its one definition."""
     m, count, number = config.history_size, len(leaves), len(blocks)
+    preconditioner = preconditioner_of(config)
     for index, leaf in enumerate(leaves):
         shape, dtype = tuple(leaf.shape), accumulation_dtype(leaf)
-        yield "history", index, (2, m, *shape), config.history_dtype or dtype
-        for name in ("mean_params", "mean_grads", "prev_params", "prev_grads"):
-            yield name, index, shape, dtype
-        if config.uses_metric:
-            yield "moment", index, shape, dtype
-    for name in ("leaf_steps", "leaf_window", "leaf_prev_window"):
-        yield name, None, (count,), "int32"
+        if config.takes_pairs:
+            yield Entry("history", index, (2, m, *shape), config.history_dtype or dtype, "history")
+            for name in ("mean_params", "mean_grads", "prev_params", "prev_grads"):
+                yield Entry(name, index, shape, dtype, "averages")
+        for name, own, kind in preconditioner.layout(config, shape, dtype):
+            yield Entry(name, index, own, kind, "preconditioner")
     real = coefficient_dtype(leaves)
-    for name in ("size", "mean_square", "gamma", "mu", "tau", "delta", "cosine"):
-        yield name, None, (number,), real
-    for name in ("gram", "operator"):
-        yield name, None, (number, 2 * m, 2 * m), real
-    for name in ("pairs", "rejected"):
-        yield name, None, (number,), "int32"
-    yield "row_projection", None, (number, 2, m), real
-    yield "row_noise", None, (number, m), real
-    yield "row_age", None, (number, m), "int32"
-    for name in ("step", "skipped", "window", "prev_window"):
-        yield name, None, (), "int32"
-    for name in ("accepted", "pending", "due"):
-        yield name, None, (), "bool"
-    for name in ("scatter", "prev_scatter", "signal_to_noise", "length", "grad_scale"):
-        yield name, None, (), real
+    coefficients: dict[str, tuple[tuple[int, ...], str]] = {
+        **dict.fromkeys(("leaf_steps", "leaf_window", "leaf_prev_window"), ((count,), "int32")),
+        **dict.fromkeys(("size", "mean_square", "gamma", "mu", "tau", "delta", "cosine"), ((number,), real)),
+        **dict.fromkeys(("gram", "middle_matrix"), ((number, 2 * m, 2 * m), real)),
+        **dict.fromkeys(("pairs", "rejected"), ((number,), "int32")),
+        "row_projection": ((number, 2, m), real),
+        "row_noise": ((number, m), real),
+        "row_age": ((number, m), "int32"),
+        **dict.fromkeys(("step", "skipped", "window", "prev_window"), ((), "int32")),
+        **dict.fromkeys(("accepted", "pending", "due"), ((), "bool")),
+        **dict.fromkeys(("scatter", "prev_scatter", "signal_to_noise", "length", "grad_scale"), ((), real)),
+    }
+    for name, (shape, dtype) in coefficients.items():
+        yield Entry(name, None, shape, dtype, "coefficients")
 
 
 def _check(config: Config, leaves: Sequence[Array], blocks: Blocks | None) -> Blocks:

@@ -14,8 +14,9 @@ import mlbfgs_arrays
 import mlbfgs_core as core
 import mlbfgs_jax
 import mlbfgs_torch
+from mlbfgs_core import adapter
 
-_STATIC = ("history_size", "adaptive", "step_length", "history_dtype", "metric_power", "preset")
+_STATIC = ("history_size", "adaptive", "step_length", "history_dtype", "preconditioner_power", "preset")
 """Settings that form the state or the program (a metric's power does where it is 0)."""
 HYPERPARAMETERS = {"lr": "learning_rate"}
 """What optax calls otherwise."""
@@ -98,7 +99,7 @@ class ArrayDriver:
             setattr(self.optimizer, name, value)
         else:
             old = self.optimizer.config
-            settings = {field: getattr(old, field) for field in core.Settings.__annotations__}
+            settings = {field: getattr(old, field) for field in adapter.SETTINGS}
             self.optimizer.config = core.Config(**{**settings, name: value})
 
     def save(self, path):
@@ -170,11 +171,11 @@ class JaxDriver:
 def _jax_training(blocks, settings):
     """The transformation, every number of which is traced, and its compiled step."""
     static = ("blocks", "mask", "nesterov", *_STATIC)
-    own = {name: value for name, value in settings if name in core.Settings.__annotations__}
+    own = {name: value for name, value in settings if name in adapter.SETTINGS}
     config = core.Config(**own)
-    explicit = {name: getattr(config, name) for name in core.Settings.__annotations__ if name != "preset"}
+    explicit = {name: getattr(config, name) for name in adapter.SETTINGS if name != "preset"}
     explicit = {name: value for name, value in explicit.items() if value is not None}
-    explicit |= {"nesterov": dict(settings).get("nesterov", core.preset_nesterov(config.preset))}
+    explicit |= {"nesterov": dict(settings).get("nesterov", adapter.preset_nesterov(config.preset))}
     factory = optax.inject_hyperparams(mlbfgs_jax.mlbfgs, static_args=static)
     tx = factory(0.1, blocks=blocks, **{**dict(settings), **explicit, "preset": None})
 

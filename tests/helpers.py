@@ -7,12 +7,20 @@ from array_api_compat import array_namespace
 from array_api_extra.testing import lazy_xp_function
 
 import mlbfgs_core as core
+from mlbfgs_core.adapter import coefficients, leaf_arrays, with_leaf_arrays
 
-for _name in ("direction", "observe", "project", "refresh", "spectrum", "step"):
-    lazy_xp_function(getattr(core, _name))
+for _name in ("direction", "observe", "project", "refresh", "step"):
+    lazy_xp_function((core.Method, _name))
+lazy_xp_function(core.spectrum)
 
-PLAIN = {"adaptive": False, "noise_floor": 0.0, "min_cosine": 0.0, "step_length": "none", "metric_power": 0.0}
-"""No noise floor, no cosine floor, no length control, no metric: the bare quasi-Newton method."""
+PLAIN = {
+    "adaptive": False,
+    "noise_floor": 0.0,
+    "min_cosine": 0.0,
+    "step_length": "none",
+    "preconditioner": "none",
+}
+"""No noise floor, no cosine floor, no length control, no preconditioner: the bare quasi-Newton method."""
 
 
 def to_numpy(array):
@@ -22,6 +30,21 @@ def to_numpy(array):
     elif str(array.dtype) == "bfloat16":
         array = array.astype("float32")
     return np.asarray(array, dtype=np.float64)
+
+
+def arrays_of(state):
+    """All arrays of a state by their names: a tuple for each, with one array per leaf or a single one."""
+    return {**leaf_arrays(state), **{name: (value,) for name, value in coefficients(state).items()}}
+
+
+def mapped(state, function):
+    """The state with each array replaced by a function of it."""
+    leaves = {
+        name: tuple(None if array is None else function(array) for array in arrays)
+        for name, arrays in leaf_arrays(state).items()
+    }
+    numbers = {name: function(value) for name, value in coefficients(state).items()}
+    return with_leaf_arrays(state, leaves)._replace(**numbers)
 
 
 def spd(rng, dim, condition=100.0, largest=1.0):
@@ -35,6 +58,13 @@ def curvature_pairs(rng, count, dim, condition=100.0):
     matrix = spd(rng, dim, condition)
     s = rng.normal(size=(count, dim))
     return [(s[i], matrix @ s[i]) for i in range(count)]
+
+
+def power_of(value):
+    """The settings of a diagonal preconditioner with this power; of none for 0."""
+    return (
+        {"preconditioner": "diagonal", "preconditioner_power": value} if value else {"preconditioner": "none"}
+    )
 
 
 def split(vector, shapes, xp, dtype="float64"):
@@ -62,7 +92,7 @@ def push(config, state, s, y, blocks=None):
         window=one,
         prev_window=one,
     )
-    return core.refresh(config, state, True, blocks=blocks)
+    return core.Method(config, blocks=blocks).refresh(state, True)
 
 
 def _zeros(leaves):
@@ -73,7 +103,7 @@ def _zeros(leaves):
 def state_after(config, pairs, xp, shapes=None, dtype="float64", blocks=None, start=None):
     """A state whose history was filled with pairs of flat vectors."""
     shapes = shapes or [pairs[0][0].shape]
-    state = start or core.init(config, split(pairs[0][0], shapes, xp, dtype), blocks, xp)
+    state = start or core.Method(config, blocks).init(split(pairs[0][0], shapes, xp, dtype), xp=xp)
     for s, y in pairs:
         state = push(config, state, split(s, shapes, xp, dtype), split(y, shapes, xp, dtype), blocks)
     return state
@@ -81,8 +111,8 @@ def state_after(config, pairs, xp, shapes=None, dtype="float64", blocks=None, st
 
 def apply(config, state, vector, xp, shapes=None, dtype="float64", blocks=None):
     """The direction for a flat gradient, as a flat NumPy vector."""
-    update, _ = core.direction(
-        config, state, split(vector, shapes or [vector.shape], xp, dtype), blocks=blocks
+    update, _ = core.Method(config, blocks=blocks).direction(
+        state, split(vector, shapes or [vector.shape], xp, dtype)
     )
     return join(update)
 
@@ -91,7 +121,7 @@ def operator_matrix(state, block=0, leaf=0):
     """The dense ``gamma I + B^T C B`` of a block of one leaf."""
     rows = to_numpy(state.history[leaf])
     rows = rows.reshape(2 * rows.shape[1], -1)
-    inner = to_numpy(state.operator)[block]
+    inner = to_numpy(state.middle_matrix)[block]
     return to_numpy(state.gamma)[block] * np.eye(rows.shape[1]) + rows.T @ inner @ rows
 
 
@@ -100,18 +130,30 @@ def relative(actual, expected):
     return np.max(np.abs(actual - expected)) / max(np.max(np.abs(expected)), np.finfo(float).tiny)
 
 
-def trajectory(config, xp, start, gradient, steps, rate=0.1, dtype="float64", shapes=None, blocks=None, **kw):
+def trajectory(
+    config,
+    xp,
+    start,
+    gradient,
+    steps,
+    rate=0.1,
+    dtype="float64",
+    shapes=None,
+    blocks=None,
+    kernels=None,
+    **kw,
+):
     """Follow ``x <- x - rate d`` and yield the flat update, parameters and the state of each step.
 
     ``gradient(t, x)`` maps a flat vector to a flat gradient.
     """
     shapes = shapes or [start.shape]
     x = start.copy()
-    state = core.init(config, split(x, shapes, xp, dtype), blocks, xp)
+    state = core.Method(config, blocks).init(split(x, shapes, xp, dtype), xp=xp)
     for t in range(steps):
         leaves = split(x, shapes, xp, dtype)
         grads = split(gradient(t, x), shapes, xp, dtype)
-        update, state = core.step(config, state, leaves, grads, blocks=blocks, **kw)
+        update, state = core.Method(config, blocks, kernels).step(state, leaves, grads, **kw)
         update = join(update)
         yield update, x, state
         x = x - rate * update

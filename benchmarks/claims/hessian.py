@@ -111,7 +111,7 @@ def leading() -> tuple[Array, Array]:
 def seen(state: core.State) -> Array:
     """``v.B v`` of the Hessian approximation for each leading eigenvector `v` of the exact one."""
     rows = state.history[0].reshape(-1, state.history[0].shape[-1])
-    inverse = state.gamma[0] * np.eye(rows.shape[1]) + rows.T @ state.operator[0] @ rows
+    inverse = state.gamma[0] * np.eye(rows.shape[1]) + rows.T @ state.middle_matrix[0] @ rows
     vectors = leading()[1]
     return np.sum(vectors * np.linalg.solve(inverse, vectors), axis=0)
 

@@ -13,7 +13,7 @@ __all__ = ["CONTROL", "KINDS", "Array", "Watched", "secant_errors", "watch"]
 
 Array = np.ndarray[Any, Any]
 CONTROL = "only $M_g$ restarted"
-KINDS: dict[str, core.Settings] = {
+KINDS: dict[str, dict[str, Any]] = {
     "L-BFGS pairs": {"preset": "lbfgs", "beta": 0.0},
     "momentum pairs": {"preset": "lbfgs", "beta": 0.9},
     "window means": {"preset": "lbfgs", "beta": None},
@@ -32,22 +32,22 @@ class Watched(NamedTuple):
 
 
 def watch(
-    settings: core.Settings, path: Sequence[Array], gradients: Sequence[Array], *, control: bool = False
+    settings: dict[str, Any], path: Sequence[Array], gradients: Sequence[Array], *, control: bool = False
 ) -> Watched:
     """Form pairs along a path that somebody else has steered.
 
     With `control` the average of the gradient starts anew after each pair, that of the parameters not.
     """
     config, pairs = core.Config(**settings), []
-    state = core.init(config, [path[0]])
+    state = core.Method(config).init([path[0]])
     for x, gradient in zip(path, gradients, strict=True):
         if control and int(state.window) == 0 and int(state.prev_window) > 0:
             state = state._replace(mean_grads=(gradient.copy(),))
-        state = core.observe(config, state, [x], [gradient])
+        state = core.Method(config).observe(state, [x], [gradient])
         if state.due and int(state.prev_window) > 0:
             s = state.mean_params[0] - state.prev_params[0]
             pairs.append((s, state.mean_grads[0] - state.prev_grads[0]))
-        state = core.refresh(config, state, state.due)
+        state = core.Method(config).refresh(state, state.due)
     return Watched(state, pairs)
 
 

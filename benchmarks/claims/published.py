@@ -20,7 +20,7 @@ __all__ = ["write"]
 CALM = Problem(20, 100, 0)
 SCALES = (1e-4, 1e-2, 1.0, 1e2, 1e4)
 DECAY, PERIOD = 0.9, 10
-ABLATIONS: dict[str, core.Settings] = {
+ABLATIONS: dict[str, dict[str, Any]] = {
     "`fit` as it is": {},
     "no cosine floor": {"min_cosine": 0.0},
     "no noise floor": {"noise_floor": 0.0},
@@ -33,8 +33,8 @@ NETWORK_RATES = {"rms": (3e-3, 1e-2), "none": (0.1, 0.3), "unit": (0.1, 0.3)}
 """By the `step_length`, which says what a rate means."""
 NETWORK_ABLATIONS: dict[str, dict[str, Any]] = {
     "the default": {},
-    "no metric (power 0)": {"metric_power": 0.0},
-    "half the metric (power 1/2)": {"metric_power": 0.5},
+    "no metric (power 0)": {"preconditioner": "none"},
+    "half the metric (power 1/2)": {"preconditioner_power": 0.5},
     "ten pairs": {"history_size": 10},
     "exponential averages, β = 0.9": {"beta": 0.9},
     "a pair every 50 steps": {"adaptive": False},
@@ -43,7 +43,7 @@ NETWORK_ABLATIONS: dict[str, dict[str, Any]] = {
     "published recipe": {"preset": "paper"},
 }
 RECIPE = core.Config(preset="paper")
-PARTS: dict[str, core.Settings] = {
+PARTS: dict[str, dict[str, Any]] = {
     "the formulas as they are": {},
     "T = 50": {"update_every": RECIPE.update_every},
     "β = 0.999": {"beta": RECIPE.beta},
@@ -121,16 +121,14 @@ def scaled_loss(preset: str, scale: float, *, told: bool) -> float:
 
     `told`: the steps before the first pair are divided by the scale, so that they can do no harm.
     """
-    settings: core.Settings = {"update_every": PERIOD} if preset == "formulas" else {}
+    settings: dict[str, Any] = {"update_every": PERIOD} if preset == "formulas" else {}
     config = core.Config(preset=preset, **settings)
     x = np.random.default_rng(0).standard_normal(CALM.dim)
-    first, state = CALM.loss(x), core.init(config, [x])
+    first, state = CALM.loss(x), core.Method(config).init([x])
     for _ in range(STEPS):
-        check, due = core.upcoming(config, state)
+        check, due = core.Method(config).upcoming(state)
         with np.errstate(over="ignore", invalid="ignore"):
-            update, state = core.step(
-                config, state, [x], [scale * CALM.curvature * x], when_check=bool(check), when_due=bool(due)
-            )
+            update, state = core.Method(config).step(state, [x], [scale * CALM.curvature * x], when_check=bool(check), when_due=bool(due))
             rate = RATE / scale if told and int(state.pairs[0]) == 0 else RATE
             x = x - rate * update[0]
         if not CALM.loss(x) <= LOST * first:
@@ -156,7 +154,7 @@ def scale_table() -> None:
 
 def ablation_table() -> None:
     """`fit` with one part taken out at a time, on the noisy quadratics."""
-    methods: dict[str, core.Settings | None] = {
+    methods: dict[str, dict[str, Any] | None] = {
         name: {"preset": "fit", **change} for name, change in ABLATIONS.items()
     }
     noisy = runs({"Newton": METHODS["Newton"], **methods})
@@ -207,7 +205,7 @@ def _verdict(noisy: dict[str, dict[Problem, Runs]]) -> str:
 
 def recipe_table() -> None:
     """The formulas with one part of the recipe, on the noisy quadratics and on the small network."""
-    methods: dict[str, core.Settings | None] = {
+    methods: dict[str, dict[str, Any] | None] = {
         name: {"preset": "formulas", **change} for name, change in PARTS.items()
     }
     noisy = runs(methods)

@@ -36,7 +36,7 @@ DIVERGED = 10.0
 """A run has diverged once its loss exceeds this many times its first."""
 LOST = 1e8
 """From this many times the first loss on a run is not followed any further."""
-METHODS: dict[str, core.Settings | None] = {
+METHODS: dict[str, dict[str, Any] | None] = {
     "Newton": None,
     "gradient descent": None,
     "L-BFGS": {"preset": "lbfgs"},
@@ -100,26 +100,26 @@ class Runs(NamedTuple):
         return self.losses[:, -(self.losses.shape[1] // 4) :].mean(axis=1)
 
 
-def direction_of(method: str, problem: Problem, start: Array, settings: core.Settings | None) -> Direction:
+def direction_of(method: str, problem: Problem, start: Array, settings: dict[str, Any] | None) -> Direction:
     """What maps parameters and gradient to the direction that is subtracted."""
     if method == "Newton":
         return lambda x, gradient: gradient / problem.curvature
     if settings is None:
         return lambda x, gradient: gradient
     config = core.Config(**settings)
-    state = core.init(config, [start])
+    state = core.Method(config).init([start])
 
     def direction(x: Array, gradient: Array) -> Array:
         nonlocal state
-        check, due = core.upcoming(config, state)
-        update, state = core.step(config, state, [x], [gradient], when_check=bool(check), when_due=bool(due))
+        check, due = core.Method(config).upcoming(state)
+        update, state = core.Method(config).step(state, [x], [gradient], when_check=bool(check), when_due=bool(due))
         return update[0]
 
     return direction
 
 
 def descend(
-    problem: Problem, method: str, seed: int, settings: core.Settings | None = None, steps: int = STEPS
+    problem: Problem, method: str, seed: int, settings: dict[str, Any] | None = None, steps: int = STEPS
 ) -> Iterator[Array]:
     """The positions of one run, from its start until it is lost."""
     random = np.random.default_rng(seed)
@@ -139,7 +139,7 @@ def descend(
     yield x
 
 
-def runs_of(problem: Problem, method: str, settings: core.Settings | None, steps: int = STEPS) -> Runs:
+def runs_of(problem: Problem, method: str, settings: dict[str, Any] | None, steps: int = STEPS) -> Runs:
     """All seeds of a method on a problem."""
     losses = np.full((SEEDS, steps + 1), np.inf)
     for seed in range(SEEDS):
@@ -149,7 +149,7 @@ def runs_of(problem: Problem, method: str, settings: core.Settings | None, steps
 
 
 def runs(
-    methods: Mapping[str, core.Settings | None], problems: Sequence[Problem] = PROBLEMS
+    methods: Mapping[str, dict[str, Any] | None], problems: Sequence[Problem] = PROBLEMS
 ) -> dict[str, dict[Problem, Runs]]:
     """All seeds of every method on every problem, shared out over the cores."""
     jobs = [(problem, method, settings) for method, settings in methods.items() for problem in problems]

@@ -19,12 +19,12 @@ def losses(config, rate, steps=1500):
     """Loss after each step, until it has left every scale; the noise is the same for every method."""
     random = np.random.default_rng(0)
     x = 1 / np.sqrt(curvature)
-    state = None if config is None else core.init(config, [x])
+    state = None if config is None else core.Method(config).init([x])
     result = []
     for _ in range(steps):
         direction = curvature * x + 0.1 * random.normal(size=100)
         if config is not None:
-            (direction,), state = core.step(config, state, [x], [direction])
+            (direction,), state = core.Method(config).step(state, [x], [direction])
         x = x - rate * direction
         result.append(0.5 * curvature @ x**2)
         if not result[-1] < 1e8:

@@ -510,7 +510,7 @@ def test_new_settings_hold_from_the_next_step_on():
     [
         ({"history_size": 3}, "history_size at 5, .*, got 3"),
         ({"history_dtype": "float32"}, "history_dtype at float64, .*, got float32"),
-        ({"metric_power": 0.0}, "metric_power > 0 at True, .*, got False"),
+        ({"preconditioner": "none"}, "preconditioner_power > 0 at True, .*, got False"),
     ],
 )
 def test_settings_that_would_change_the_shapes_are_refused(settings, words):
@@ -713,7 +713,7 @@ def test_memory_is_what_was_planned():
     state = MLBFGS(params, momentum=0.0).state_dict()
     plan = core.plan_memory(core.Config(), list(params.values()))
     held = {name: value.nbytes for name, value in state.items() if name.split("/")[0] in core.LEAF_ARRAYS}
-    assert sum(held.values()) == plan.history + plan.averages + plan.metric
+    assert sum(held.values()) == plan.history + plan.averages + plan.preconditioner
 
 
 def test_the_package_needs_no_cupy():

@@ -97,7 +97,7 @@ def test_a_refused_file_changes_nothing(kind, tmp_path):
         ("float32", {"history_size": 3}, "all"),
         ("float32", {}, "layer"),
         ("float64", {}, "all"),
-        ("float32", {"metric_power": 0.0}, "all"),
+        ("float32", {"preconditioner": "none"}, "all"),
     ]
     for other in others:
         begin(kind, *other).save(path)

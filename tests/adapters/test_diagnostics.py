@@ -188,7 +188,7 @@ def test_curvatures_of_single_precision_keep_their_digits_at_any_scale(xp, scale
 
 
 def test_curvatures_without_pairs_are_none(xp):
-    state = core.init(CONFIG, [xp.zeros(5), xp.zeros(2)], ((0,), (1,)), xp)
+    state = core.Method(CONFIG, ((0,), (1,))).init([xp.zeros(5), xp.zeros(2)], xp=xp)
     assert np.isnan(to_numpy(core.curvatures(state))).tolist() == [[True] * 2 * M] * 2
 
 
@@ -364,14 +364,14 @@ def test_advice_follows_from_the_numbers(fields, sentence):
 
 
 def test_advice_on_shrunk_pairs_does_not_depend_on_the_scale_of_the_loss():
-    config = core.Config(update_every=8, history_size=M, shrinkage=0.25, metric_power=0.0)
+    config = core.Config(update_every=8, history_size=M, shrinkage=0.25, preconditioner="none")
     noise = np.random.default_rng(0).normal(size=(STEPS, DIM))
 
     def said(scale):
         params, state, sentences = [np.ones(DIM)], None, []
         for step in range(STEPS):
-            state = core.init(config, params) if state is None else state
-            update, state = core.step(config, state, params, [scale * (params[0] + noise[step])])
+            state = core.Method(config).init(params) if state is None else state
+            update, state = core.Method(config).step(state, params, [scale * (params[0] + noise[step])])
             params = [params[0] - RATE * update[0]]
             sentences += advice(core.diagnostics(state))
         return sentences
@@ -534,14 +534,14 @@ def test_the_figure_needs_no_display(tmp_path, monkeypatch):
 
 def test_the_figure_of_a_run_without_pairs_can_be_drawn(tmp_path):
     recorder = Recorder(every=1)
-    recorder.record(core.init(core.Config(), [np.zeros(3)]))
+    recorder.record(core.Method(core.Config()).init([np.zeros(3)]))
     figure(recorder).savefig(tmp_path / "run.png")
 
 
 def test_many_blocks_are_drawn_as_their_median_and_range(tmp_path):
     recorder = Recorder(every=1)
     for step in range(3):
-        state = core.init(CONFIG, [np.zeros(2)] * 9, tuple((i,) for i in range(9)))
+        state = core.Method(CONFIG, tuple((i,) for i in range(9))).init([np.zeros(2)] * 9)
         record = core.diagnostics(state)._replace(cosine=np.arange(9.0) / 10 + step / 100)
         recorder.record(record)
     drawn = figure(recorder)
@@ -597,7 +597,7 @@ def test_scalars_have_the_tags_that_are_documented():
 
 def test_a_block_without_pairs_has_no_scalars_of_curvature():
     writer = Writer()
-    log_scalars(writer, core.init(core.Config(), [np.zeros(3)]), 0, prefix="opt")
+    log_scalars(writer, core.Method(core.Config()).init([np.zeros(3)]), 0, prefix="opt")
     assert not [tag for tag in writer.scalars if "curvature" in tag]
     assert writer.scalars["opt/gamma/all"] == (1.0, 0)
 

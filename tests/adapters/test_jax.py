@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import mlbfgs_core as core
+from mlbfgs_core import adapter
 from mlbfgs_jax import MLBFGSState, load_state, mlbfgs, save_state, scale_by_mlbfgs
 
 FAST = {"check_every": 1, "update_every": 4, "history_size": 3}
@@ -130,11 +131,13 @@ def test_directions_are_the_cores(settings, blocks):
     tx, config = scale_by_mlbfgs(blocks=blocks, **settings), core.Config(**settings)
     update, state = jax.jit(tx.update), tx.init(params)
     partition = core.partition(["first.bias", "first.kernel", "last.kernel"], blocks)
-    twin = core.init(config, numpy_leaves(params), partition)
+    twin = core.Method(config, partition).init(numpy_leaves(params))
     for batch in zip(*batches, strict=True):
         grads = jax.grad(loss)(params, batch)
         updates, state = update(grads, state, params)
-        expected, twin = core.step(config, twin, numpy_leaves(params), numpy_leaves(grads), blocks=partition)
+        expected, twin = core.Method(config, blocks=partition).step(
+            twin, numpy_leaves(params), numpy_leaves(grads)
+        )
         assert_close(jax.tree.leaves(updates), expected, rtol=1e-9, atol=1e-11)
         params = jax.tree.map(lambda p, u: p - 0.05 * u, params, updates)
     assert int(twin.pairs[0]) > 0
@@ -517,8 +520,8 @@ def test_multi_steps_accumulates_and_then_steps_once():
 def test_every_number_can_be_injected_and_traced():
     numbers = {
         "learning_rate": 0.1, "momentum": 0.8, "weight_decay": 0.01, "beta": 0.7, "min_cosine": 0.3,
-        "signal_to_noise": 3.0, "noise_floor": 3.0, "clip_factor": 2.5, "metric_beta": 0.9,
-        "metric_power": 0.5, "update_every": 4, "check_every": 2, "shrinkage": 0.5,
+        "signal_to_noise": 3.0, "noise_floor": 3.0, "clip_factor": 2.5, "preconditioner_beta": 0.9,
+        "preconditioner_power": 0.5, "update_every": 4, "check_every": 2, "shrinkage": 0.5,
     }  # fmt: skip
     fixed = {"step_length": "clip", "history_size": 3}
     injected = optax.inject_hyperparams(mlbfgs, static_args=("history_size",))(**numbers, **fixed)
@@ -584,7 +587,7 @@ def test_a_whole_step_can_be_differentiated():
 PRESETS = [{}, FAST, {"preset": "paper", "update_every": 4}, {"preset": "lbfgs"}, {"preset": "fit"}]
 VARIANTS = [
     *({"step_length": length, **FAST} for length in ("rms", "unit", "clip", "none")),
-    {"metric_power": 0.3, "beta": 0.9, "damping": (0.01, 10.0, 0.9), **FAST},
+    {"preconditioner_power": 0.3, "beta": 0.9, "damping": (0.01, 10.0, 0.9), **FAST},
     {"history_dtype": "bfloat16", "blocks": "parameter", **FAST},
 ]
 
@@ -637,7 +640,7 @@ def test_the_strictest_jax_takes_masks_and_chains_and_missing_gradients():
 def test_injected_numbers_do_what_plain_ones_do_in_every_dtype_of_the_parameters(dtype):
     """`optax.inject_hyperparams` gives them the dtype of the parameters, a complex one if need be."""
     numbers = {"momentum": 0.5, "weight_decay": 0.125, "beta": 0.75, "min_cosine": 0.25, "update_every": 4}
-    numbers |= {"metric_power": 0.5, "shrinkage": 0.5, "check_every": 2}  # exact in bfloat16
+    numbers |= {"preconditioner_power": 0.5, "shrinkage": 0.5, "check_every": 2}  # exact in bfloat16
     fixed = {"step_length": "clip", "history_size": 3}
     injected = optax.inject_hyperparams(mlbfgs, static_args=("history_size",))
     params, state = settle(injected(0.0625, **numbers, **fixed), dtype)
@@ -845,8 +848,8 @@ def test_numbers_of_numpy_are_numbers(kind):
 def test_the_signature_names_every_setting_and_the_schedule():
     signature = inspect.signature(mlbfgs)
     assert signature.parameters["learning_rate"].annotation == optax.ScalarOrSchedule
-    assert set(core.Settings.__annotations__) <= set(signature.parameters)
-    assert set(core.Settings.__annotations__) <= set(inspect.signature(scale_by_mlbfgs).parameters)
+    assert set(adapter.SETTINGS) <= set(signature.parameters)
+    assert set(adapter.SETTINGS) <= set(inspect.signature(scale_by_mlbfgs).parameters)
 
 
 @pytest.mark.parametrize(

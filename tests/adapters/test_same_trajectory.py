@@ -24,7 +24,7 @@ SETTINGS = {
     "fit": {"preset": "fit"},
     "paper": {"preset": "paper", "update_every": 20},
     "formulas": {"preset": "formulas"},
-    "single history": {"history_dtype": "float32", "metric_power": 0.0},
+    "single history": {"history_dtype": "float32", "preconditioner": "none"},
 }
 
 
@@ -51,11 +51,11 @@ def run_numpy(settings, blocks, dtype):
     params, inputs, targets = problem(dtype)
     config, partition = core.Config(**settings), core.partition(NAMES, blocks)
     ahead = "preset" not in settings  # those of SETTINGS with one have heavy-ball momentum
-    state = core.init(config, params, partition, array_api_compat.numpy)
+    state = core.Method(config, partition).init(params, xp=array_api_compat.numpy)
     momentum = [np.zeros_like(param) for param in params]
     for x, target in zip(inputs, targets, strict=True):
         grads = gradient(params, x, target, np.tanh)
-        update, state = core.step(config, state, params, grads, blocks=partition)
+        update, state = core.Method(config, blocks=partition).step(state, params, grads)
         momentum = [MOMENTUM * old + new for old, new in zip(momentum, update, strict=True)]
         change = [d + MOMENTUM * u if ahead else u for d, u in zip(update, momentum, strict=True)]
         params = [p - RATE * (u + DECAY * p) for p, u in zip(params, change, strict=True)]

@@ -561,7 +561,7 @@ def test_given_steps_and_their_inverse_hessian_are_those_of_the_reference(settin
     np.testing.assert_allclose(result.x, x, rtol=1e-8, atol=1e-8)
     assert (result.nit, result.nfev, result.success) == (40, 41, True)
     (block,) = twin.blocks
-    root = twin.root(block) if config.metric_power else np.ones(4)
+    root = twin.root(block) if config.preconditioner_power else np.ones(4)
     dense = twin.inverse_hessian(block) / np.outer(root, root)
     assert relative(result.hess_inv.todense(), dense) < 1e-7
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlbfgs_core as core
+from mlbfgs_core import adapter
 from mlbfgs_torch import MLBFGS, units
 from mlbfgs_torch import leaves as torch_leaves
 from mlbfgs_torch.numbers import unpack
@@ -49,11 +50,11 @@ def test_trajectory_is_the_cores(settings, nesterov, coefficients):
     numbers = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": nesterov}
     optimizer = MLBFGS(model.parameters(), **numbers, **settings)
     config, buffers = core.Config(**settings), [torch.zeros_like(p) for p in twin]
-    state = core.init(config, twin, xp=xp)
+    state = core.Method(config).init(twin, xp=xp)
     for inputs, targets in data:
         optimizer.zero_grad()
         (model(inputs) - targets).square().mean().backward()
-        update, state = core.step(config, state, twin, [p.grad.clone() for p in model.parameters()])
+        update, state = core.Method(config).step(state, twin, [p.grad.clone() for p in model.parameters()])
         optimizer.step()
         for param, buffer, direction in zip(twin, buffers, update, strict=True):
             buffer.mul_(0.9).add_(direction)
@@ -246,13 +247,15 @@ def test_momentum_is_that_of_sgd_fed_with_the_directions(arguments, momentum, ne
     twin = weights(model)
     optimizer = MLBFGS(model.parameters(), lr=0.05, **arguments)
     sgd = torch.optim.SGD(twin, lr=0.05, momentum=momentum, nesterov=nesterov)
-    settings = {name: value for name, value in arguments.items() if name in core.Settings.__annotations__}
+    settings = {name: value for name, value in arguments.items() if name in adapter.SETTINGS}
     config = core.Config(**settings)
-    state = core.init(config, twin, xp=xp)
+    state = core.Method(config).init(twin, xp=xp)
     for inputs, targets in data:
         optimizer.zero_grad()
         (model(inputs) - targets).square().mean().backward()
-        directions, state = core.step(config, state, twin, [p.grad.clone() for p in model.parameters()])
+        directions, state = core.Method(config).step(
+            state, twin, [p.grad.clone() for p in model.parameters()]
+        )
         for param, direction in zip(twin, directions, strict=True):
             param.grad = direction.clone()
         optimizer.step()
@@ -446,7 +449,7 @@ def test_memory_is_what_was_planned():
         for entry in optimizer.state.values()
         for name in core.LEAF_ARRAYS
     )
-    assert held == plan.history + plan.averages + plan.metric
+    assert held == plan.history + plan.averages + plan.preconditioner
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,12 @@ def run(config, dim, problems):
 
         def body(carry, noise):
             x, newton, state = carry
-            update, state = core.step(config, state, [x], [curvature * x + noise])
+            update, state = core.Method(config).step(state, [x], [curvature * x + noise])
             x = x - RATE * update[0]
             newton = newton - RATE * (curvature * newton + noise) / curvature
             return (x, newton, state), (loss(x), loss(newton))
 
-        carry = (start, start, core.init(config, [start]))
+        carry = (start, start, core.Method(config).init([start]))
         noise = sigma * jax.random.normal(noise_key, (STEPS, dim))
         return loss(start), *jax.lax.scan(body, carry, noise)[1]
 

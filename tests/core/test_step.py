@@ -12,7 +12,7 @@ from hypothesis import given
 
 import mlbfgs_core as core
 from mlbfgs_core.reference import Reference
-from tests.helpers import join, relative, spd, split, to_numpy, trajectory
+from tests.helpers import arrays_of, join, mapped, power_of, relative, spd, split, to_numpy, trajectory
 from tests.strategies import generators, schedules
 
 lazy_xp_modules = [core]
@@ -25,9 +25,9 @@ SETTINGS = {
     "lbfgs": {"preset": "lbfgs"},
     "fit": {"preset": "fit"},
     "ema, adaptive": {"beta": 0.8, "update_every": 6},
-    "adam's metric": {"metric_power": 1.0, "step_length": "none", "update_every": 6},
+    "adam's metric": {"preconditioner_power": 1.0, "step_length": "none", "update_every": 6},
     "length 1": {"step_length": "unit", "update_every": 6},
-    "odd metric": {"metric_power": 0.3, "step_length": "clip", "update_every": 6},
+    "odd metric": {"preconditioner_power": 0.3, "step_length": "clip", "update_every": 6},
     "both dampings": {"damping": (0.1, 5.0, 0.9), "update_every": 6},
 }
 SHAPES, BLOCKS, SIZES = [(3, 2), (), (4,)], ((0, 2), (1,)), (10, 1)
@@ -48,18 +48,15 @@ def noisy_quadratic(rng, dim, steps, sigma=0.05):
 
 
 def assert_states_equal(actual, expected, but=()):
-    for name in set(core.State._fields) - set(but):
-        a, b = getattr(actual, name), getattr(expected, name)
-        for x, y in zip(a if isinstance(a, tuple) else [a], b if isinstance(b, tuple) else [b], strict=True):
+    ours, others = arrays_of(actual), arrays_of(expected)
+    assert set(ours) == set(others)
+    for name in set(ours) - set(but):
+        for x, y in zip(ours[name], others[name], strict=True):
             np.testing.assert_array_equal(to_numpy(x), to_numpy(y), err_msg=name)
 
 
 def copied(state, xp):
-    copy = [
-        tuple(xp.asarray(a, copy=True) for a in x) if isinstance(x, tuple) else xp.asarray(x, copy=True)
-        for x in state
-    ]
-    return core.State(*copy)
+    return mapped(state, lambda array: xp.asarray(array, copy=True))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -97,7 +94,7 @@ def test_missing_gradients_and_non_finite_parameters_equal_the_reference(xp, nam
     config, steps = config_of(name, update_every=6), 24
     x, gradient = noisy_quadratic(rng, 11, steps)
     reference = Reference(config, SIZES)
-    state = core.init(config, split(x, SHAPES, xp), BLOCKS, xp)
+    state = core.Method(config, BLOCKS).init(split(x, SHAPES, xp), xp=xp)
     edges = np.cumsum([0, *(int(np.prod(shape)) for shape in SHAPES)])
     for t in range(steps):
         present, theta = np.ones(11, dtype=bool), x.copy()
@@ -107,7 +104,7 @@ def test_missing_gradients_and_non_finite_parameters_equal_the_reference(xp, nam
         theta[3] = (np.nan, np.inf, -np.inf, x[3])[min(t // 5, 3)]
         g = gradient(t, x)
         grads = [None if i == leaf else grad for i, grad in enumerate(split(g, SHAPES, xp))]
-        update, state = core.step(config, state, split(theta, SHAPES, xp), grads, blocks=BLOCKS)
+        update, state = core.Method(config, blocks=BLOCKS).step(state, split(theta, SHAPES, xp), grads)
         parts = [part[ORDER] for part in (theta, g, present)]
         expected = np.concatenate(reference.step(*([part[:10], part[10:]] for part in parts)))[
             np.argsort(ORDER)
@@ -128,7 +125,7 @@ def test_masked_refresh_equals_no_refresh(xp, name, rng):
     start, gradient = noisy_quadratic(rng, 11, 12)
     *_, (_, _, state) = trajectory(config, xp, start, gradient, 12, shapes=SHAPES, blocks=BLOCKS)
     before = copied(state, xp)
-    assert_states_equal(core.refresh(config, state, xp.zeros_like(state.due), blocks=BLOCKS), before)
+    assert_states_equal(core.Method(config, blocks=BLOCKS).refresh(state, xp.zeros_like(state.due)), before)
 
 
 @pytest.mark.parametrize("name", ["default", "fixed", "lbfgs", "ema, adaptive"])
@@ -137,11 +134,11 @@ def test_what_the_host_foresees_equals_the_masked_step(xp, name, rng):
     config, steps = config_of(name), 20
     start, gradient = noisy_quadratic(rng, 11, steps)
     masked = trajectory(config, xp, start, gradient, steps)
-    x, state = start.copy(), core.init(config, split(start, [(11,)], xp), xp=xp)
+    x, state = start.copy(), core.Method(config).init(split(start, [(11,)], xp), xp=xp)
     for t, (expected, _, _) in enumerate(masked):
-        check, due = (bool(flag) for flag in core.upcoming(config, state))
+        check, due = (bool(flag) for flag in core.Method(config).upcoming(state))
         leaves = [split(part, [(11,)], xp) for part in (x, gradient(t, x))]
-        update, state = core.step(config, state, *leaves, when_check=check, when_due=due)
+        update, state = core.Method(config).step(state, *leaves, when_check=check, when_due=due)
         np.testing.assert_array_equal(join(update), expected)
         x = x - 0.1 * join(update)
     assert int(state.pairs[0]) > 0
@@ -160,10 +157,10 @@ def test_deciding_on_the_device_equals_the_masked_step(name):
         return jax.lax.cond(predicate, part, lambda operand: operand, operand)
 
     run = jax.jit(
-        lambda state, x, g: core.step(config, state, x, g, when_check=decide, when_due=decide),
+        lambda state, x, g: core.Method(config).step(state, x, g, when_check=decide, when_due=decide),
         donate_argnums=0,
     )
-    x, state = start.copy(), jax.tree.map(jnp.copy, core.init(config, [jnp.asarray(start)]))
+    x, state = start.copy(), jax.tree.map(jnp.copy, core.Method(config).init([jnp.asarray(start)]))
     for t, (expected, _, _) in enumerate(trajectory(config, numpy_namespace, start, gradient, steps)):
         update, state = run(state, [jnp.asarray(x)], [jnp.asarray(gradient(t, x))])
         assert relative(join(update), expected) < 1e-8
@@ -204,9 +201,9 @@ def test_nan_gradients_equal_skipped_steps(xp, name, rng, faults):
 
 def test_gradient_whose_square_overflows_in_units_of_the_first_one_is_skipped(xp):
     config, x = core.Config(), split(np.ones(3), [(3,)], xp, "float32")
-    state = core.init(config, x, xp=xp)
+    state = core.Method(config).init(x, xp=xp)
     for scale, skipped in ((1.0, 0), (1e18, 0), (1e30, 1), (1.0, 1)):
-        update, state = core.step(config, state, x, split(np.full(3, scale), [(3,)], xp, "float32"))
+        update, state = core.Method(config).step(state, x, split(np.full(3, scale), [(3,)], xp, "float32"))
         assert np.all(np.isfinite(join(update)))
         assert int(state.skipped) == skipped
 
@@ -227,10 +224,10 @@ def test_leaf_that_never_has_a_gradient_is_as_if_it_were_not_there(xp, name, rng
             config, xp, start[6:], lambda t, x: gradient(t, np.concatenate([frozen, x]))[6:], steps
         )
     x = np.concatenate([frozen, start[6:]])
-    state = core.init(config, split(x, shapes, xp), xp=xp)
+    state = core.Method(config).init(split(x, shapes, xp), xp=xp)
     for t, (expected, _, _) in enumerate(without):
         leaves, grads = (split(part, shapes, xp) for part in (x, gradient(t, x)))
-        update, state = core.step(config, state, leaves, [None, grads[1]])
+        update, state = core.Method(config).step(state, leaves, [None, grads[1]])
         assert update[0] is None
         assert relative(to_numpy(update[1]), expected) < 1e-7
         x[6:] -= 0.1 * to_numpy(update[1])
@@ -240,10 +237,10 @@ def test_leaf_that_never_has_a_gradient_is_as_if_it_were_not_there(xp, name, rng
 def test_leaf_that_gets_its_gradient_later_joins_the_pairs(xp):
     config, shapes = core.Config(history_size=4, update_every=3, adaptive=False), [(6,), (5,)]
     start, gradient = noisy_quadratic(np.random.default_rng(0), 11, 40)
-    x, state = start.copy(), core.init(config, split(start, shapes, xp), xp=xp)
+    x, state = start.copy(), core.Method(config).init(split(start, shapes, xp), xp=xp)
     for t in range(40):
         leaves, grads = (split(part, shapes, xp) for part in (x, gradient(t, x)))
-        update, state = core.step(config, state, leaves, grads if t >= 12 else [None, grads[1]])
+        update, state = core.Method(config).step(state, leaves, grads if t >= 12 else [None, grads[1]])
         if update[0] is not None:
             x = x - 0.1 * join(update)
     assert np.all(np.isfinite(x))
@@ -257,7 +254,7 @@ def test_leaf_that_gets_its_gradient_later_joins_the_pairs(xp):
     [(0.0, 1e6, 1.0), (0.0, 1.0, 1e3), (0.0, 1e-4, 1e2), (0.5, 1e6, 1.0)],
 )
 def test_rescaling_loss_and_parameters_leaves_fit_alone(xp, power, loss, unit):
-    config, steps = config_of("fit", metric_power=power), 30
+    config, steps = config_of("fit", **power_of(power)), 30
     start, gradient = noisy_quadratic(np.random.default_rng(0), 11, steps, sigma=0.01)
     plain = [u for u, _, _ in trajectory(config, xp, start, gradient, steps)]
     scaled = trajectory(config, xp, unit * start, lambda t, x: loss / unit * gradient(t, x / unit), steps)
@@ -331,16 +328,11 @@ def test_shards_that_reduce_equal_the_whole(name, shares):
 
     def run(rank, reduce):
         own, x, updates = parts[rank], start.copy(), []
-        state = core.init(config, [x[own], x[copied]])._replace(size=np.asarray([11.0]))
+        state = core.Method(config).init([x[own], x[copied]])._replace(size=np.asarray([11.0]))
         for t in range(steps):
             g = gradient(t, x)
-            update, state = core.step(
-                config,
-                state,
-                [x[own], x[copied]],
-                [g[own], g[copied]],
-                reduce=reduce,
-                shares=[1.0, shares[rank]],
+            update, state = core.Method(config, reduce=reduce, shares=[1.0, shares[rank]]).step(
+                state, [x[own], x[copied]], [g[own], g[copied]]
             )
             taken[rank] = update
             barrier.wait()
@@ -360,7 +352,9 @@ def test_a_copy_that_adds_nothing_still_tells_of_a_nan():
     def run(rank, reduce):
         grads = [x, x * (np.nan if rank == 1 else 1.0)]
         shares = [1.0, 1.0 - rank]
-        _, state = core.step(config, core.init(config, [x, x]), [x, x], grads, reduce=reduce, shares=shares)
+        _, state = core.Method(config, reduce=reduce, shares=shares).step(
+            core.Method(config).init([x, x]), [x, x], grads
+        )
         return int(state.skipped)
 
     assert on_two_shards(run) == (1, 1)
@@ -369,7 +363,7 @@ def test_a_copy_that_adds_nothing_still_tells_of_a_nan():
 def test_shares_of_another_number_of_leaves_are_refused():
     config, x = core.Config(), np.ones(3)
     with pytest.raises(ValueError, match=r"`shares` must hold a number for each of 1 leaves, got 2"):
-        core.step(config, core.init(config, [x]), [x], [x], shares=[1.0, 1.0])
+        core.Method(config, shares=[1.0, 1.0]).step(core.Method(config).init([x]), [x], [x])
 
 
 @pytest.mark.parametrize(
@@ -385,7 +379,7 @@ def test_shares_of_another_number_of_leaves_are_refused():
 def test_a_step_reduces_once_and_once_more_for_a_length_in_a_metric(settings, plain, check, refresh):
     config, calls = core.Config(**settings), []
     x = np.ones(5)
-    state = core.init(config, [x])
+    state = core.Method(config).init([x])
 
     def reduce(array):
         calls.append(array.shape)
@@ -394,7 +388,7 @@ def test_a_step_reduces_once_and_once_more_for_a_length_in_a_metric(settings, pl
     def count(**when):
         nonlocal state
         calls.clear()
-        _, state = core.step(config, state, [x], [x], reduce=reduce, **when)
+        _, state = core.Method(config, reduce=reduce).step(state, [x], [x], **when)
         return len(calls)
 
     first = count(when_check=False, when_due=False, when_scaled=True)
@@ -414,24 +408,31 @@ def test_half_precision_parameters_keep_full_precision_memory(xp, dtype):
     config, steps = config_of("default"), 25
     start, gradient = noisy_quadratic(np.random.default_rng(0), 11, steps, sigma=0.01)
     eps = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23}[dtype]
-    state = core.init(config, split(start, SHAPES, xp, dtype), xp=xp)
-    exact = core.init(config, split(start, SHAPES, xp), xp=xp)
+    state = core.Method(config).init(split(start, SHAPES, xp, dtype), xp=xp)
+    exact = core.Method(config).init(split(start, SHAPES, xp), xp=xp)
     x = start.copy()
     for t in range(steps):
         leaves, grads = (split(part, SHAPES, xp, dtype) for part in (x, gradient(t, x)))
         rounded = [split(join(part), SHAPES, xp) for part in (leaves, grads)]
-        update, state = core.step(config, state, leaves, grads)
-        expected, exact = core.step(config, exact, *rounded)
+        update, state = core.Method(config).step(state, leaves, grads)
+        expected, exact = core.Method(config).step(exact, *rounded)
         assert all(str(d.dtype).endswith(dtype) for d in update)
         assert relative(join(update), join(expected)) < max(4 * eps, 1e-3)
         x = x - 0.1 * join(expected)
-    for name in ("mean_params", "mean_grads", "history", "moment"):
-        assert all(str(leaf.dtype).endswith("float32") for leaf in getattr(state, name))
+    for name in ("mean_params", "mean_grads", "history", "exp_avg_sq"):
+        assert all(str(leaf.dtype).endswith("float32") for leaf in arrays_of(state)[name])
     assert int(state.pairs[0]) > 1
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"preset": "paper"}, {"history_size": 3, "history_dtype": "float16"}]
+    "settings",
+    [
+        {},
+        {"preset": "paper"},
+        {"history_size": 3, "history_dtype": "float16"},
+        {"history_size": 0},
+        {"history_size": 0, "preconditioner": "none"},
+    ],
 )
 def test_planned_bytes_are_those_that_init_allocates(xp, settings):
     leaves = [
@@ -444,12 +445,13 @@ def test_planned_bytes_are_those_that_init_allocates(xp, settings):
     config, blocks = core.Config(**settings), ((0, 2), (1,))
     plan = core.plan_memory(config, leaves, blocks)
     bytes_of = {
-        name: sum(_nbytes(a) for a in (value if isinstance(value, tuple) else [value]))
-        for name, value in core.init(config, leaves, blocks, xp)._asdict().items()
+        name: sum(map(_nbytes, arrays))
+        for name, arrays in arrays_of(core.Method(config, blocks).init(leaves, xp=xp)).items()
     }
-    assert plan.history == bytes_of["history"]
-    assert plan.metric == bytes_of["moment"]
-    assert plan.averages == sum(bytes_of[f"{a}_{b}"] for a in ("mean", "prev") for b in ("params", "grads"))
+    averages = [f"{a}_{b}" for a in ("mean", "prev") for b in ("params", "grads")]
+    assert plan.history == bytes_of.get("history", 0)
+    assert plan.preconditioner == bytes_of.get("exp_avg_sq", 0)
+    assert plan.averages == sum(bytes_of.get(name, 0) for name in averages)
     assert plan.total == sum(bytes_of.values()) == sum(plan[:-1])
 
 
@@ -465,11 +467,11 @@ def test_a_step_allocates_the_update_and_a_few_tiles(name, when):
     rng = np.random.default_rng(0)
     x, g = (rng.normal(size=n).astype(np.float32) for _ in range(2))
     kernels = core.Kernels(numpy_namespace, tile=tile)
-    state = core.init(config, [x])
-    state = core.step(config, state, [x], [g], kernels=kernels)[1]
+    state = core.Method(config).init([x])
+    state = core.Method(config, kernels=kernels).step(state, [x], [g])[1]
     flags = {"when_check": when == "check", "when_due": when == "refresh", "when_scaled": False}
     tracemalloc.start()
-    core.step(config, state, [x], [g], kernels=kernels, **flags)
+    core.Method(config, kernels=kernels).step(state, [x], [g], **flags)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # A refresh holds tiles of all rows; bookkeeping and coefficients take some kilobytes per tile.
@@ -482,9 +484,9 @@ def test_a_functional_backend_keeps_what_it_was_given():
     import jax.numpy as jnp
 
     config, x = core.Config(), jnp.ones(5)
-    state = core.init(config, [x])
+    state = core.Method(config).init([x])
     before = jax.tree.map(np.asarray, state)
-    core.step(config, state, [x], [x])
+    core.Method(config).step(state, [x], [x])
     assert_states_equal(state, before)
 
 
@@ -492,15 +494,15 @@ def test_an_unscaled_step_is_a_step_up_to_its_factor(xp):
     start, gradient = noisy_quadratic(np.random.default_rng(3), 11, 12)
     for name in ("default", "fit", "paper", "formulas"):
         config, x = config_of(name), start.copy()
-        one, other = (core.init(config, split(x, SHAPES, xp), xp=xp) for _ in range(2))
+        one, other = (core.Method(config).init(split(x, SHAPES, xp), xp=xp) for _ in range(2))
         for t in range(12):
             grads = [split(gradient(t, x), SHAPES, xp) for _ in range(2)]
-            update, one = core.step(config, one, split(x, SHAPES, xp), grads[0])
-            bare, factor, other = core.unscaled_step(config, other, split(x, SHAPES, xp), grads[1])
+            update, one = core.Method(config).step(one, split(x, SHAPES, xp), grads[0])
+            bare, factor, other = core.Method(config).unscaled_step(other, split(x, SHAPES, xp), grads[1])
             assert relative(join(bare) * float(to_numpy(factor)), join(update)) < 1e-12
             x = x - 0.1 * join(update)
         grads = split(np.full(11, np.nan), SHAPES, xp)
-        bare, factor, other = core.unscaled_step(config, other, split(x, SHAPES, xp), grads)
+        bare, factor, other = core.Method(config).unscaled_step(other, split(x, SHAPES, xp), grads)
         assert float(to_numpy(factor)) == 0
         assert np.isfinite(join(bare)).all()
 
@@ -510,20 +512,20 @@ def test_gradients_may_have_the_dtype_of_the_averages(xp):
     if not hasattr(xp, "float16"):
         pytest.skip(f"{xp.__name__} has no float16")
     config, x = config_of("lbfgs"), np.linspace(1.0, 2.0, 11)
-    state = core.init(config, split(x, SHAPES, xp, "float16"), xp=xp)
+    state = core.Method(config).init(split(x, SHAPES, xp, "float16"), xp=xp)
     leaves, grads = split(x, SHAPES, xp, "float16"), split(x / 30, SHAPES, xp, "float32")
-    update, state = core.step(config, state, leaves, grads)
+    update, state = core.Method(config).step(state, leaves, grads)
     assert all(str(d.dtype).endswith("float32") for d in update)
     np.testing.assert_allclose(join(update), x / 30, rtol=1e-6)
     with pytest.raises(TypeError, match="must have the parameter's dtype float16 or float32"):
-        core.step(config, state, leaves, split(x, SHAPES, xp, "float64"))
+        core.Method(config).step(state, leaves, split(x, SHAPES, xp, "float64"))
 
 
 def test_a_coordinate_that_never_had_a_gradient_harms_no_block_of_mixed_dtypes(xp):
     config = core.Config()
     leaves = [xp.asarray([2.0, 0.0], dtype=dtype) for dtype in (xp.float32, xp.float64)]
-    state = core.init(config, leaves, xp=xp)
+    state = core.Method(config).init(leaves, xp=xp)
     for _ in range(3):
-        update, state = core.step(config, state, leaves, [leaf * 0.5 for leaf in leaves])
+        update, state = core.Method(config).step(state, leaves, [leaf * 0.5 for leaf in leaves])
         assert np.isfinite(join(update)).all()
     assert (int(state.step), int(state.skipped)) == (3, 0)

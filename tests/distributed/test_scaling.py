@@ -17,7 +17,7 @@ SHAPES = [(300, 450), (7, 5), (11,), (1,), (450, 150)]
 SETTINGS = {
     "default": {},
     "bfloat16": {"history_size": 5, "history_dtype": "bfloat16", "check_every": 3},
-    "fixed": {"metric_power": 0.0, "adaptive": False, "update_every": 4},
+    "fixed": {"preconditioner": "none", "adaptive": False, "update_every": 4},
     "fit": {"preset": "fit", "update_every": 5, "momentum": 0.9},
     "blocks": {"blocks": "parameter"},
 }
@@ -118,7 +118,7 @@ def test_bytes_moved_by_hand():
     plain = {"step": 1.0, "check": 0.0, "refresh": 0.0}
     assert model.bytes_moved(core.Config(), plain) == 4 * (4 * 5 + 4 + 8 + 3 + 5)
     assert model.bytes_moved(core.Config(history_dtype="bfloat16"), plain) == HALF * 20 + 4 * 20
-    bare = core.Config(metric_power=0.0, adaptive=False, history_size=3)
+    bare = core.Config(preconditioner="none", adaptive=False, history_size=3)
     assert model.bytes_moved(bare, plain, momentum=False) == 4 * (4 * 3 + 1 + 6 + 2 + 3)
     often = {"step": 1.0, "check": 0.5, "refresh": 0.1}
     assert model.bytes_moved(core.Config(), often) == pytest.approx(4 * (40 + 0.5 * 5 + 0.1 * (10 + 22)))

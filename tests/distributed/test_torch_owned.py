@@ -49,7 +49,7 @@ def trained(settings, steps=STEPS):
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"preset": "fit"}, {"metric_power": 0.0, "momentum": 0.0}, {"preset": "lbfgs", "lr": 0.01}],
+    [{}, {"preset": "fit"}, {"preconditioner": "none", "momentum": 0.0}, {"preset": "lbfgs", "lr": 0.01}],
     ids=["default", "fit", "plain", "lbfgs"],
 )
 def test_one_block_over_all_owners_is_that_of_one_process(count, settings):
@@ -80,10 +80,10 @@ def lacking(count=4):
     model = make_model()
     if count is None:
         wrapped, part = model, lambda tensor: tensor
-        optimizer = MLBFGS(model.named_parameters(), **SETTINGS, metric_power=0.0)
+        optimizer = MLBFGS(model.named_parameters(), **SETTINGS, preconditioner="none")
     else:
         wrapped, part = parallel(model, "ddp")
-        optimizer = zero(model.parameters(), metric_power=0.0)
+        optimizer = zero(model.parameters(), preconditioner="none")
     for step, (x, y) in enumerate(batches(STEPS)):
         optimizer.zero_grad()
         (wrapped(part(x), shallow=step % 3 == 1 or step < 10) - part(y)).square().mean().backward()

@@ -231,7 +231,7 @@ def collectives(layout, settings):
         (wrapped(part(x)) - part(y)).square().mean().backward()
         unit = next(iter(optimizer._units), None)
         checked, refreshed = (
-            (False, False) if unit is None else core.upcoming(unit.config, unit.state).tolist()
+            (False, False) if unit is None else core.Method(unit.config).upcoming(unit.state).tolist()
         )
         sizes = []
         original = dist.all_reduce
@@ -256,7 +256,7 @@ def summands():
     mesh = init_device_mesh("cpu", (2,))
     values = torch.arange(6.0).reshape(3, 2)
     param = nn.Parameter(distribute_tensor(values, mesh, [Shard(0)]))
-    optimizer = MLBFGS([param], lr=1.0, momentum=0.0, metric_power=0.0)
+    optimizer = MLBFGS([param], lr=1.0, momentum=0.0, preconditioner="none")
     local = torch.full((3, 2), 1.0 + dist.get_rank())
     param.grad = DTensor.from_local(local, mesh, [Partial()])
     optimizer.step()

@@ -38,7 +38,7 @@ def test_python_blocks_of_the_page_run(names):
 
 def test_a_replaced_kernel_changes_nothing(names):
     x, grad = np.ones(6), np.geomspace(0.1, 10.0, 6)
-    plain, _ = core.step(names["config"], core.init(names["config"], [x]), [x], [grad])
+    plain, _ = core.Method(names["config"]).step(core.Method(names["config"]).init([x]), [x], [grad])
     np.testing.assert_allclose(names["fast_updates"][0], plain[0], rtol=1e-14)
 
 

@@ -13,6 +13,7 @@ from torchzero_module import MLBFGS
 
 import mlbfgs_core as core
 import mlbfgs_torch
+from mlbfgs_core import adapter
 from tests.embedding.helpers import ADAPTIVE, FAST, rosenbrock
 
 INPUTS = torch.from_numpy(np.random.default_rng(0).standard_normal((16, 4)))
@@ -26,7 +27,7 @@ def make_model():
 
 def momentum_of(settings):
     """torchzero's module for the momentum that the adapter has with these settings."""
-    nesterov = core.preset_nesterov(settings.get("preset"))
+    nesterov = adapter.preset_nesterov(settings.get("preset"))
     return tz.m.NAG(0.9) if nesterov else tz.m.HeavyBall(0.9, ema_init="zeros")
 
 
@@ -106,15 +107,15 @@ def test_curvature_is_learned_from_the_gradient_and_applied_to_what_other_module
     curvature, x = np.geomspace(0.1, 10.0, 5), torch.ones(5, dtype=torch.float64, requires_grad=True)
     optimizer = tz.Optimizer([x], *own, tz.m.LR(0.1))
     config, y, velocity = core.Config(**FAST), np.ones(5), np.zeros(5)
-    state = core.init(config, [y])
+    state = core.Method(config).init([y])
     for _ in range(12):
         x.grad = torch.from_numpy(curvature) * x.detach()
         optimizer.step()
         grad = curvature * y
         velocity = 0.9 * velocity + grad
-        state = core.observe(config, state, [y], [grad])
-        state = core.refresh(config, state, state.due)
-        (direction,), state = core.direction(config, state, [velocity])
+        state = core.Method(config).observe(state, [y], [grad])
+        state = core.Method(config).refresh(state, state.due)
+        (direction,), state = core.Method(config).direction(state, [velocity])
         y = y - 0.1 * direction
         np.testing.assert_allclose(x.detach(), y, rtol=1e-10, atol=1e-12)
     assert state.pairs[0] > 0

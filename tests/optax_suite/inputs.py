@@ -11,7 +11,7 @@ from mlbfgs_jax import mlbfgs, scale_by_mlbfgs
 SETTINGS = {
     "mlbfgs": {},
     "mlbfgs_every_step": {"update_every": 1, "history_size": 2},
-    "mlbfgs_fixed": {"adaptive": False, "update_every": 7, "beta": 0.9, "metric_power": 0.0},
+    "mlbfgs_fixed": {"adaptive": False, "update_every": 7, "beta": 0.9, "preconditioner": "none"},
     "mlbfgs_lbfgs": {"preset": "lbfgs", "history_size": 2},
     "mlbfgs_blocks": {"blocks": "parameter", "history_dtype": "bfloat16"},
 }

@@ -14,6 +14,7 @@ from tests.helpers import (
     curvature_pairs,
     join,
     operator_matrix,
+    power_of,
     relative,
     spd,
     split,
@@ -70,13 +71,13 @@ def test_restarting_one_average_only_breaks_the_secant_equation(xp, rng):
     # The published script restarts the average of the gradient but not that of the parameters.
     config = core.Config(history_size=M, update_every=3, **{**PLAIN, "beta": 0.9})
     matrix, x = spd(rng, DIM), rng.normal(size=DIM)
-    state = core.init(config, split(x, [(DIM,)], xp), xp=xp)
+    state = core.Method(config).init(split(x, [(DIM,)], xp), xp=xp)
     for _ in range(15):
         gradient = matrix @ x
         if int(state.window) == 0 and int(state.prev_window) > 0:
             state = state._replace(mean_grads=tuple(split(gradient, [(DIM,)], xp)))
         leaves = split(x, [(DIM,)], xp)
-        update, state = core.step(config, state, leaves, split(gradient, [(DIM,)], xp))
+        update, state = core.Method(config).step(state, leaves, split(gradient, [(DIM,)], xp))
         x = x - 0.1 * to_numpy(update[0])
     errors = [np.linalg.norm(y - matrix @ s) / np.linalg.norm(y) for s, y in stored_pairs(state)[1:]]
     assert max(errors) > 0.1
@@ -141,7 +142,12 @@ def test_noise_in_y_falls_as_the_averages_predict(xp, average):
 def test_signal_to_noise_of_pure_noise_is_one(xp, average, power):
     dim, rng = 5_000, np.random.default_rng(0)
     config = core.Config(
-        history_size=2, update_every=1000, check_every=1, signal_to_noise=1e6, metric_power=power, **average
+        history_size=2,
+        update_every=1000,
+        check_every=1,
+        signal_to_noise=1e6,
+        **power_of(power),
+        **average,
     )
     start = np.zeros(dim)
     ratios = [
@@ -161,7 +167,7 @@ def test_variance_along_the_stored_rows_is_that_of_the_gradient_and_ignores_drif
     for t in range(steps):
         gradient = start + sigma * rng.normal(size=DIM) + drift * t
         leaves = split(start, [(DIM,)], xp), split(gradient, [(DIM,)], xp)
-        _, state = core.step(config, state, *leaves, when_due=False)
+        _, state = core.Method(config).step(state, *leaves, when_due=False)
         samples.append(to_numpy(state.row_noise)[0].copy())
     assert np.mean(samples[30:]) == pytest.approx(sigma**2, rel=0.4)
 

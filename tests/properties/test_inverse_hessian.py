@@ -15,6 +15,7 @@ from tests.helpers import (
     apply,
     curvature_pairs,
     operator_matrix,
+    power_of,
     relative,
     spd,
     split,
@@ -50,7 +51,7 @@ def test_matches_dense_bfgs_at_every_ring_offset(xp, rng):
 @given(rng=generators)
 def test_without_pairs_the_direction_is_the_gradient(xp, rng):
     gradient = rng.normal(size=DIM)
-    state = core.init(CONFIG, split(gradient, [(DIM,)], xp), xp=xp)
+    state = core.Method(CONFIG).init(split(gradient, [(DIM,)], xp), xp=xp)
     np.testing.assert_array_equal(apply(CONFIG, state, gradient, xp), gradient)
 
 
@@ -75,11 +76,11 @@ def test_every_step_matches_optax_scale_by_lbfgs(xp, rng):
     matrix, x = spd(rng, DIM), rng.normal(size=DIM)
     peer = optax.scale_by_lbfgs(memory_size=M)
     peer_update, memory = jax.jit(peer.update), peer.init(jnp.asarray(x))
-    state = core.init(config, split(x, [(DIM,)], xp), xp=xp)
+    state = core.Method(config).init(split(x, [(DIM,)], xp), xp=xp)
     for _ in range(2 * M + 2):
         gradient = matrix @ x
         expected, memory = peer_update(jnp.asarray(gradient), memory, jnp.asarray(x))
-        update, state = core.step(config, state, split(x, [(DIM,)], xp), split(gradient, [(DIM,)], xp))
+        update, state = core.Method(config).step(state, split(x, [(DIM,)], xp), split(gradient, [(DIM,)], xp))
         assert relative(to_numpy(update[0]), np.asarray(expected)) < 1e3 * TOLERANCE
         x = x - 0.5 * np.asarray(expected)
 
@@ -150,12 +151,13 @@ def test_pair_scales_from_1e_minus_25_to_1e20_do_not_matter_in_float32(xp, rng, 
 def test_norms_and_angles_from_coefficients_are_those_of_the_direction(xp, rng):
     pairs, gradient = curvature_pairs(rng, M + 2, DIM), rng.normal(size=DIM)
     for power in (0.0, 0.5):
-        config = core.Config(history_size=M, **{**PLAIN, "step_length": "unit", "metric_power": power})
-        start = core.init(config, split(gradient, [(DIM,)], xp), xp=xp)
-        if power:  # a metric that is not the identity
-            start = start._replace(moment=tuple(split(rng.uniform(0.1, 10, DIM), [(DIM,)], xp)))
+        config = core.Config(history_size=M, **{**PLAIN, "step_length": "unit", **power_of(power)})
+        start = core.Method(config).init(split(gradient, [(DIM,)], xp), xp=xp)
+        if power:  # one that is not the identity
+            squares = tuple(split(rng.uniform(0.1, 10, DIM), [(DIM,)], xp))
+            start = start._replace(preconditioner={"exp_avg_sq": squares})
         state = state_after(config, pairs, xp, start=start)
-        update, state = core.direction(config, state, split(gradient, [(DIM,)], xp))
+        update, state = core.Method(config).direction(state, split(gradient, [(DIM,)], xp))
         d = to_numpy(update[0])
         assert abs(np.linalg.norm(d) - 1) < TOLERANCE
         cosine = d @ gradient / np.linalg.norm(gradient)

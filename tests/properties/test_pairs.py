@@ -85,7 +85,7 @@ def test_pair_without_curvature_is_counted_and_leaves_the_operator_alone(xp, cas
         "infinite y": (s, np.where(np.arange(DIM) == 2, np.inf, s)),
     }[case]
     before = state_after(config, [(s, 2 * s)], xp)
-    expected = {name: to_numpy(getattr(before, name)) for name in ("gram", "operator", "gamma", "pairs")}
+    expected = {name: to_numpy(getattr(before, name)) for name in ("gram", "middle_matrix", "gamma", "pairs")}
     history = to_numpy(before.history[0]).copy()
     after = state_after(config, [bad], xp, start=before)
     for name, value in expected.items():
@@ -115,7 +115,7 @@ def refreshed(config, s, y, noise, xp, blocks=None):
     shapes = [(DIM,)] * (len(s) // DIM)
     scatter = float(noise) / (1 / NOW + 1 / BEFORE) * (NOW + BEFORE - 2)
     leaves = {"mean_params": s, "mean_grads": y, "prev_params": 0 * s, "prev_grads": 0 * y}
-    state = core.init(config, split(s, shapes, xp), blocks, xp)
+    state = core.Method(config, blocks).init(split(s, shapes, xp), xp=xp)
     ones, one = state.leaf_window * 0 + 1, state.window * 0 + 1
     state = state._replace(
         **{name: tuple(split(value, shapes, xp)) for name, value in leaves.items()},
@@ -126,7 +126,7 @@ def refreshed(config, s, y, noise, xp, blocks=None):
         scatter=state.scatter + 0.25 * scatter,
         prev_scatter=state.prev_scatter + 0.75 * scatter,
     )
-    return core.refresh(config, state, True, blocks=blocks)
+    return core.Method(config, blocks=blocks).refresh(state, True)
 
 
 def stored_y(state, leaf=0):
@@ -193,7 +193,7 @@ def test_noise_leaves_y_alone_with_a_shrinkage_of_one_or_a_fixed_schedule(xp, se
     assert relative(stored_y(state), expected) < 1e-14
     assert to_numpy(state.tau)[0] == 1
     silent = refreshed(config, s, y, 0.0, xp)
-    for name in ("tau", "delta", "gram", "operator", "gamma"):
+    for name in ("tau", "delta", "gram", "middle_matrix", "gamma"):
         np.testing.assert_array_equal(to_numpy(getattr(state, name)), to_numpy(getattr(silent, name)))
     np.testing.assert_array_equal(to_numpy(state.history[0]), to_numpy(silent.history[0]))
 

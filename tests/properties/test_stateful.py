@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 )
 
 import mlbfgs_core as core
+from mlbfgs_core import adapter
 from mlbfgs_core.reference import Reference
 from tests.drivers import DRIVERS
 from tests.helpers import spd
@@ -69,7 +70,7 @@ class Oracle:
         if name in self.numbers:
             self.numbers[name] = value
             return
-        old = {field: getattr(self.config, field) for field in core.Settings.__annotations__}
+        old = {field: getattr(self.config, field) for field in adapter.SETTINGS}
         self.config = self.reference.config = core.Config(**{**old, name: value})
 
     def step(self, grads):

@@ -59,7 +59,9 @@ def assert_no_drift(config, state):
     assert np.all(np.abs(gram - rows @ rows.T) <= 4 * DIM * EPS * scale)
     exact, gamma = two_loop(gram[None], np.asarray(state.pairs), np)
     inverse = gamma[0] * np.eye(DIM) + rows.T @ exact[0] @ rows
-    stored = float(state.gamma[0]) * np.eye(DIM) + rows.T @ np.asarray(state.operator[0], np.float64) @ rows
+    stored = (
+        float(state.gamma[0]) * np.eye(DIM) + rows.T @ np.asarray(state.middle_matrix[0], np.float64) @ rows
+    )
     assert np.linalg.norm(stored - inverse) <= 1e-3 * np.linalg.norm(inverse)
     newest = (int(state.pairs[0]) - 1) % config.history_size
     s, y = rows[newest], rows[config.history_size + newest]
@@ -73,7 +75,7 @@ def test_nothing_drifts_in_a_hundred_thousand_steps_of_jax(settings):
     def one(carry, key):
         x, state = carry
         grad = jnp.where(jax.random.uniform(key) < 0.01, jnp.nan, noisy(key, x))
-        update, state = core.step(config, state, [x], [grad], when_due=decide)
+        update, state = core.Method(config).step(state, [x], [grad], when_due=decide)
         return (x - 0.05 * update[0], state), None
 
     def decide(predicate, part, operand):
@@ -84,7 +86,7 @@ def test_nothing_drifts_in_a_hundred_thousand_steps_of_jax(settings):
         return jax.lax.scan(one, carry, jax.random.split(key, 10_000))[0]
 
     x = jnp.ones(DIM, jnp.float32)
-    carry = (x, core.init(config, [x], xp=jnp))
+    carry = (x, core.Method(config).init([x], xp=jnp))
     for part in range(10):
         carry = ten_thousand(carry, jax.random.key(part))
         assert_no_drift(config, carry[1])

@@ -1097,7 +1097,7 @@ def test_state_takes_the_planned_bytes(desc, dtype):
     assert all(("momentum_buffer" in entry) == (group["momentum"] > 0) for entry in entries)
     parameter_sized = [entry[name] for entry in entries for name in LEAF_STATE if name in entry]
     held = storage_bytes(list(entries))
-    arrays = plan.history + plan.averages + plan.metric
+    arrays = plan.history + plan.averages + plan.preconditioner
     assert sum(t.numel() * t.element_size() for t in parameter_sized) == arrays + momentum
     repeated = 80 * (len(blocks) - 1)  # each further block has the numbers of the whole too
     assert arrays + momentum <= held <= plan.total + momentum + repeated

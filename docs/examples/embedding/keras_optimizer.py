@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 import mlbfgs_core as core
+from mlbfgs_core import adapter
 
 __all__ = ["MLBFGS"]
 
@@ -47,15 +48,15 @@ class MLBFGS(keras.optimizers.Optimizer):
         learning_rate: Any = None,
         momentum: float | None = None,
         nesterov: bool | None = None,
-        settings: core.Settings | None = None,
+        settings: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         config = core.Config(**(settings or {}))
-        rate = core.default_rate(config.step_length) if learning_rate is None else learning_rate
+        rate = adapter.default_rate(config.step_length) if learning_rate is None else learning_rate
         super().__init__(learning_rate=rate, **options)
         self.settings, self.config = dict(settings or {}), config
-        self.momentum = core.preset_momentum(self.config.preset) if momentum is None else momentum
-        self.nesterov = core.preset_nesterov(self.config.preset) if nesterov is None else nesterov
+        self.momentum = adapter.preset_momentum(self.config.preset) if momentum is None else momentum
+        self.nesterov = adapter.preset_nesterov(self.config.preset) if nesterov is None else nesterov
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Create a variable for each array of the state."""
@@ -63,7 +64,7 @@ class MLBFGS(keras.optimizers.Optimizer):
             return
         super().build(variables)
         # Leaves may be abstract: a shape and a dtype are all that is asked of them.
-        start = core.init(self.config, variables, xp=np)
+        start = core.Method(self.config).init(variables, xp=np)
         # A field has one array, or one for each parameter.
         self._state = core.State(
             *(
@@ -92,14 +93,7 @@ class MLBFGS(keras.optimizers.Optimizer):
             self._get_variable_index(variable): grad
             for variable, grad in zip(trainable_variables, grads, strict=True)
         }
-        updates, state = core.step(
-            self.config,
-            keras.tree.map_structure(lambda variable: variable.value, self._state),
-            [ops.stop_gradient(variable.value) for variable in self._trainable_variables],
-            [given.get(index) for index in range(len(self._trainable_variables))],
-            when_check=_if,
-            when_due=_if,
-        )
+        updates, state = core.Method(self.config).step(keras.tree.map_structure(lambda variable: variable.value, self._state), [ops.stop_gradient(variable.value) for variable in self._trainable_variables], [given.get(index) for index in range(len(self._trainable_variables))], when_check=_if, when_due=_if)
         keras.tree.map_structure(_keep, self._state, state)
         for variable in trainable_variables:
             index = self._get_variable_index(variable)

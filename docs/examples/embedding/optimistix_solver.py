@@ -41,24 +41,17 @@ class MLBFGSDescent(optx.AbstractDescent[Y, FunctionInfo.EvalGrad, _DescentState
 
     config: core.Config = eqx.field(static=True)
 
-    def __init__(self, **settings: Unpack[core.Settings]) -> None:
+    def __init__(self, **settings: Unpack[dict[str, Any]]) -> None:
         self.config = core.Config(**settings)
 
     def init(self, y: Y, f_info_struct: FunctionInfo.EvalGrad) -> _DescentState:
-        return _DescentState(core.init(self.config, jax.tree.leaves(y)), y)
+        return _DescentState(core.Method(self.config).init(jax.tree.leaves(y)), y)
 
     def query(self, y: Y, f_info: FunctionInfo.EvalGrad, state: _DescentState) -> _DescentState:
         params, tree = jax.tree.flatten(y)
         # The default precision of products on a GPU or a TPU is below that of float32.
         with jax.default_matmul_precision("highest"):
-            direction, curvature = core.step(
-                self.config,
-                state.curvature,
-                params,
-                jax.tree.leaves(f_info.grad),
-                when_check=_if,
-                when_due=_if,
-            )
+            direction, curvature = core.Method(self.config).step(state.curvature, params, jax.tree.leaves(f_info.grad), when_check=_if, when_due=_if)
         return _DescentState(curvature, tree.unflatten(direction))
 
     def step(self, step_size: jax.Array, state: _DescentState) -> tuple[Y, RESULTS]:
@@ -94,7 +87,7 @@ class MLBFGS(optx.AbstractGradientDescent[Y, Any]):
         atol: float,
         norm: Callable[[Any], jax.Array] = optx.max_norm,
         search: optx.AbstractSearch | None = None,
-        **settings: Unpack[core.Settings],
+        **settings: Unpack[dict[str, Any]],
     ) -> None:
         self.rtol, self.atol, self.norm = rtol, atol, norm
         self.descent = MLBFGSDescent(**{"preset": "lbfgs", **settings})

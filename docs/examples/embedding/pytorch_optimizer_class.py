@@ -14,6 +14,7 @@ from pytorch_optimizer.base.optimizer import BaseOptimizer
 from pytorch_optimizer.base.type import Closure, Loss, ParamGroup, ParamsT
 
 import mlbfgs_core as core
+from mlbfgs_core import adapter
 
 __all__ = ["MLBFGS"]
 
@@ -51,14 +52,14 @@ class MLBFGS(BaseOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         maximize: bool = False,
-        **settings: Unpack[core.Settings],
+        **settings: Unpack[dict[str, Any]],
     ) -> None:
         self.config, self.maximize = core.Config(**settings), maximize
-        lr = core.default_rate(self.config.step_length) if lr is None else lr
+        lr = adapter.default_rate(self.config.step_length) if lr is None else lr
         self.validate_learning_rate(lr)
         self.validate_range(momentum, "momentum", 0.0, 1.0)
         self.validate_non_negative(weight_decay, "weight_decay")
-        self.nesterov = core.preset_nesterov(self.config.preset)
+        self.nesterov = adapter.preset_nesterov(self.config.preset)
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def __str__(self) -> str:
@@ -67,7 +68,7 @@ class MLBFGS(BaseOptimizer):
     def init_group(self, group: ParamGroup, **kwargs: Any) -> None:
         """Start the group's state at its first step."""
         if "coefficients" not in group:
-            self._write(group, core.init(self.config, [param.detach() for param in group["params"]]))
+            self._write(group, core.Method(self.config).init([param.detach() for param in group["params"]]))
             for param in group["params"]:
                 self.state[param]["momentum_buffer"] = torch.zeros_like(self.state[param]["mean_grads"])
 
@@ -86,14 +87,7 @@ class MLBFGS(BaseOptimizer):
 
     def _step(self, group: ParamGroup) -> None:
         params = [param.detach() for param in group["params"]]
-        updates, state = core.step(
-            self.config,
-            self._read(group),
-            params,
-            [self._gradient(param) for param in group["params"]],
-            when_check=_if,
-            when_due=_if,
-        )
+        updates, state = core.Method(self.config).step(self._read(group), params, [self._gradient(param) for param in group["params"]], when_check=_if, when_due=_if)
         self._write(group, state)
         if not state.accepted:
             return

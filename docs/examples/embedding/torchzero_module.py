@@ -43,7 +43,7 @@ class MLBFGS(Transform):
         self,
         blocks: Blocks | None = None,
         inner: Chainable | None = None,
-        **settings: Unpack[core.Settings],
+        **settings: Unpack[dict[str, Any]],
     ) -> None:
         super().__init__(inner=inner)
         self.config, self.blocks = core.Config(**settings), blocks
@@ -55,11 +55,11 @@ class MLBFGS(Transform):
         """Learn from the gradient."""
         params, grads = [param.detach() for param in objective.params], objective.get_grads()
         if "history" not in states[0]:
-            self._write(states, core.init(self.config, params, self.blocks))
+            self._write(states, core.Method(self.config, self.blocks).init(params))
         state = self._read(states)
-        state = core.observe(self.config, state, params, grads, blocks=self.blocks, when=_if)
+        state = core.Method(self.config, blocks=self.blocks).observe(state, params, grads, when=_if)
         if state.due:
-            state = core.refresh(self.config, state, True, blocks=self.blocks)
+            state = core.Method(self.config, blocks=self.blocks).refresh(state, True)
         self._write(states, state)
 
     @torch.no_grad()
@@ -69,9 +69,7 @@ class MLBFGS(Transform):
         """Precondition the update."""
         params = [param.detach() for param in objective.params]
         state = self._read(states)
-        objective.updates, state = core.direction(
-            self.config, state, objective.get_updates(), params=params, blocks=self.blocks
-        )
+        objective.updates, state = core.Method(self.config, blocks=self.blocks).direction(state, objective.get_updates(), params=params)
         self._write(states, state)
         if not state.accepted:
             objective.stop = objective.skip_update = True

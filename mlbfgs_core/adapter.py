@@ -1,0 +1,73 @@
+"""The face for those who write an adapter: what lies between a framework's parameters and `Method`."""
+
+from .blocks import Blocks, BlockSpec, one_block, validate_blocks
+from .call import When
+from .config import SETTINGS, as_number, check_real, is_zero, settings_in, with_preset
+from .diagnostics import block_names
+from .kernels import Leaf, Means, PairTile, StepEnd, part
+from .observation import Observation
+from .overlap import Overlap, Place, find_overlap
+from .preconditioner import Preconditioner, Root, TileRoot
+from .preconditioner.diagonal import DiagonalRoot, square_roots
+from .presets import Preset, default_rate, preset_momentum, preset_nesterov
+from .scales import is_scaled
+from .snapshot import coefficients
+from .state import (
+    LEAF_COUNTS,
+    LEAF_DTYPES,
+    RENAMED,
+    Entry,
+    accumulation_dtype,
+    dtype_name,
+    layout,
+    leaf_arrays,
+    with_leaf_arrays,
+)
+from .two_loop import two_loop
+from .window import mean_square_weight
+
+__all__ = [
+    "LEAF_COUNTS",
+    "LEAF_DTYPES",
+    "RENAMED",
+    "SETTINGS",
+    "BlockSpec",
+    "Blocks",
+    "DiagonalRoot",
+    "Entry",
+    "Leaf",
+    "Means",
+    "Observation",
+    "Overlap",
+    "PairTile",
+    "Place",
+    "Preconditioner",
+    "Preset",
+    "Root",
+    "StepEnd",
+    "TileRoot",
+    "When",
+    "accumulation_dtype",
+    "as_number",
+    "block_names",
+    "check_real",
+    "coefficients",
+    "default_rate",
+    "dtype_name",
+    "find_overlap",
+    "is_scaled",
+    "is_zero",
+    "layout",
+    "leaf_arrays",
+    "mean_square_weight",
+    "one_block",
+    "part",
+    "preset_momentum",
+    "preset_nesterov",
+    "settings_in",
+    "square_roots",
+    "two_loop",
+    "validate_blocks",
+    "with_leaf_arrays",
+    "with_preset",
+]

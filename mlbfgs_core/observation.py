@@ -1,0 +1,161 @@
+"""What a step learns of its gradient before it may write, and what it then remembers of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .call import Call, When, run_if
+from .noise import follow_noise
+from .scales import first_scale, is_scaled, norm_of_squares, param_squares
+from .schedule import check, diverges, is_check, is_due
+from .state import State
+from .window import Weights, average, weights_of
+
+__all__ = ["Observation", "observe", "project"]
+
+Array = Any
+
+
+class Observation(NamedTuple):
+    """The reduced inner products of one step, whether all of them are finite, and the whitened gradient; all
+    in the units of `State.grad_scale`."""
+
+    rows: Array
+    """(B, 2m): `b`, the stored rows times the whitened gradient."""
+    grad_square: Array
+    """(B,): squared norm of the gradient."""
+    white_square: Array
+    """(B,): that of the whitened gradient."""
+    scatter: Array
+    """(B,): what the whitened gradient adds to the scatter of this window."""
+    param_norm: Array | None
+    """0-d: norm of the parameters, where the length control needs it."""
+    finite: Array
+    """0-d bool, over all blocks."""
+    diverges: Array
+    """0-d bool: whether the gradient is much longer than it was, where steps are as long as it makes them."""
+    scale: Array
+    """0-d: the state's `grad_scale`, which the very first gradient decides."""
+    grads: tuple[Array | None, ...]
+    """The gradients times `scale`, or as they were given where that is known to be 1."""
+    white: tuple[Array | None, ...]
+    """``z = R g`` of each leaf; None where it is the gradient. The step consumes it."""
+    weights: Weights
+    roots: tuple[Any, ...]
+    """The `Root` of each leaf, which its gradient has not entered yet; None for a leaf without a gradient
+    where the parameters are not known."""
+    dtypes: tuple[Any, ...]
+    """Of each leaf's averages; None where its root is."""
+
+
+def project(
+    call: Call,
+    state: State,
+    params: Sequence[Array] | None,
+    grads: Sequence[Array | None],
+    *,
+    observed: bool = False,
+    when_scaled: When = None,
+) -> Observation:
+    """Whiten and project a gradient; `observed`: it is in the averages already."""
+    config, kernels, xp = call.config, call.kernels, call.xp
+    scale = state.grad_scale
+    dtypes = call.dtypes(grads if params is None else params)
+    if not observed:  # else the gradient of an earlier step has decided
+        scale = run_if(
+            when_scaled, is_scaled(state, xp), lambda old: first_scale(call, state, params, grads, old), scale
+        )
+    if when_scaled is not False:
+        grads = [
+            None if grad is None else kernels.scaled(grad, call.scalar(scale, dtype), dtype)
+            for grad, dtype in zip(grads, dtypes, strict=True)
+        ]
+    weights = weights_of(call, state, grads)
+    roots = call.roots(state, dtypes, weights=None if observed else weights.square)
+    clips = config.step_length == "clip"
+    white: list[Array | None] = [None] * len(grads)
+    parts: list[Array | None] = [None] * len(grads)
+    for number, (grad, dtype) in enumerate(zip(grads, dtypes, strict=True)):
+        if grad is None:
+            continue
+        leaf = call.leaf(state, number, dtype, roots[number])
+        mean = state.mean_grads[number] if config.is_adaptive else None
+        white[number], sums = kernels.whiten(leaf, grad, mean, call.scalar(1.0 - weights.mean[number], dtype))
+        if clips:
+            sums = [*sums, *param_squares(call, _needed(params), number, dtype)]
+        sums = [kernels.to_coefficients(x, call.dtype) for x in sums]
+        parts[number] = xp.concat([x if x.ndim else x[None] for x in sums])
+    sums = call.reduce(call.block_sums(parts))
+    rows, isometric = 2 * config.history_size, call.preconditioner.isometric
+    last = sums.shape[1] - (3 if clips else 0)
+    return Observation(
+        rows=sums[:, :rows],
+        grad_square=sums[:, rows],
+        white_square=sums[:, rows if isometric else rows + 1],
+        scatter=sums[:, rows + (1 if isometric else 2)] if config.is_adaptive else xp.zeros_like(sums[:, 0]),
+        param_norm=norm_of_squares(_needed(params), sums[:, last:], xp) if clips else None,
+        finite=xp.all(xp.isfinite(sums[:, :last])),
+        diverges=diverges(call, state, sums[:, rows]),
+        scale=scale,
+        grads=tuple(grads),
+        white=tuple(white),
+        weights=weights,
+        roots=tuple(roots),
+        dtypes=tuple(dtypes),
+    )
+
+
+def _needed(params: Sequence[Array] | None) -> Sequence[Array]:
+    if params is None:
+        msg = "`params` must be given with step_length='clip', got None"
+        raise ValueError(msg)
+    return params
+
+
+def observe(
+    call: Call, state: State, params: Sequence[Array], seen: Observation, when: When
+) -> tuple[State, Observation]:
+    """Enter parameters and gradients in averages and preconditioner; at a check, ask whether a pair is due.
+
+    The observation that is returned holds the roots after this.
+    """
+    config, xp, keep = call.config, call.xp, seen.finite
+    one, kept = xp.astype(keep, xp.int32), call.kernels.to_leaf(keep)
+    roots = tuple(
+        root if root is None or grad is None else root.update(call.kernels, grad, kept)
+        for root, grad in zip(seen.roots, seen.grads, strict=True)
+    )
+    seen = seen._replace(roots=roots)
+    state = average(call, state, params, seen.grads, seen.weights, keep)
+    state = follow_noise(call, state, seen.rows, keep)
+    increments, window = seen.weights.increments * one, state.window + one
+    state = state._replace(
+        preconditioner={
+            name: tuple(
+                old if root is None else root.arrays.get(name)
+                for root, old in zip(roots, arrays, strict=True)
+            )
+            for name, arrays in state.preconditioner.items()
+        },
+        leaf_steps=state.leaf_steps + increments,
+        leaf_window=state.leaf_window + increments,
+        step=state.step + one,
+        skipped=state.skipped + (1 - one),
+        accepted=keep,
+        window=window,
+        scatter=state.scatter + xp.where(keep, xp.sum(seen.scatter), 0.0),
+        due=keep & is_due(config, window, state),
+        grad_scale=xp.where(keep, seen.scale, state.grad_scale),
+    )
+    if not config.is_adaptive:
+        return state, seen
+    state = state._replace(pending=state.pending | (keep & seen.diverges))
+    asked = keep & is_check(config, window, state)
+
+    def part(verdict: tuple[Array, Array]) -> tuple[Array, Array]:
+        before = state._replace(pending=verdict[0], signal_to_noise=verdict[1])
+        return check(call, before, roots, asked)
+
+    pending, ratio = run_if(when, asked, part, (state.pending, state.signal_to_noise))
+    return state._replace(pending=pending, signal_to_noise=ratio), seen

@@ -1,0 +1,21 @@
+"""In whose coordinates the method runs: `R` of each leaf, so that the inverse Hessian is ``R^T H' R``.
+
+A preconditioner is a module with a class under the contract of `Preconditioner`, an entry in
+`PRECONDITIONERS` and a name in `mlbfgs_core.Config`; its dense twin stands in `mlbfgs_core.reference`.
+"""
+
+from __future__ import annotations
+
+from ..config import Config
+from .diagonal import Diagonal
+from .identity import Identity
+from .root import Preconditioner, Root, TileRoot
+
+__all__ = ["Preconditioner", "Root", "TileRoot", "preconditioner_of"]
+
+PRECONDITIONERS: dict[str, Preconditioner] = {"none": Identity(), "diagonal": Diagonal()}
+
+
+def preconditioner_of(config: Config) -> Preconditioner:
+    """The one that settings ask for."""
+    return PRECONDITIONERS[config.preconditioner]

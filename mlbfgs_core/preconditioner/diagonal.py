@@ -1,0 +1,104 @@
+"""The diagonal preconditioner: Adam's running mean of squared gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..kernels import Kernels
+
+__all__ = ["Diagonal", "DiagonalRoot", "square_roots"]
+
+Array = Any
+
+
+class Diagonal:
+    """``R = diag((v + floor) ** (-p / 4))`` with the running mean `v` of squared gradients.
+
+    References
+    ----------
+    Kingma & Ba, ICLR 2015: the bias-corrected mean of squares; with ``p = 1`` ``R^T R`` is Adam's diagonal.
+    """
+
+    isometric = False
+
+    def layout(
+        self, config: Config, shape: tuple[int, ...], dtype: str
+    ) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """One array of the leaf's shape."""
+        yield "exp_avg_sq", shape, dtype
+
+    def root(
+        self, config: Config, arrays: dict[str, Array], dtype: Any, weight: Array | None, floor: Array
+    ) -> DiagonalRoot:
+        """`R` of a leaf."""
+        return DiagonalRoot(arrays["exp_avg_sq"], weight, floor, config.preconditioner_power / 4)
+
+
+class DiagonalRoot(NamedTuple):
+    """`R` of one leaf during one step."""
+
+    exp_avg_sq: Array
+    """`v`, of the leaf's shape."""
+    weight: Array | None
+    """0-d: of this step's square in `v`; None where it has been entered already."""
+    floor: Array
+    """0-d."""
+    exponent: Any
+    """``p / 4``."""
+
+    @property
+    def elementwise(self) -> bool:
+        """It is."""
+        return True
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The mean of squares."""
+        return {"exp_avg_sq": self.exp_avg_sq}
+
+    def at(self, kernels: Kernels, tile: Any, grad: Array | None = None) -> _Scaling:
+        """`R` at a tile; reads 1 value."""
+        v = self.exp_avg_sq if tile is None else self.exp_avg_sq[tile]
+        if grad is not None and self.weight is not None:
+            v = kernels.lerp(v, grad * grad, self.weight)
+        return _Scaling(self.power_of(kernels, v + self.floor))
+
+    def power_of(self, kernels: Kernels, x: Array) -> Array:
+        """``x ** -exponent``, by square roots where they suffice (far cheaper); may consume `x`."""
+        roots = square_roots(self.exponent)
+        return x**-self.exponent if roots is None else kernels.inverse_root(x, roots)
+
+    def update(self, kernels: Kernels, grad: Array, keep: Array) -> DiagonalRoot:
+        """Enter the gradient's square; reads 2 values, writes 1."""
+        if self.weight is None:
+            return self
+        entered = kernels.average(self.exp_avg_sq, grad, self.weight, keep, squared=True)
+        return self._replace(exp_avg_sq=entered, weight=None)
+
+
+class _Scaling(NamedTuple):
+    """A diagonal of a tile."""
+
+    root: Array
+
+    def whiten(self, x: Array) -> Array:
+        """``R x``."""
+        return x * self.root
+
+    def dual(self, x: Array) -> Array:
+        """``R^-1 x``."""
+        return x / self.root
+
+    def back(self, x: Array) -> Array:
+        """``R x``: it is symmetric."""
+        return x * self.root
+
+
+def square_roots(exponent: Any) -> int | None:
+    """How many square roots make a power (none at all for the first), or None where they don't."""
+    halvings = -math.log2(exponent) if isinstance(exponent, float) and exponent > 0 else 0.5
+    return int(halvings) if halvings.is_integer() and halvings >= 0 else None

@@ -1,0 +1,51 @@
+"""No preconditioner: the method runs in the parameters' own coordinates, as published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..kernels import Kernels
+
+__all__ = ["Identity"]
+
+Array = Any
+
+
+class Identity:
+    """``R = I``, of every leaf and of every tile."""
+
+    isometric = elementwise = True
+
+    def layout(
+        self, config: Config, shape: tuple[int, ...], dtype: str
+    ) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """Nothing is remembered."""
+        return iter(())
+
+    def root(
+        self, config: Config, arrays: dict[str, Array], dtype: Any, weight: Array | None, floor: Array
+    ) -> Identity:
+        """Itself."""
+        return self
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """None."""
+        return {}
+
+    def at(self, kernels: Kernels, tile: Any, grad: Array | None = None) -> Identity:
+        """Itself."""
+        return self
+
+    def update(self, kernels: Kernels, grad: Array, keep: Array) -> Identity:
+        """Itself."""
+        return self
+
+    def whiten(self, x: Array) -> Array:
+        """`x`."""
+        return x
+
+    dual = back = whiten

@@ -1,0 +1,72 @@
+"""When a pair is asked for, and when it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .call import Call
+from .config import Config
+from .noise import row_noise, window_noise
+from .pairs import common_scale, joint_norm, products
+from .preconditioner import Root
+from .state import State
+
+__all__ = ["check", "diverges", "is_check", "is_due"]
+
+Array = Any
+DIVERGENCE = 6.0
+"""How many times its running mean the squared norm of a gradient is where a run of ``step_length="clip"``
+diverges."""
+
+
+def is_check(config: Config, window: Array, state: State) -> Array:
+    """Whether an accepted step that makes the window this long asks if a pair is due."""
+    return (window % config.check_every == 0) & (state.prev_window > 0) & config.is_adaptive
+
+
+def is_due(config: Config, window: Array, state: State) -> Array:
+    """Whether an accepted step that makes the window this long takes a pair."""
+    due = ((window >= config.update_every) | state.pending) & config.takes_pairs
+    if config.is_adaptive:  # the first window has nothing to be compared with: end it at its first check
+        due = due | ((state.prev_window == 0) & (window >= config.check_every))
+    return due
+
+
+def check(call: Call, state: State, roots: Sequence[Root], asked: Array) -> tuple[Array, Array]:
+    """Ask whether the pair stands out of the gradient noise: whether the next step takes it, and how far
+    it stands out; the state's `pending` and `signal_to_noise`.
+
+    ``|y|^2`` must exceed `signal_to_noise` times the noise expected in it, and the curvature
+    `noise_floor` times its standard deviation, once that is known.
+    """
+    config, xp = call.config, call.xp
+    pair = products(call, state, roots)
+    _, s_part = common_scale(pair.s_scale, xp)
+    y_top, y_part = common_scale(pair.y_scale, xp)
+    y_norm = joint_norm(pair.yy, y_top, y_part, xp)
+    spread, y_noise = window_noise(call, state)
+    noise, known = row_noise(call, state)
+    rise = y_top * xp.sum(pair.sy * s_part * y_part)  # s.y in units of the largest s_scale, as is the next
+    rise_noise = xp.sqrt(spread * xp.sum(pair.ss * s_part**2 * noise))
+    passed = (y_norm > xp.sqrt(xp.ones_like(y_norm) * config.signal_to_noise) * y_noise) & (
+        (rise > config.noise_floor * rise_noise) | ~xp.any(known)
+    )
+    ratio = (y_norm / xp.where(y_noise > 0, y_noise, 1.0)) ** 2
+    return (
+        state.pending | (asked & passed),
+        xp.where(asked, xp.where(y_noise > 0, ratio, 0.0), state.signal_to_noise),
+    )
+
+
+def diverges(call: Call, state: State, grad_square: Array) -> Array:
+    """Whether the inverse Hessian must be too large along some direction, since gradients have grown.
+
+    Steps that overshoot there go to and fro, which the means over a window of even length hide from the
+    next pair. So one falls due at once, and steps are shortened.
+    """
+    xp = call.xp
+    if call.config.step_length != "clip":
+        return xp.zeros_like(state.pending)
+    usual = xp.sum(state.mean_square * state.size)
+    return (usual > 0) & (xp.sum(grad_square) > DIVERGENCE * usual)
