@@ -1,4 +1,4 @@
-"""What several tests do with the core: convert, push pairs, apply the operator, run a trajectory."""
+"""What several tests do with the core: convert, push pairs, apply the inverse Hessian, run a trajectory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ for _name in ("direction", "observe", "project", "refresh", "spectrum", "step"):
     lazy_xp_function(getattr(core, _name))
 
 PLAIN = {"adaptive": False, "noise_floor": 0.0, "min_cosine": 0.0, "step_length": "none", "metric_power": 0.0}
-"""No noise floor, no cosine floor, no length control, no metric: the bare quasi-Newton method."""
+"""No noise floor, no cosine floor, no length control, no preconditioner: the bare quasi-Newton method."""
 
 
 def to_numpy(array):

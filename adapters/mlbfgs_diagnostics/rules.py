@@ -35,7 +35,7 @@ def advice(figures: core.Diagnostics) -> list[str]:
 
     1. No accepted step: "no step yet".
     2. No pair, none rejected: "no pair yet".
-    3. More pairs rejected than stored: parameters or gradients stand still.
+    3. More pairs rejected than stored: parameters or gradients do not change.
     4. The floors have added more to the last pair than was measured, ``delta > tau mu + 1 - tau``. Then,
        if the last check was below 4, the pairs are mostly noise; otherwise, if ``mu <= 0``, curvature is
        negative; otherwise the gradient turns more than it grows.

@@ -152,7 +152,7 @@ def test_norms_and_angles_from_coefficients_are_those_of_the_direction(xp, rng):
     for power in (0.0, 0.5):
         config = core.Config(history_size=M, **{**PLAIN, "step_length": "unit", "metric_power": power})
         start = core.init(config, split(gradient, [(DIM,)], xp), xp=xp)
-        if power:  # a metric that is not the identity
+        if power:  # a preconditioner that is not the identity
             start = start._replace(moment=tuple(split(rng.uniform(0.1, 10, DIM), [(DIM,)], xp)))
         state = state_after(config, pairs, xp, start=start)
         update, state = core.direction(config, state, split(gradient, [(DIM,)], xp))
