@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mL-BFGS, formulas, T = 50": {"preset": "formulas", "update_every": 50},
 }
 LARGE = {1_000_000: 50, 10_000_000: 10}
-"""Sizes, and steps in a window."""
+"""Numbers of values, and of steps in a window."""
 SMALL = {"4 arrays, 195 values": [(8, 16), (16,), (16, 3), (3,)], "60 arrays of 256": [(16, 16)] * 60}
 
 
@@ -57,7 +57,7 @@ class Problem:
 
 
 def milliseconds(xp: Any, work: Callable[[], Any]) -> float:
-    """Wall-clock of one call, a GPU's work included."""
+    """Wall-clock time of one call, including the GPU's work."""
     synchronize = (lambda: None) if xp is np else xp.cuda.get_current_stream().synchronize
     synchronize()
     start = time.perf_counter()
@@ -69,7 +69,7 @@ def milliseconds(xp: Any, work: Callable[[], Any]) -> float:
 def timed(
     xp: Any, shapes: list[tuple[int, ...]], steps: int, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, int], float]:
-    """Milliseconds of each window, pairs in the end, and the floor."""
+    """Milliseconds of each window, the number of pairs at the end, and the floor."""
     problems = {name: Problem(xp, shapes, settings) for name, settings in SETTINGS.items()}
     size = sum(param.size for param in next(iter(problems.values())).params)
     source = xp.ones(FLOOR * size // 2, xp.float32)

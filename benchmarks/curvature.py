@@ -1,4 +1,4 @@
-"""Draw the curvature that mL-BFGS finds in a network while it trains, and hold it against the exact one.
+"""Draw the curvature that mL-BFGS finds in a network while it trains, and compare it with the exact one.
 
 Run ``python benchmarks/curvature.py``. It needs the extras "diagnostics" and "torch", scikit-learn, and about
 a minute; it writes figures to docs/_static and tables to docs/_generated.
@@ -41,12 +41,12 @@ class Data(NamedTuple):
 
     @classmethod
     def load(cls) -> Data:
-        """From scikit-learn."""
+        """Load the digits of scikit-learn."""
         images, labels = load_digits(return_X_y=True)
         return cls(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels))
 
     def batches(self, size: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches without end, drawn from one permutation after the other."""
+        """An endless sequence of batches, drawn from one permutation after another."""
         generator, left = torch.Generator().manual_seed(SEED), torch.zeros(0, dtype=torch.int64)
         for _ in range(steps):
             while len(left) < size:
@@ -56,12 +56,12 @@ class Data(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What is left of a training run."""
+    """The results of a training run."""
 
     optimizer: MLBFGS
     recorder: Recorder
     exact: dict[int, npt.NDArray[np.float64]]
-    """For some steps the eigenvalues of the Hessian of the loss on all digits."""
+    """For some steps, the eigenvalues of the Hessian of the loss on all digits."""
 
 
 def main() -> None:
@@ -111,12 +111,12 @@ def train(data: Data, size: int, steps: int, width: int, *, exact: bool = False,
 
 
 def cost(output: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, with a least value at finite weights."""
+    """Cross-entropy whose minimum is at finite weights."""
     return nn.functional.cross_entropy(output, labels, label_smoothing=0.1)
 
 
 def eigenvalues(model: nn.Module, data: Data) -> npt.NDArray[np.float64]:
-    """Of the exact Hessian of the loss on all digits, in rising order."""
+    """Eigenvalues of the exact Hessian of the loss on all digits, in rising order."""
     named = {name: param.detach() for name, param in model.named_parameters()}
     start = nn.utils.parameters_to_vector(named.values())
 
@@ -134,7 +134,7 @@ def eigenvalues(model: nn.Module, data: Data) -> npt.NDArray[np.float64]:
 
 
 def draw_batches(runs: dict[int, Run]) -> Figure:
-    """The live spectrum with each batch size."""
+    """Draw the live spectrum for each batch size."""
     drawn, panels = row_of(len(runs))
     for axes, (size, run) in zip(panels, runs.items(), strict=True):
         draw_spectrum(axes, run.recorder, title=f"batches of {size}" if size < 1797 else "all 1797 digits")
@@ -142,7 +142,7 @@ def draw_batches(runs: dict[int, Run]) -> Figure:
 
 
 def draw_layers(run: Run) -> Figure:
-    """The live spectrum of each layer."""
+    """Draw the live spectrum of each layer."""
     drawn, panels = row_of(len(run.recorder.names))
     for number, (axes, name) in enumerate(zip(panels, run.recorder.names, strict=True)):
         draw_spectrum(axes, run.recorder, number, title=f"layer {name}")
@@ -150,7 +150,7 @@ def draw_layers(run: Run) -> Figure:
 
 
 def draw_exact(run: Run) -> Figure:
-    """The live spectrum over the positive eigenvalues of the exact Hessian."""
+    """Draw the live spectrum over the positive eigenvalues of the exact Hessian."""
     drawn, (axes,) = row_of(1)
     draw_spectrum(axes, run.recorder, title="live spectrum and the eigenvalues of the exact Hessian")
     for step, values in run.exact.items():
@@ -165,13 +165,13 @@ def draw_exact(run: Run) -> Figure:
 
 
 def row_of(count: int) -> tuple[Figure, list[Axes]]:
-    """Panels side by side, of one scale."""
+    """Panels side by side, with the same scale."""
     drawn = Figure(figsize=(9.5, 4.2), layout="constrained")
     return drawn, list(np.ravel(drawn.subplots(1, count, sharex=True, sharey=True)))
 
 
 def labelled(drawn: Figure, panels: list[Axes], *more: Any) -> Figure:
-    """The words that all panels have in common."""
+    """Write the labels that all panels share."""
     panels[0].set_ylabel("eigenvalue")
     for axes in panels:
         axes.set_xlabel("step")
@@ -181,7 +181,7 @@ def labelled(drawn: Figure, panels: list[Axes], *more: Any) -> Figure:
 
 
 def batches_table(runs: dict[int, Run]) -> str:
-    """What the end of each run says."""
+    """The table of what each run shows at its end."""
     lines = [
         "| batch | pairs | steps between pairs | signal to noise | curvatures in use | loss |",
         "|---:|---:|---:|---:|---:|---:|",
@@ -204,7 +204,7 @@ def batches_table(runs: dict[int, Run]) -> str:
 
 
 def exact_table(run: Run) -> str:
-    """The largest curvatures, found and exact."""
+    """The table of the largest curvatures, found and exact."""
     lines = [
         "| step | pairs | largest found | largest exact | exact ones above the smallest found |",
         "|---:|---:|---:|---:|---:|",

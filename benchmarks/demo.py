@@ -1,4 +1,4 @@
-"""Train for real, with mL-BFGS and with what one would use instead, and tell who won.
+"""Train real models with mL-BFGS and with the usual alternatives, and say which one won.
 
 Run ``python -m benchmarks.demo``. It needs the packages of the extra "demo" and a few minutes.
 """
@@ -39,7 +39,7 @@ def main() -> None:
     options, start = parse(), time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 100)
     mpl.use("Agg")
-    torch.set_num_threads(1)  # waiting for a thread on a busy core would be timed as work
+    torch.set_num_threads(1)  # otherwise, waiting for a thread on a busy core would be timed as work
     options.output.mkdir(parents=True, exist_ok=True)
     tasks = [replace(task, steps=task.steps // 10) if options.quick else task for task in digits.TASKS]
     seeds, steps = (1, 60) if options.quick else (2, 300)
@@ -52,7 +52,7 @@ def main() -> None:
         @contextmanager
         def tracked(description: str) -> Iterator[None]:
             progress.update(bar, description=description)
-            if not console.is_terminal:  # where the bar is only drawn at the end
+            if not console.is_terminal:  # the bar is then drawn only at the end
                 console.print(description, highlight=False)
             yield
             progress.advance(bar)
@@ -170,7 +170,7 @@ def reached(summaries: dict[str, Summary], name: str) -> tuple[float, float]:
 
 
 def quadratic_verdict(outcomes: dict[str, Runs]) -> Iterator[str]:
-    """Who stayed stable, who was quick."""
+    """Which methods stayed stable, and which were fast."""
     stable = [method for method, outcome in outcomes.items() if not outcome.diverged]
     gone = "; ".join(f"{name}: {outcome.diverged}" for name, outcome in outcomes.items() if outcome.diverged)
     yield f"quadratic, diverged of {quadratics.SEEDS} runs: {gone or 'none'}; none of {', '.join(stable)}."
@@ -186,7 +186,7 @@ def quadratic_verdict(outcomes: dict[str, Runs]) -> Iterator[str]:
 
 
 def verdict(task: Task, summaries: dict[str, Summary]) -> Iterator[str]:
-    """Who won by step, by wall-clock and on held-out digits."""
+    """Which optimizer won by steps, by wall-clock time and on held-out digits."""
     losses = {name: final(summary) for name, summary in summaries.items()}
     winner, second = sorted(losses, key=losses.__getitem__)[:2]
     yield (
@@ -211,7 +211,7 @@ def verdict(task: Task, summaries: dict[str, Summary]) -> Iterator[str]:
 
 
 def text_of(amount: float, unit: str = "") -> str:
-    """Steps or seconds, or that they never came to an end."""
+    """Steps or seconds, or that the goal was never reached."""
     return f"{amount:.3g}{unit}" if np.isfinite(amount) else "never"
 
 

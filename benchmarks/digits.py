@@ -21,7 +21,7 @@ from mlbfgs_torch import MLBFGS
 __all__ = ["COLOURS", "OPTIMIZERS", "TASKS", "Data", "Run", "Summary", "Task", "compare", "draw", "load"]
 
 COLOURS = {"mL-BFGS": "#0072B2", "AdamW": "#D55E00", "SGD": "#009E73"}
-# No weight decay, so that all minimise the same loss; fused, since that is the fastest they have.
+# No weight decay, so that all minimise the same loss; fused, since that is their fastest implementation.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "mL-BFGS": MLBFGS,
     "AdamW": lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True),
@@ -89,7 +89,7 @@ TASKS = (
 
 
 class Data(NamedTuple):
-    """Images with values in [0, 1], one a row, and labels."""
+    """Images with values in [0, 1], one per row, and labels."""
 
     images: Tensor
     labels: Tensor
@@ -138,9 +138,9 @@ def load() -> Data:
 
 
 def compare(task: Task, data: Data, seeds: int, tracked: Tracked) -> dict[str, Summary]:
-    """Train at every learning rate with every seed; keep the rate with the least mean train loss.
+    """Train at every learning rate with every seed; keep the rate with the lowest mean train loss.
 
-    The optimizers take turns, so that a change in the machine's load meets all of them.
+    The optimizers take turns, so that a change in the machine's load affects all of them.
     """
     runs: dict[str, list[list[Run]]] = {name: [[] for _ in rates] for name, rates in task.rates.items()}
     for seed in range(seeds):
@@ -159,7 +159,7 @@ def best(rates: tuple[float, ...], runs: list[list[Run]]) -> Summary:
 
 
 def train(task: Task, data: Data, name: str, rate: float, seed: int) -> Run:
-    """One run; the clock stands still while the loss is evaluated."""
+    """Make one run; the clock is stopped while the loss is evaluated."""
     model = task.model(seed)
     optimizer = OPTIMIZERS[name](model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
@@ -198,7 +198,7 @@ def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def evaluate(task: Task, model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Loss on all of the images, infinite where it is not a number."""
+    """Loss on all of the images, infinite if it is not a number."""
     return float(task.loss(model(images), images, labels).nan_to_num(float("inf")))
 
 
@@ -218,7 +218,7 @@ def draw(task: Task, summaries: dict[str, Summary]) -> plt.Figure:
         axis.set(xlabel=label, yscale="log", xlim=(0, None))
         axis.grid(alpha=0.25, which="both")
         axis.yaxis.set_major_formatter("{x:g}")
-    if not task.classifies:  # less than a decade: the minor ticks need their numbers
+    if not task.classifies:  # over less than a decade the minor ticks need numbers
         axes[0].yaxis.set_minor_formatter("{x:g}")
     axes[0].set_ylabel("cross-entropy" if task.classifies else "squared error per image")
     axes[1].legend(frameon=False)

@@ -2,8 +2,8 @@
 
 Logistic regression with a small ridge: 64 samples of 20 features whose scales go from 1 to 1/100, full
 batches, float32, 150 steps. A fault multiplies value and gradient of one or more evaluations. Each optimizer
-runs as its users run it: `torch.optim.LBFGS` with a closure, one iteration a step, with and without its
-line search; `optax.lbfgs` with its line search; the others without. A cell is the final loss above the
+runs in the way its users run it: `torch.optim.LBFGS` with a closure, one iteration a step, with and without
+its line search; `optax.lbfgs` with its line search; the others without. A cell is the final loss above the
 minimum, relative to that at the start: 0 is the minimum, 1 no progress at all.
 """
 
@@ -29,7 +29,7 @@ __all__ = ["FAULTS", "RUNS", "remaining"]
 
 STEPS, RIDGE = 150, 1e-3
 Faults = Mapping[int, float]
-"""Factors of value and gradient, by the number of the evaluation (of a step, where there is one for each)."""
+"""Factors of value and gradient, by the number of the evaluation (or of the step, if each step has one)."""
 
 FAULTS: dict[str, Faults] = {
     "no fault": {},
@@ -51,12 +51,12 @@ def data() -> np.ndarray:
 
 
 def loss(x: np.ndarray) -> float:
-    """In float64."""
+    """The loss in float64."""
     return float(np.mean(np.logaddexp(0, -data() @ x)) + RIDGE / 2 * x @ x)
 
 
 def gradient(x: np.ndarray) -> np.ndarray:
-    """In float64."""
+    """The gradient in float64."""
     return -data().T @ expit(-data() @ x) / len(data()) + RIDGE * x
 
 
@@ -67,14 +67,14 @@ def least() -> float:
 
 
 def remaining(run: Callable[[Faults], Any], fault: str) -> float:
-    """What is left to gain after a run under a fault, relative to the start; NaN where the run is lost."""
+    """How far above the minimum a run with a fault ends, relative to the start; NaN if the run is lost."""
     x = np.asarray(run(FAULTS[fault]), dtype=np.float64)
     with np.errstate(invalid="ignore"):
         return (loss(x) - least()) / (loss(np.zeros(20)) - least())
 
 
 def run_torch(make: Callable[[list[torch.Tensor]], torch.optim.Optimizer], faults: Faults) -> Any:
-    """Any optimizer of PyTorch; each call of the closure is an evaluation."""
+    """Run any PyTorch optimizer; each call of the closure is an evaluation."""
     inputs = torch.asarray(data(), dtype=torch.float32)
     x = torch.zeros(20, requires_grad=True)
     optimizer, evaluations = make([x]), iter(range(10**6))
@@ -92,7 +92,7 @@ def run_torch(make: Callable[[list[torch.Tensor]], torch.optim.Optimizer], fault
 
 
 def run_optax(tx: optax.GradientTransformationExtraArgs, faults: Faults) -> Any:
-    """Any optimizer of optax; a fault holds for all evaluations of its step."""
+    """Run any optax optimizer; a fault affects all evaluations of its step."""
     inputs = jnp.asarray(data(), dtype=jnp.float32)
 
     def value_of(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -113,7 +113,7 @@ def run_optax(tx: optax.GradientTransformationExtraArgs, faults: Faults) -> Any:
 
 
 def run_arrays(faults: Faults) -> Any:
-    """`mlbfgs_arrays.MLBFGS` on a NumPy array."""
+    """Run `mlbfgs_arrays.MLBFGS` on a NumPy array."""
     x = np.zeros(20, np.float32)
     optimizer = ArrayMLBFGS(x, lr=RATE, preset="fit")
     for count in range(STEPS):

@@ -1,4 +1,4 @@
-"""`preset="fit"` at constant rates: least squares without noise, and a quadratic whose noise never ends.
+"""`preset="fit"` at constant rates: least squares without noise, and a quadratic with persistent noise.
 
 ``python -m benchmarks.fit`` prints the tables of docs/settings.md in about two minutes.
 """
@@ -13,13 +13,13 @@ from mlbfgs_arrays import MLBFGS
 
 RATES = (0.05, 0.1, 0.3, 0.5, 0.7, 1.0)
 PROBLEMS = ((5, 1e4), (20, 1e2), (20, 3.5e3), (20, 1e5), (50, 3e3), (100, 1e3))
-"""Unknowns and condition of the Hessian."""
+"""Number of unknowns and condition number of the Hessian."""
 SEEDS, STEPS, NOISY_STEPS = 3, 1500, 4000
 CONDITION, DIM, NOISE = 100.0, 20, 0.2
 
 
 def least_squares(dim: int, condition: float, seed: int, rate: float) -> float:
-    """The loss after `STEPS` steps from zero, over that at the start; without noise."""
+    """The loss after `STEPS` steps from zero relative to that at the start, without noise."""
     rng = np.random.default_rng(seed)
     matrix = rng.normal(size=(3 * dim, dim)) * np.geomspace(1.0, condition**-0.5, dim)
     target, x = matrix @ rng.normal(size=dim), np.zeros(dim)
@@ -28,7 +28,7 @@ def least_squares(dim: int, condition: float, seed: int, rate: float) -> float:
 
 
 def endless_noise(seed: int, rate: float) -> float:
-    """The mean loss of the last 500 steps, over that of exact Newton with the same rate and noise."""
+    """The mean loss of the last 500 steps relative to that of exact Newton with the same rate and noise."""
     rng = np.random.default_rng(seed)
     curvature = np.geomspace(10 / CONDITION, 10, DIM)
     x = rng.normal(size=DIM)
@@ -47,7 +47,7 @@ def endless_noise(seed: int, rate: float) -> float:
 
 
 def train(x: np.ndarray, rate: float, steps: int, gradient: Callable[[], np.ndarray]) -> None:
-    """Steps of the preset, in place."""
+    """Take steps with the preset, in place."""
     optimizer = MLBFGS(x, lr=rate, preset="fit")
     for _ in range(steps):
         optimizer.step(gradient())

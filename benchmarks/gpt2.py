@@ -1,8 +1,8 @@
 """Time whole training steps of GPT-2 (124 million parameters) on one GPU, with each optimizer in turn.
 
 Forward and backward pass run under bfloat16 autocast on random tokens; parameters, gradients and the
-optimizers' memory are float32. The optimizers take turns, window by window, and so does a loop without
-any; "share" is what the optimizer adds to that loop, of the whole step.
+optimizers' memory are float32. The optimizers take turns, window by window, with a loop that has no
+optimizer; "share" is the part of the whole step that the optimizer adds to that loop.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], Any]] = {
 
 
 class GPT2(nn.Module):
-    """Causal transformer, normalised first, whose head is its embedding (Radford et al. 2019)."""
+    """Causal pre-norm transformer whose head is its embedding (Radford et al. 2019)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class GPT2(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Mean cross-entropy of each next token, codes (batch, `CONTEXT` + 1)."""
+        """Mean cross-entropy of each next token, for codes of shape (batch, `CONTEXT` + 1)."""
         places = torch.arange(CONTEXT, device=codes.device)
         x = self.tokens(codes[:, :-1]) + self.places(places)
         logits = self.layers(x, mask=self.mask, is_causal=True) @ self.tokens.weight.t()
@@ -85,7 +85,7 @@ def report(batches: list[int], steps: int, repeats: int) -> Iterator[str]:
         trainings = {name: Training(name, batch) for name in (PLAIN, *OPTIMIZERS)}
         times: dict[str, list[float]] = {name: [] for name in trainings}
         for training in trainings.values():
-            training.window(20)  # allocates, and fills the history
+            training.window(20)  # allocates memory and fills the history
         for _ in range(repeats):
             for name, training in trainings.items():
                 times[name].append(training.window(steps))

@@ -1,12 +1,13 @@
 """Textbook L-BFGS with a line search: `scale_by_mlbfgs`, `optax.lbfgs` and SciPy from the same starts.
 
-Deterministic problems with which optax tests its L-BFGS, in float64, to a gradient norm of 1e-5 or for 500
-iterations. All three keep ten pairs and try at most twenty points per line search; the two of optax share
-the line search and its settings. SciPy's L-BFGS-B runs without bounds and stops at the same norm.
+The problems are the deterministic ones with which optax tests its L-BFGS. Runs are in float64 and end at a
+gradient norm of 1e-5 or after 500 iterations. All three methods keep ten pairs and try at most twenty points
+per line search; the two that use optax share the line search and its settings. SciPy's L-BFGS-B runs without
+bounds and stops at the same norm.
 
-An iteration is a direction and its line search. An evaluation is a value with its gradient: for optax the
-points that the line searches tried (`num_linesearch_steps`), and one more wherever the state held no value
-to be reused, which is so at the start; for SciPy `nfev`.
+An iteration is a direction and its line search. An evaluation is a value with its gradient. For optax these
+are the points that the line searches tried (`num_linesearch_steps`), and one more whenever the state held no
+value that could be reused, as at the start; for SciPy they are `nfev`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Problem(NamedTuple):
     fun: Callable[[Tree], jax.Array]
     start: Tree
     minimum: float | None = None
-    """Its least value, where it is known."""
+    """Its minimum, if that is known."""
 
     @property
     def is_complex(self) -> bool:
@@ -48,7 +49,7 @@ class Problem(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Where a run ended, and what it took."""
+    """Where a run ended, and how many iterations and evaluations it took."""
 
     params: Tree
     iterations: int
@@ -67,11 +68,11 @@ class _Carry(NamedTuple):
 
 
 def problems() -> dict[str, Problem]:
-    """The problems by name, of JAX's default precision.
+    """The problems by name, in JAX's default precision.
 
-    Himmelblau's function has four minima of the same value. The egg holder has many of different values,
-    and kinks, and no least value without bounds. The others have one minimum, but for the multiclass
-    logits, which may be shifted.
+    Himmelblau's function has four minima of the same value. The egg holder has many minima of different
+    values, and kinks, and has no minimum without bounds. The others have one minimum, except that the
+    multiclass logits may be shifted.
     """
     corner = jnp.ones(2)
     complex_start = jnp.asarray([1 - 1j, 1j])
@@ -107,7 +108,7 @@ def himmelblau(x: jax.Array) -> jax.Array:
 
 
 def matyas(x: jax.Array) -> jax.Array:
-    """A convex quadratic of condition 25."""
+    """A convex quadratic with condition number 25."""
     return 0.26 * jnp.sum(x**2) - 0.48 * jnp.prod(x)
 
 
@@ -152,7 +153,7 @@ def _logistic() -> tuple[Problem, Problem]:
 
 
 def theirs() -> optax.GradientTransformationExtraArgs:
-    """`optax.lbfgs` as it is."""
+    """Plain `optax.lbfgs`."""
     return optax.lbfgs()
 
 

@@ -5,12 +5,12 @@ dimensions (their first problem is the one in two). Both methods keep ten pairs,
 float64, and run until no component of the gradient exceeds 1e-5; L-BFGS-B has `ftol=0`, so that only a value
 that does not fall at all ends it earlier. Functions and gradients are separate, and each call is counted.
 
-A run *reaches* the minimum if no component of its last gradient exceeds the tolerance, or its value is at
-most 1e-6 of the other run's value, and 1e-9, above the other run's.
+A run *reaches* the minimum if no component of its last gradient exceeds the tolerance, or if its value
+exceeds the other run's by at most 1e-6 of it plus 1e-9.
 
-The time of an iteration holds that of SciPy's `rosen` and its gradient, which are cheap, so that it tells
-what the methods themselves take. Both run in turns, and the least of several runs counts, since other work on
-the machine only adds to it.
+The time of an iteration includes that of SciPy's `rosen` and its gradient, which are cheap, so it shows what
+the methods themselves take. The two methods take turns, and the shortest of several runs counts, since other
+work on the machine only adds to it.
 
 Run ``python -m benchmarks.minimize`` in the root of the repository.
 """
@@ -55,24 +55,24 @@ class Problem(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What the two methods made of a problem."""
+    """The results of both methods on a problem."""
 
     ours: OptimizeResult
     theirs: OptimizeResult
 
     @property
     def value_ratio(self) -> float:
-        """Evaluations of the function, ours to theirs."""
+        """Ratio of our evaluations of the function to theirs."""
         return self.ours.nfev / self.theirs.nfev
 
     @property
     def gradient_ratio(self) -> float:
-        """Evaluations of the gradient, ours to theirs."""
+        """Ratio of our evaluations of the gradient to theirs."""
         return self.ours.njev / self.theirs.njev
 
 
 def problems() -> Iterator[Problem]:
-    """The problems of the table, in its order; needs JAX's float64."""
+    """The problems of the table, in its order; this needs JAX's float64."""
     for problem in PROBLEMS:
         fun, jac = compiled(problem.value)
         yield Problem(problem.name, fun, jac, problem.start)
@@ -123,7 +123,7 @@ def run(problem: Problem, *, method: Any, options: dict[str, Any]) -> OptimizeRe
 
 
 def reaches(result: OptimizeResult, other: OptimizeResult) -> bool:
-    """Whether a run reached the minimum that the other one found, or another."""
+    """Whether a run reached a minimum, the one that the other run found or another."""
     near = result.fun <= other.fun + NEAR * abs(other.fun) + NEAR_ZERO
     return bool(steepness(result) <= TOLERANCE or near)
 
@@ -134,7 +134,7 @@ def steepness(result: OptimizeResult) -> float:
 
 
 def report(rows: list[tuple[Problem, Comparison]]) -> Iterator[str]:
-    """The table, its medians, and who failed."""
+    """The table, its medians, and the runs that failed."""
     columns = f"{'iter':>5}{'fun':>6}{'grad':>6}{'value':>14}{'|grad|':>9}"
     yield f"{'':26}{'':5}" + "".join(f"  {name:^{len(columns)}}" for name in METHODS) + "   ratio of"
     yield f"{'':26}{'n':>5}" + f"  {columns}" * len(METHODS) + "   fun  grad"
@@ -171,7 +171,7 @@ def ratios(comparisons: list[Comparison]) -> str:
 
 
 def microseconds(n: int) -> list[float]:
-    """An iteration's time with each method, evaluations of `rosen` included."""
+    """The time of an iteration with each method, including evaluations of `rosen`."""
     best = [np.inf] * len(METHODS)
     start = np.tile([-1.2, 1.0], n // 2)
     for _ in range(TURNS):

@@ -1,7 +1,7 @@
 """The 35 test problems of Moré, Garbow and Hillstrom: residuals, standard starts, published minima.
 
 Each problem is a sum of squares of residuals, written in JAX so that gradients are exact. Where the paper
-leaves the dimension open, `PROBLEMS` names the one that is taken.
+leaves the dimension open, `PROBLEMS` says which one is used.
 
 References
 ----------
@@ -26,13 +26,13 @@ Array = jax.Array
 
 
 class Problem(NamedTuple):
-    """A sum of squares, where a run of it starts, and the values of its minima."""
+    """A sum of squares, where a run starts, and the values of its minima."""
 
     name: str
     residuals: Callable[[Array], Array]
     start: np.ndarray
     minima: tuple[float, ...]
-    """To six digits. Local minima are among them, and limits of valleys that fall for ever."""
+    """These have six digits, and include local minima and the limits of valleys that fall forever."""
 
     def value(self, x: Array) -> Array:
         """The sum of the squared residuals, 0-d."""
@@ -337,4 +337,4 @@ def _problems() -> tuple[Problem, ...]:
 
 
 PROBLEMS = _problems()
-"""In the order of the paper: the first is its problem 1."""
+"""The problems in the order of the paper, starting with its problem 1."""

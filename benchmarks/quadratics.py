@@ -1,4 +1,4 @@
-"""A noisy quadratic of the claims' pages, with what the demo shows of it."""
+"""A noisy quadratic of the claims pages, and what the demo shows of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = {
     "mL-BFGS": "#0072B2",
 }
 """Methods and their colours."""
-CEILING = 1e9  # stands in for what was lost, so that percentiles stay defined
+CEILING = 1e9  # replaces the losses of stopped runs, so that percentiles stay defined
 
 
 def run(steps: int, tracked: Callable[[str], AbstractContextManager[None]]) -> dict[str, Runs]:
@@ -34,7 +34,7 @@ def run(steps: int, tracked: Callable[[str], AbstractContextManager[None]]) -> d
 
 
 def draw(outcomes: dict[str, Runs]) -> plt.Figure:
-    """A panel for each method, with Newton's median in all of them."""
+    """Draw a panel for each method, with Newton's median in all of them."""
     others = [method for method in outcomes if method != "Newton"]
     figure, axes = plt.subplots(
         1, len(others), figsize=(3.4 * len(others), 3.9), sharey=True, layout="constrained"

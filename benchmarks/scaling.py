@@ -1,4 +1,4 @@
-"""Per-step cost and memory over 1, 2 and 4 processes, and a model for 8 to 4,096 GPUs, held against it.
+"""Per-step cost and memory with 1, 2 and 4 processes, compared with a model for 8 to 4,096 GPUs.
 
 Every process gets a model's parameters as PyTorch's own engines lay them out (replicated as under DDP,
 owned under ZeRO, sharded by FSDP2), and gradients; only the optimizer's step is timed, and `MLBFGS` and
@@ -48,9 +48,9 @@ COUNTS = (1, 2, 4)
 LARGE = [(2000, 256), *[(1024, 256), (256, 1024)] * 4]
 SMALL = [(1024,), (256,), (256,)] * 4 + [(1000,)]
 SHAPES = [*LARGE, *SMALL]
-"""Embeddings, and four layers of two matrices with biases and scales."""
+"""The shapes of embeddings, and of four layers of two matrices with biases and scales."""
 SIZED = {*core.LEAF_ARRAYS, "momentum_buffer", "exp_avg", "exp_avg_sq"}
-"""Names of what has a parameter's size in an optimizer's state."""
+"""Names of the parameter-sized arrays in an optimizer's state."""
 VIEWS = {
     *("view", "_unsafe_view", "detach", "slice", "select", "expand", "unsqueeze", "permute", "t", "alias"),
     *("unbind", "split", "split_with_sizes", "empty", "empty_like", "new_empty", "as_strided"),
@@ -61,7 +61,7 @@ Shapes = Sequence[tuple[int, ...]]
 Settings = dict[str, Any]
 Figures = dict[str, Any]
 Measured = dict[int, list[dict[str, Figures]]]
-"""By number of processes: a list over ranks of figures by layout."""
+"""For each number of processes, a list over ranks of the figures by layout."""
 
 
 class Operations(TorchDispatchMode):
@@ -110,7 +110,7 @@ class Contestant:
         return [local(param).numel() for param in params]
 
     def evaluate(self) -> None:
-        """Write the gradient where it stays."""
+        """Write the gradient in place."""
         self.sign = -self.sign
         for param, grad, noise in zip(self.params, self.grads, self.noise, strict=True):
             torch.add(local(param.detach()), noise, alpha=self.sign, out=grad)
@@ -120,7 +120,7 @@ class Contestant:
         return asked(self.inner)
 
     def window(self, steps: int) -> dict[str, float]:
-        """Mean milliseconds of a step, of all that runs and of this process; and how often it did more."""
+        """Mean milliseconds of a step in wall-clock and CPU time, and how often it checked and refreshed."""
         wall = cpu = 0.0
         checks = refreshes = 0
         for _ in range(steps):
@@ -140,7 +140,7 @@ class Contestant:
         }
 
     def held(self) -> tuple[int, int]:
-        """Bytes of memory behind the state: of parameters' sizes, and all other."""
+        """Bytes of memory of the state: of parameter-sized arrays, and of all others."""
         found: dict[bool, dict[int, int]] = {True: {}, False: {}}
         for entry in self.inner.state.values():
             for name, value in entry.items():
@@ -150,7 +150,7 @@ class Contestant:
         return sum(found[True].values()), sum(found[False].values())
 
     def recorded_step(self) -> dict[str, Any]:
-        """What a step sends, and how many operations it has."""
+        """What a step sends, and how many operations it runs."""
         self.evaluate()
         check, refresh = self.asked()
         with recording() as (reduced, sent), CommDebugMode() as all_calls:
@@ -176,7 +176,7 @@ def _optimizer(layout: str, name: str, params: list[nn.Parameter], settings: Set
     given = {"lr": 1e-3, **settings} if name == "MLBFGS" else {"lr": 1e-6, "fused": True}
     if layout != "ZeRO":
         return (MLBFGS if name == "MLBFGS" else AdamW)(params, **given)
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of what it uses itself
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns about features it uses itself
 
     owned = partial(MLBFGS, shard_group=dist.group.WORLD) if name == "MLBFGS" else AdamW
     return ZeroRedundancyOptimizer(params, owned, **given)
@@ -202,7 +202,7 @@ def recording() -> Iterator[tuple[list[int], list[int]]]:
 
 
 def counted(layout: str, shapes: Shapes, steps: int, settings: Settings | None = None) -> Figures:
-    """What `MLBFGS` keeps in this process, and what each of its steps but the first sends."""
+    """What `MLBFGS` keeps in this process, and what each of its steps except the first sends."""
     contestant = Contestant(layout, "MLBFGS", shapes, settings)
     contestant.evaluate()
     contestant.outer.step()
@@ -211,7 +211,7 @@ def counted(layout: str, shapes: Shapes, steps: int, settings: Settings | None =
 
 
 def timed(layout: str, shapes: Shapes, windows: int, steps: int) -> Figures:
-    """Windows of both optimizers in turn, what they keep, and how fast this machine is meanwhile."""
+    """Time both optimizers in turn, and measure what they keep and how fast this machine is meanwhile."""
     contestants = {name: Contestant(layout, name, shapes) for name in NAMES}
     for contestant in contestants.values():
         contestant.window(12)  # all memory has been touched
@@ -229,7 +229,7 @@ def timed(layout: str, shapes: Shapes, windows: int, steps: int) -> Figures:
 
 
 def all_layouts(windows: int, steps: int) -> dict[str, Figures]:
-    """All that one process measures."""
+    """Everything that one process measures."""
     return {
         layout: timed(layout, SHAPES, windows, steps) | {"counted": counted(layout, SHAPES, 6)}
         for layout in LAYOUTS
@@ -250,7 +250,7 @@ def speed(engine: Callable[[], Any]) -> dict[str, float]:
 
 
 def asked(optimizer: Optimizer) -> tuple[bool, bool]:
-    """Whether an optimizer's next step makes a check and a refresh; of another one than ours never."""
+    """Whether an optimizer's next step makes a check and a refresh; only ours ever does."""
     found = getattr(optimizer, "_units", None)
     if not found:
         return False, False
@@ -259,7 +259,7 @@ def asked(optimizer: Optimizer) -> tuple[bool, bool]:
 
 
 def seconds(work: Callable[[], Any], times: int) -> float:
-    """Mean of some calls that all processes begin together."""
+    """Mean time of some calls that all processes begin together."""
     work()
     dist.barrier()
     start = time.perf_counter()
@@ -269,7 +269,7 @@ def seconds(work: Callable[[], Any], times: int) -> float:
 
 
 def operations(leaves: int, steps: int = 60) -> dict[str, float]:
-    """Number of operations of a step with so many large parameters, and what check and refresh add."""
+    """Number of operations of a step with this many large parameters, and what check and refresh add."""
     params = [nn.Parameter(0.01 * torch.randn(300, 300)) for _ in range(leaves)]
     optimizer = MLBFGS(params)
     found: dict[tuple[bool, bool], int] = {}
@@ -277,10 +277,10 @@ def operations(leaves: int, steps: int = 60) -> dict[str, float]:
         for param in params:
             param.grad = param.detach() + 1e-4 * torch.randn_like(param)
         upcoming = asked(optimizer)
-        # As on a GPU, which has no memory in common with NumPy.
+        # As on a GPU, whose memory NumPy cannot use.
         with mock.patch.object(units, "HOSTS", ()), Operations() as counted:
             optimizer.step()
-        if step > 0:  # the first one makes the state
+        if step > 0:  # the first one creates the state
             found[upcoming] = counted.number
     plain = found[False, False]
     return {
@@ -309,7 +309,7 @@ def merged(ranks: Sequence[Figures], name: str) -> dict[str, float]:
 
 
 def predicted(layout: str, ranks: Sequence[Figures], name: str, at: Sequence[Figures]) -> dict[str, float]:
-    """Milliseconds of a step by what they are for; `at`: operations at two numbers of leaves."""
+    """Milliseconds of a step by purpose; `at` holds the operations at two numbers of leaves."""
     own, sizes = merged(ranks, name), max((rank[name]["sizes"] for rank in ranks), key=sum)
     if name == "AdamW":
         parts = {"bytes": 4 * model.ADAMW_MOVED * sum(sizes) * own["byte"], "launches": 0.0, "reduces": 0.0}
@@ -328,7 +328,7 @@ def predicted(layout: str, ranks: Sequence[Figures], name: str, at: Sequence[Fig
 
 
 def start_and_slope(at: Sequence[Figures], often: dict[str, float]) -> tuple[float, float]:
-    """Operations of a mean step that has no leaf, and those for each leaf."""
+    """Operations of an average step without leaves, and operations for each leaf."""
     few, many = (sum(often[kind] * each[kind] for kind in often) for each in at)
     slope = (many - few) / (at[1]["leaves"] - at[0]["leaves"])
     return few - slope * at[0]["leaves"], slope
@@ -362,7 +362,7 @@ def measured_table(measured: Measured, at: Sequence[Figures]) -> Iterator[str]:
 
 
 def parts_table(measured: Measured, at: Sequence[Figures]) -> Iterator[str]:
-    """What the model's time of `MLBFGS` is made of, and the speeds of this run behind it."""
+    """The parts of the model's time of `MLBFGS`, and the speeds of this run behind them."""
     yield f"{'':12}{'predicted ms for':^42}{'speeds of this run':^36}"
     kinds = "".join(f"{kind:>10}" for kind in ("bytes", "launches", "reduces", "engine"))
     yield f"{'layout':6}{'procs':>6}{kinds}{'GB/s':>10}{'us/launch':>12}{'us/all-reduce':>16}"
@@ -388,7 +388,7 @@ def sent_table(measured: Measured) -> Iterator[str]:
 
 
 def agrees(layout: str, found: Figures) -> bool:
-    """Whether what a process keeps and sends is exactly what the formulas say."""
+    """Whether a process keeps and sends exactly what the formulas say."""
     config, owned = core.Config(), layout == "ZeRO"
     numbers = model.reductions(config, owned=owned)
     state = model.state_bytes(config, found["sizes"], absent=2 * owned)

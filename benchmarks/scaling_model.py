@@ -1,4 +1,4 @@
-"""What a step moves, sends and keeps, as formulas; and what they say of clusters that nobody has measured.
+"""Formulas for what a step moves, sends and keeps, and their predictions for clusters that were not measured.
 
 References
 ----------
@@ -52,26 +52,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "bfloat16 history": {"history_dtype": "bfloat16"},
 }
-"""From the most memory to the least."""
+"""The layouts, from the most memory to the least."""
 ADAMW_MOVED, ADAMW_STATE = 7, 2
 """Values per parameter: fused AdamW reads and writes parameter and two moments, and reads the gradient."""
 SMALL = 2**16
-"""Parameters of at most so many local values lie side by side in one leaf (`mlbfgs_torch`)."""
+"""Parameters of at most this many local values lie side by side in one leaf (`mlbfgs_torch`)."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Constants of a cluster, all of them from data sheets and literature: replace them by your own."""
+    """Constants of a cluster, all of them from data sheets and literature: replace them with your own."""
 
     name: str = "H100 SXM, 8 in a node"
     memory: float = 80e9
     """Bytes of a GPU [1]."""
     memory_bandwidth: float = 3.35e12
-    """Bytes per second [1]: the most there is, so that times of an optimizer are the least there are."""
+    """Bytes per second [1]: the peak, so that the times of an optimizer are lower bounds."""
     compute: float = 989e12
     """Dense bfloat16 operations per second [1]."""
     utilization: float = 0.4
-    """Part of `compute` that forward and backward passes reach: 38 to 43 % in [2]."""
+    """Fraction of `compute` that forward and backward passes reach: 38 to 43 % in [2]."""
     gpus_per_node: int = 8
     node_bandwidth: float = 450e9
     """Bytes per second and direction of a GPU within a node: half of NVLink's 900 GB/s [1]."""
@@ -90,8 +90,8 @@ class Hardware:
     width_by_depth: int = 128
     """Width of a transformer for each of its layers: 102 to 130 in [2]."""
     room: float = 0.75
-    """Part of `memory` left to parameters, gradients and state; an assumption: the rest is for activations
-    and gathered layers."""
+    """Fraction of `memory` left for parameters, gradients and state; an assumption: the rest is for
+    activations and gathered layers."""
 
     def layers(self, parameters: float) -> float:
         """Layers of a dense transformer, ``12 layers width^2`` parameters."""
@@ -105,7 +105,7 @@ class State(NamedTuple):
     """Bytes of an optimizer's state on one process."""
 
     sized: int
-    """Arrays of the parameters' sizes, momentum included."""
+    """Parameter-sized arrays, including momentum."""
     coefficients: int
 
 
@@ -115,15 +115,15 @@ class Projection(NamedTuple):
     parameters: int
     gpus: int
     memory: dict[str, float]
-    """Bytes of parameters, gradients and state by settings, and for "AdamW"."""
+    """Bytes of parameters, gradients and state for each setting, and for "AdamW"."""
     moving: float
     """Seconds to move what the default optimizer moves through memory."""
     reducing: float
     """Seconds of its all-reduces."""
     launching: float
-    """Seconds of the host to ask for its operations, in eager mode."""
+    """Seconds that the host needs to launch its operations, in eager mode."""
     least_reducing: float
-    """Seconds of the all-reduces without metric and with a fixed period."""
+    """Seconds of the all-reduces without a preconditioner and with a fixed period."""
     adamw: float
     """Seconds to move what AdamW moves."""
     sharding: float
@@ -137,14 +137,14 @@ class Projection(NamedTuple):
         return self.moving + self.reducing
 
     def share(self, optimizer: float) -> float:
-        """Part of a whole step in which computing and the traffic of parameters hide behind one another."""
+        """Share of a whole step in which computation and communication of parameters overlap completely."""
         return optimizer / (optimizer + max(self.compute, self.sharding))
 
 
 def reductions(config: core.Config, blocks: int = 1, *, owned: bool = False) -> dict[str, tuple[int, ...]]:
     """How many numbers each all-reduce sums: at every step, and in addition at a check and at a refresh.
 
-    `owned`: parameters have owners, which cannot know whether the others' gradients are all there.
+    With `owned` parameters have owners, which cannot know whether the others have all their gradients.
     """
     m = config.history_size
     numbers = 2 * m + 1 + config.uses_metric + config.adaptive + 3 * (config.step_length == "clip")
@@ -164,12 +164,12 @@ def rates(config: core.Config) -> dict[str, float]:
 
 
 def bytes_moved(config: core.Config, often: dict[str, float], *, momentum: bool = True) -> float:
-    """Bytes through memory for one float32 parameter and step, where all but whole arrays stays in caches.
+    """Bytes through memory for one float32 parameter and step, if only whole arrays leave the caches.
 
-    The history is read twice. The projection reads the gradient; for the metric it also reads the mean
-    square and writes the root; the schedule reads the mean gradient. The averages are read and written, and
-    parameter and gradient read for them. The combination reads gradient and root, and writes the direction.
-    Momentum and parameter are read and written, with the direction.
+    The history is read twice. The projection reads the gradient; for the preconditioner it also reads the
+    mean square and writes the root; the schedule reads the mean gradient. The averages are read and written,
+    and parameter and gradient read for them. The combination reads gradient and root, and writes the
+    direction. Momentum and parameter are read and written, with the direction.
     """
     m, metric = config.history_size, config.uses_metric
     project = 1 + 2 * metric + config.adaptive
@@ -190,8 +190,9 @@ def state_bytes(
 ) -> State:
     """Exact bytes that `mlbfgs_torch.MLBFGS` keeps of float32 parameters of these local sizes.
 
-    Small ones of a block share a leaf. `absent` leaves are empty: they stand for those of other owners.
-    A block has a row of reals (two matrices, three numbers for each pair, ten more), a leaf one of integers.
+    Small parameters of a block share a leaf. `absent` leaves are empty and stand for those of other owners. A
+    block has a row of reals (two matrices, three numbers for each pair, ten more), and a leaf has a row of
+    integers.
     """
     blocks = blocks or [range(len(sizes))]
     leaves = absent
@@ -205,12 +206,12 @@ def state_bytes(
 
 
 def broadcast_bytes(size: int) -> int:
-    """What an owner of so many float32 values sends of them after a step, with any optimizer."""
+    """Bytes that an owner of this many float32 values sends after a step, with any optimizer."""
     return 4 * size
 
 
 def all_reduce_seconds(hardware: Hardware, gpus: int, size: float) -> float:
-    """A small all-reduce of so many bytes: up a tree and down again.
+    """Seconds of a small all-reduce of this many bytes: up a tree and down again.
 
     NCCL's estimate [3]: within a node along a chain, between nodes along a binary tree.
     """
@@ -226,7 +227,7 @@ def memory(config: core.Config, local: float) -> float:
 
 
 def fewest_gpus(name: str, parameters: float, hardware: Hardware = H100) -> int:
-    """The fewest GPUs, a power of 2, in whose memory a model has room: with settings by name, or AdamW."""
+    """The smallest power of 2 of GPUs in whose memory a model fits, with named settings or AdamW."""
     gpus = 1
     while _memories(parameters / gpus)[name] > hardware.room * hardware.memory:
         gpus *= 2
@@ -236,13 +237,13 @@ def fewest_gpus(name: str, parameters: float, hardware: Hardware = H100) -> int:
 def project(
     parameters: int, gpus: int, operations: tuple[float, float] = (0.0, 0.0), hardware: Hardware = H100
 ) -> Projection:
-    """The model at one point; `operations`: those of a step, and those for each leaf."""
+    """The model at one point; `operations` holds those of a step and those for each leaf."""
     config, least = core.Config(), core.Config(preconditioner="none", adaptive=False)
     local = parameters / gpus
-    matrices = 7 * hardware.layers(parameters) + 2  # of a layer with gated units, and two embeddings
+    matrices = 7 * hardware.layers(parameters) + 2  # seven in a layer with gated units, and two embeddings
     leaves = matrices + 1 if local / matrices > SMALL else 1
     gathered = (1 - 1 / gpus) * parameters * (2 + 2 + 4)  # in bfloat16; gradients are summed in float32
-    # Rings enter and leave a node through the network of each of its GPUs.
+    # Rings enter and leave a node through the network cards of all its GPUs.
     ring = hardware.node_bandwidth
     if gpus > hardware.gpus_per_node:
         ring = min(ring, hardware.network_bandwidth * hardware.gpus_per_node)
@@ -294,7 +295,7 @@ def table(points: Sequence[Projection], hardware: Hardware = H100) -> Iterator[s
 
 
 def choice(p: Projection, hardware: Hardware = H100) -> str:
-    """What to set, for memory first."""
+    """What to set, considering memory first."""
     fits = [name for name in SETTINGS if p.memory[name] <= hardware.room * hardware.memory]
     if not fits:
         return f"{fewest_gpus('bfloat16 history', p.parameters, hardware)} GPUs at least"
@@ -302,7 +303,7 @@ def choice(p: Projection, hardware: Hardware = H100) -> str:
 
 
 def needed(hardware: Hardware = H100) -> Iterator[str]:
-    """The fewest GPUs for each model and setting."""
+    """The smallest number of GPUs for each model and setting."""
     yield f"{'params':6}{'default':>10}{'bfloat16':>10}{'AdamW':>8}"
     for parameters in PARAMETERS:
         gpus = [fewest_gpus(name, parameters, hardware) for name in (*SETTINGS, "AdamW")]
@@ -310,11 +311,11 @@ def needed(hardware: Hardware = H100) -> Iterator[str]:
 
 
 def latencies(hardware: Hardware = H100) -> Iterator[str]:
-    """All-reduces of a step by settings: how many, and how long they take."""
+    """The number and time of the all-reduces of a step for each setting."""
     settings: dict[str, dict[str, Any]] = {
         "default": {},
         "adaptive=False": {"adaptive": False},
-        "preconditioner_power=0": {"preconditioner": "none"},
+        "preconditioner=none": {"preconditioner": "none"},
         "both": {"adaptive": False, "preconditioner": "none"},
     }
     yield f"{'':16}{'calls':>7}{'bytes':>7}" + "".join(f"{f'{gpus} GPUs':>12}" for gpus in GPUS)
@@ -386,5 +387,5 @@ def _power(number: int) -> str:
 
 
 def _digits(x: float) -> str:
-    """About three of them."""
+    """About three ticks."""
     return f"{x:,.{max(0, min(3, 2 - math.floor(math.log10(x))))}f}"

@@ -3,13 +3,13 @@
 The parameters are those of ResNet-18 (11.7 million values in 62 tensors). A step of mL-BFGS must read its
 history twice and move some 15 further values per parameter; at the speed with which this machine copies
 memory, measured in the same run, that is the floor. All contestants take turns, window by window, so that
-ratios hold on a noisy machine. A second table is for a model of 60 small tensors, where the number of
-operations counts and not their size; a third times the core alone on NumPy and PyTorch; a fourth times
-whole compiled updates in JAX against optax's L-BFGS; a fifth the compilation of a training step.
+ratios are reliable on a noisy machine. A second table is for a model of 60 small tensors, where the number of
+operations matters and not their size; a third times the core alone on NumPy and PyTorch; a fourth compares
+whole compiled updates in JAX with optax's L-BFGS; a fifth times the compilation of a training step.
 
 On a GPU (``--device cuda``) steps of GPT-2's parameters (124 million values in 148 tensors) are timed as
-well, and each kernel alone; and of each step the time after which the host goes on, and the device's own
-time without its gaps.
+well, and each kernel alone. For each step there are also the time until the host can go on, and the device's
+own time without its gaps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ HISTORY = 5
 EVERY = 50
 FLOOR = 4 * HISTORY + 15
 """Values that a step must move per parameter: the history twice; in the first pass the gradient, the mean
-square and the root; in the second the gradient, the root and the direction; and parameter and averages."""
+square and the root; in the second the gradient, the root and the direction; and the parameter and its
+averages."""
 OURS = {
     "mL-BFGS, no refresh": {"adaptive": False, "update_every": 10**6},
     "mL-BFGS, T = 50": {"adaptive": False, "update_every": EVERY},
@@ -56,13 +57,13 @@ OURS = {
 PLAIN, PEER = "mL-BFGS, no refresh", "torch.optim.LBFGS"
 GRAPH = "mL-BFGS, CUDA graph"
 LARGE = ("mL-BFGS, no refresh", "mL-BFGS, adaptive", "mL-BFGS, bfloat16 history", GRAPH, "AdamW, fused")
-"""Those that fit on one GPU side by side with GPT-2's parameters."""
+"""Contestants that fit together on one GPU with GPT-2's parameters."""
 COMPILED = ("mL-BFGS, adaptive", "AdamW, foreach")
-"""Those whose step is compiled too, for small tensors."""
+"""Contestants whose step is also compiled, for small tensors."""
 BUSY = 30_000_000
-"""Cycles, some 15 milliseconds, of work before a step of which the device's own time is measured."""
+"""Cycles of work (about 15 milliseconds) before a step whose time on the device is measured."""
 COPIED = 2**28
-"""Values that are copied at most to measure the speed of the memory."""
+"""Largest number of values that are copied to measure the speed of memory."""
 JAX_SIZES = {"cpu": (1_000_000, 10_000_000), "cuda": (1_000_000, 10_000_000, 100_000_000)}
 JAX_OURS = {
     **{name: settings for name, settings in OURS.items() if "capturable" not in settings},
@@ -83,7 +84,7 @@ class Row(NamedTuple):
     bytes_per_parameter: float
     pairs: int
     overlapped: list[tuple[float, float]]
-    """On a GPU: milliseconds after which the host goes on, and of the device without gaps, in each window."""
+    """On a GPU: milliseconds until the host goes on, and of the device without gaps, in each window."""
 
     @property
     def milliseconds(self) -> float:
@@ -137,14 +138,14 @@ class Problem:
         self.step: Callable[[], Any] = self.optimizer.step
 
     def capture(self) -> None:
-        """Make the steps from now on those of a CUDA graph."""
+        """Run all further steps as a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.optimizer.step()
         self.step = graph.replay
 
     def evaluate(self) -> float:
-        """Write the gradient where it stays."""
+        """Write the gradient in place."""
         self.sign = -self.sign
         for param, noise in zip(self.params, self.noise, strict=True):
             torch.add(param.detach(), noise, alpha=self.sign, out=param.grad)
@@ -163,7 +164,7 @@ class Problem:
         return total / steps
 
     def overlapped(self, steps: int) -> tuple[float, float]:
-        """Mean milliseconds of a step, which the device begins when the host has asked for all of it: until
+        """Mean milliseconds of a step, which the device begins when the host has launched all of it: until
         the host goes on, and on the device."""
         host = device = 0.0
         for _ in range(steps):
@@ -181,7 +182,7 @@ class Problem:
         return 1e3 * host / steps, device / steps
 
     def bytes_per_parameter(self) -> float:
-        """Of the optimizer's state."""
+        """Bytes of the optimizer's state."""
         tensors = {}
         for entry in self.optimizer.state.values():
             for value in entry.values():
@@ -192,7 +193,7 @@ class Problem:
 
 
 def milliseconds(work: Callable[[], Any]) -> float:
-    """Wall-clock of one call, a GPU's work included."""
+    """Wall-clock time of one call, including the GPU's work."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -202,7 +203,7 @@ def milliseconds(work: Callable[[], Any]) -> float:
 
 
 def contestants(device: str) -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
-    """Each optimizer by name, with so small a rate that nothing changes much."""
+    """Each optimizer by name, with a rate so small that nothing changes much."""
     settings_of = {**OURS, GRAPH: {"capturable": True}} if device == "cuda" else OURS
 
     def ours(settings: dict[str, Any]) -> Callable[[list[nn.Parameter]], Optimizer]:
@@ -219,7 +220,7 @@ def contestants(device: str) -> dict[str, Callable[[list[nn.Parameter]], Optimiz
 
 
 def copying(values: int, device: str) -> float:
-    """Milliseconds to move as many float32 values, half of them read and half written."""
+    """Milliseconds to move this many float32 values, half of them read and half written."""
     source = torch.ones(min(values, COPIED) // 2, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -241,8 +242,8 @@ def both_products(n: int, device: str) -> tuple[float, float]:
 def optimizers(
     repeats: int, device: str, shapes: list[tuple[int, ...]], names: Sequence[str] = ()
 ) -> tuple[list[Row], float, list[float], int]:
-    """Rows of all contestants or those named, the floor and the products in milliseconds, the number of
-    parameters."""
+    """Rows of all contestants or of those named, the floor and the products in milliseconds, and the number
+    of parameters."""
     builds = contestants(device)
     problems = {name: Problem(builds[name], shapes, device) for name in names or builds}
     n = sum(param.numel() for param in next(iter(problems.values())).params)
@@ -259,7 +260,7 @@ def optimizers(
         for name, problem in problems.items():
             steps = EVERY if "mL-BFGS" in name else 10
             windows[name].append(problem.window(steps))
-            if device == "cuda" and name != PEER:  # which waits for the device
+            if device == "cuda" and name != PEER:  # the peer waits for the device
                 overlapped[name].append(problem.overlapped(steps))
     rows = [
         Row(
@@ -368,7 +369,7 @@ def core_alone(backend: str, settings: dict[str, Any], n: int, repeats: int) -> 
     x, g = (xp.asarray(rng.standard_normal(n, dtype=np.float32)) for _ in range(2))
     state = core.Method(config).init([x], xp=xp)
     rows = xp.reshape(state.history[0], (2 * config.history_size, n))
-    rows[...] = 1e-4  # touched memory, so that no page is missing at the first read
+    rows[...] = 1e-4  # memory is touched, so that no page is missing at the first read
     weights = xp.ones(2 * config.history_size, dtype=xp.float32)
 
     def step(check: bool, due: bool) -> None:
@@ -440,7 +441,7 @@ def jax_updates(n: int, repeats: int) -> Iterator[str]:
 
 
 def jax_compilation(leaves: int, repeats: int) -> dict[str, float]:
-    """Median seconds to trace and compile a whole training step with so many leaves of 1200 values."""
+    """Median seconds to trace and compile a whole training step with this many leaves of 1200 values."""
     search = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")
     direction = scale_by_mlbfgs(preset="lbfgs", history_size=HISTORY)
     transformations = {
@@ -517,12 +518,12 @@ def report(model: str, rows: list[Row], floor: float, products: list[float], n: 
 
 
 def ranged(values: Sequence[float]) -> str:
-    """The smallest and the largest."""
+    """The smallest and the largest value."""
     return f"{min(values):.2f}-{max(values):.2f}"
 
 
 def device_name() -> str:
-    """What the figures were measured on."""
+    """The machine and versions on which the figures were measured."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
     return f"{os.cpu_count()} cores of {platform.machine()}, PyTorch {torch.__version__}"
@@ -549,7 +550,7 @@ def draw(rows: list[Row], floor: float, path: Path) -> None:
 
 
 def main() -> None:
-    """Print both tables; write the numbers and the picture where asked to."""
+    """Print both tables; write the numbers and the picture to files if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="windows per optimizer")
     parser.add_argument("--size", type=int, default=10_000_000, help="parameters in the core's table")
@@ -574,7 +575,7 @@ def main() -> None:
         numbers = {row.name: {"milliseconds": row.windows, "bytes": row.bytes_per_parameter} for row in rows}
         options.json.write_text(json.dumps({"device": device_name(), "floor": floor, "rows": numbers}))
     if options.size:
-        torch.cuda.empty_cache()  # does nothing where there is no GPU
+        torch.cuda.empty_cache()  # does nothing without a GPU
         print_jax(options.repeats, options.device)
     if options.direction:
         ours, copy = direction_bandwidth(options.direction, options.device)

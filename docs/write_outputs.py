@@ -1,6 +1,6 @@
-"""Write what the python blocks of pages print into the output blocks behind them.
+"""Write what the python blocks of pages print into the output blocks after them.
 
-``python3 docs/write_outputs.py docs/quickstart/*.md``; the tests hold pages and blocks together.
+Run ``python3 docs/write_outputs.py docs/quickstart/*.md``. The tests check that outputs and pages agree.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-# With what it prints, where a page shows that.
+# A python block, and the output block after it if there is one.
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```output\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 
 
 def rewritten(page: str) -> str:
-    """The page with new outputs; its blocks run in a folder that is thrown away."""
+    """The page with new outputs; its blocks run in a temporary folder."""
     names: dict[str, object] = {}
 
     def run(found: re.Match[str]) -> str:

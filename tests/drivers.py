@@ -1,4 +1,4 @@
-"""The adapters behind one face: named float64 parameters in, gradients in, parameters out."""
+"""The adapters behind one interface: named float64 parameters in, gradients in, parameters out."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import mlbfgs_jax
 import mlbfgs_torch
 from mlbfgs_core import adapter
 
-_STATIC = ("history_size", "adaptive", "step_length", "history_dtype", "preconditioner_power", "preset")
-"""Settings that form the state or the program (a metric's power does where it is 0)."""
+_STATIC = ("history_size", "adaptive", "step_length", "history_dtype", "preconditioner", "preset")
+"""Settings that determine the state or the program."""
 HYPERPARAMETERS = {"lr": "learning_rate"}
-"""What optax calls otherwise."""
+"""Arguments that optax calls by another name."""
 
 
 def counts(figures=None):

@@ -1,4 +1,4 @@
-"""What several tests do with the core: convert, push pairs, apply the operator, run a trajectory."""
+"""What several tests do with the core: convert, push pairs, apply the inverse Hessian, run a trajectory."""
 
 from __future__ import annotations
 

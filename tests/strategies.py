@@ -1,7 +1,7 @@
 """Hypothesis strategies: NumPy problems that are then converted to every backend.
 
-Problems are drawn by the seed of a generator: a curvature pair is only one if its two members
-belong together, which element-wise drawing could not keep.
+Problems are drawn through the seed of a generator, because the two members of a curvature pair belong
+together, which element-wise drawing could not ensure.
 """
 
 from __future__ import annotations

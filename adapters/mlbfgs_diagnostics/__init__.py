@@ -1,4 +1,4 @@
-"""What an optimizer's diagnostics say: a table, a recorder with its figure, and scalars for TensorBoard."""
+"""An optimizer's diagnostics as a table, as the figure of a recorded run, and as scalars for TensorBoard."""
 
 from .figure import figure
 from .recorder import Reading, Recorder

@@ -1,4 +1,4 @@
-"""The figure of a run: its curvature spectrum above, what it depends on below."""
+"""The figure of a run: its curvature spectrum at the top, and the quantities behind it below."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .rules import NOISY
 
 __all__ = ["draw_spectrum", "figure", "spectrum_handles"]
 
-# Okabe & Ito's colours, which people tell apart whatever their colour vision.
+# Okabe and Ito's colours, which can be told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, GRID, SHADE = "#333333", "#dddddd", "#eef1f5"
 
@@ -29,9 +29,9 @@ class _Panel(NamedTuple):
     field: str
     logarithmic: bool = False
     line: float | None = None
-    """A level that means something."""
+    """A level to be marked by a line."""
     words: str = ""
-    """What it means."""
+    """What that level means."""
 
 
 _LOSS = _Panel("loss", "loss", logarithmic=True)
@@ -46,27 +46,27 @@ _PAIRS = _Panel("pairs stored", "pairs")
 
 
 def figure(recorder: Recorder, *, block: int = 0) -> Figure:
-    """Draw what a recorder holds.
+    """Draw the records of a recorder.
 
     Parameters
     ----------
     recorder : Recorder
     block : int
-        Whose curvature spectrum is drawn; the other panels show all blocks.
+        The block whose curvature spectrum is drawn; the other panels show all blocks.
 
     Returns
     -------
     matplotlib.figure.Figure
-        Not known to pyplot: ``figure(recorder).savefig("run.png")`` needs no display.
+        It is not registered with pyplot: ``figure(recorder).savefig("run.png")`` needs no display.
 
     Raises
     ------
     ValueError
-        Nothing has been recorded, or there is no such block.
+        If nothing has been recorded, or there is no such block.
 
     Notes
     -----
-    Waits for the device. With more than six blocks their median and their range are drawn.
+    This waits for the device. With more than six blocks, the figure shows their median and range.
 
     Examples
     --------
@@ -132,7 +132,7 @@ def draw_spectrum(axes: Axes, recorder: Recorder, block: int = 0, title: str | N
 
 
 def spectrum_handles() -> list[Line2D]:
-    """What the lines of `draw_spectrum` are, for a legend."""
+    """The meaning of the lines of `draw_spectrum`, for a legend."""
     dark, light = colormaps["viridis"]((0.0, 0.9))
     return [
         Line2D([], [], color=dark, lw=1.6, label="largest curvature found"),
@@ -142,7 +142,7 @@ def spectrum_handles() -> list[Line2D]:
 
 
 def _held(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """With the last value once more, up to where the last record ends."""
+    """The values with the last one repeated, which holds until the last record ends."""
     return np.append(values, values[-1])
 
 

@@ -1,4 +1,4 @@
-"""Diagnostics over a run, kept where they are until somebody looks."""
+"""Diagnostics over a run, kept on the device until they are read."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["Reading", "Recorder"]
 
 
 class Reading(NamedTuple):
-    """The figures of one recorded step, as arrays of NumPy."""
+    """The figures of one recorded step, as NumPy arrays."""
 
     call: int
-    """Number of the call of `Recorder.record`, from 0 on: the training loop's step."""
+    """Number of the call of `Recorder.record`, counted from 0: the step of the training loop."""
     loss: float
-    """NaN where none was given."""
+    """NaN if none was given."""
     figures: tuple[core.Diagnostics, ...]
-    """One a unit."""
+    """One for each unit."""
     curvatures: tuple[npt.NDArray[Any], ...]
-    """(B, 2m) a unit, from `mlbfgs_core.curvatures`."""
+    """(B, 2m) for each unit, from `mlbfgs_core.curvatures`."""
 
 
 class _Record(NamedTuple):
-    """The same before it is read."""
+    """A reading that has not been fetched from the device yet."""
 
     call: int
     loss: Any
@@ -37,35 +37,35 @@ class _Record(NamedTuple):
 
 
 class Recorder:
-    """Records diagnostics and curvatures every so many steps, without waiting for the device.
+    """Records diagnostics and curvatures every few steps, without waiting for the device.
 
     Parameters
     ----------
     every : int
-        Calls from one record to the next, at first.
+        Calls from one record to the next, at the start.
     capacity : int
-        Most records. With one more every second one is dropped, and from then on records are twice as far
-        apart: the whole run stays in view, at a resolution between ``capacity / 2`` and `capacity` records.
+        Largest number of records. When it is exceeded every second record is dropped, and from then on
+        records are twice as far apart: ``capacity / 2`` to `capacity` records always cover the whole run.
     names : sequence of str, optional
         One for each block; by default the optimizer's own.
 
     Attributes
     ----------
     every : int
-        Calls from one record to the next, by now.
+        Current number of calls from one record to the next.
     names : list of str
-        Of all blocks, from the last record.
+        The names of all blocks, from the last record.
 
     Raises
     ------
     TypeError, ValueError
-        A size that is not a whole number, or too small.
+        For a size that is not a whole number, or too small.
 
     Notes
     -----
-    A record is a copy on the device of the figures of `mlbfgs_core.Diagnostics`, about ``(8 m^2 + 8) * 4``
-    bytes per block, so all of them take at most `capacity` times that (0.8 MB per block with the default
-    settings), until `readings` fetches them. Eigenvalues are computed there, on the host.
+    A record is a copy, on the device, of the figures of `mlbfgs_core.Diagnostics`, about ``(8 m^2 + 8) * 4``
+    bytes per block. All records together take at most `capacity` times that (0.8 MB per block with the
+    default settings), until `readings` fetches them and computes eigenvalues on the host.
 
     Examples
     --------
@@ -95,14 +95,14 @@ class Recorder:
         self.names: list[str] = []
 
     def record(self, source: Any, loss: Any = None) -> None:
-        """Take the figures of the step that was just made, if it is time.
+        """Record the figures of the step that was just taken, if one is due.
 
         Parameters
         ----------
         source : optimizer, state, result or records
             As in `table`.
         loss : number or 0-d array, optional
-            An array is copied where it lies.
+            An array is copied on its device.
 
         Raises
         ------
@@ -124,7 +124,7 @@ class Recorder:
         self._records.append(_Record(call, None if loss is None else copied(loss), kept))
 
     def readings(self) -> list[Reading]:
-        """All records, fetched from the device, for which this waits."""
+        """All records, fetched from the device; this waits for it."""
         read = [_read(record) if isinstance(record, _Record) else record for record in self._records]
         self._records = list(read)
         return read
@@ -140,7 +140,8 @@ class Recorder:
         Returns
         -------
         (records,) array, or (records, blocks) for a figure that each block has
-            Of the first unit for a number; the blocks of all units otherwise. NaN where a record has none.
+            A number is that of the first unit; otherwise the blocks of all units follow one another. NaN if a
+            record has none.
         """
         read = self.readings()
         if name == "loss":
@@ -156,7 +157,7 @@ class Recorder:
         return np.asarray([record.call for record in self._records], dtype=np.int64)
 
     def spectra(self, block: int = 0) -> npt.NDArray[np.float64]:
-        """(records, 2m): a block's curvatures over the run, in rising order, NaN behind them."""
+        """(records, 2m): a block's curvatures over the run, in rising order, padded with NaN."""
         rows = []
         for reading in self.readings():
             blocks = [own for unit in reading.curvatures for own in unit]

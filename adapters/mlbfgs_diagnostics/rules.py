@@ -1,4 +1,4 @@
-"""What the numbers say in words, by rules that the documentation lists."""
+"""Sentences about the numbers, by rules that the documentation lists."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .sources import on_host
 __all__ = ["LOW_COSINE", "NOISY", "advice", "remarks"]
 
 NOISY = 4.0
-"""Least `signal_to_noise` of a check that says that a difference of gradients is more than noise: the
+"""Smallest `signal_to_noise` of a check at which a difference of gradients counts as more than noise: the
 default of the setting of this name."""
 LOW_COSINE = 0.1
-"""Under it a direction is almost at right angles to its gradient."""
+"""Below this cosine a direction is almost at right angles to its gradient."""
 
 
 def advice(figures: core.Diagnostics) -> list[str]:
-    """One sentence for each block; the first rule that applies gives it.
+    """One sentence for each block, from the first rule that applies.
 
     Parameters
     ----------
     figures : Diagnostics
-        Of any backend; waits for the device.
+        From any backend; this waits for the device.
 
     Returns
     -------
@@ -31,14 +31,14 @@ def advice(figures: core.Diagnostics) -> list[str]:
 
     Notes
     -----
-    Rules, in this order:
+    The rules, in this order:
 
     1. No accepted step: "no step yet".
     2. No pair, none rejected: "no pair yet".
-    3. More pairs rejected than stored: parameters or gradients stand still.
+    3. More pairs rejected than stored: parameters or gradients do not change.
     4. The floors have added more to the last pair than was measured, ``delta > tau mu + 1 - tau``. Then,
-       with a last check under 4, the pairs are mostly noise; else, with ``mu <= 0``, curvature is negative;
-       else the gradient turns more than it grows.
+       if the last check was below 4, the pairs are mostly noise; otherwise, if ``mu <= 0``, curvature is
+       negative; otherwise the gradient turns more than it grows.
     5. ``cosine < 0.1``: the direction is almost at right angles to the gradient.
     6. "nothing to do".
 
@@ -80,7 +80,7 @@ def _sentence(block: dict[str, np.ndarray]) -> str:
 
 
 def remarks(figures: core.Diagnostics) -> list[str]:
-    """Sentences on all blocks together: the steps, those that were skipped, and the last check.
+    """Sentences about all blocks together: the steps, the skipped steps, and the last check.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Diagnostics as scalars of TensorBoard, or of whatever takes the same calls."""
+"""Diagnostics as scalars for TensorBoard, or for any writer with the same method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Writer", "log_scalars"]
 
 
 class Writer(Protocol):
-    """`torch.utils.tensorboard.SummaryWriter`, tensorboardX's, or anything alike."""
+    """`torch.utils.tensorboard.SummaryWriter`, tensorboardX's, or anything similar."""
 
     def add_scalar(self, tag: str, value: float, step: int, /) -> Any:
         """Take one number."""
@@ -33,14 +33,14 @@ def log_scalars(
     Parameters
     ----------
     writer : object
-        With a method ``add_scalar(tag, value, step)``.
+        An object with a method ``add_scalar(tag, value, step)``.
     source : optimizer, state, result or records
         As in `table`.
     step : int
     names : sequence of str, optional
         One for each block; by default the optimizer's own.
     prefix : str
-        Of all tags.
+        Prefix of all tags.
 
     Raises
     ------
@@ -52,8 +52,8 @@ def log_scalars(
     Tags: "mlbfgs/FIELD" for `step`, `skipped`, `window`, `interval` and `signal_to_noise`;
     "mlbfgs/FIELD/BLOCK" for `pairs`, `rejected`, `mu`, `tau`, `delta`, `gamma`, `cosine`, `gradient_rms`,
     and for "curvature_smallest", "curvature_median" and "curvature_largest" once the block has a pair. With
-    several units it is "mlbfgs/unit0/FIELD" and "mlbfgs/FIELD/unit0/BLOCK". Waits for the device: call it
-    every few hundred steps.
+    several units the tags are "mlbfgs/unit0/FIELD" and "mlbfgs/FIELD/unit0/BLOCK". This waits for the device:
+    call it every few hundred steps.
 
     Examples
     --------

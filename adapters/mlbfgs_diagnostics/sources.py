@@ -1,4 +1,4 @@
-"""From whatever holds diagnostics to their records, their names, and copies of them."""
+"""Get the records of anything that has diagnostics, their names, and copies of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = Any
 
 
 def figures_of(source: Any) -> list[core.Diagnostics]:
-    """The records of an optimizer, a result or a state; reads no value.
+    """The records of an optimizer, a result or a state; no value is read.
 
     Parameters
     ----------
@@ -29,16 +29,16 @@ def figures_of(source: Any) -> list[core.Diagnostics]:
     Returns
     -------
     list of Diagnostics
-        One a unit; empty for an optimizer before its first step.
+        One for each unit; empty for an optimizer before its first step.
 
     Raises
     ------
     TypeError
-        Anything else.
+        For anything else.
     ValueError
-        A state of optax without an `MLBFGSState`.
+        For an optax state without an `MLBFGSState`.
     """
-    jax = sys.modules.get("mlbfgs_jax")  # whoever has its states has imported it
+    jax = sys.modules.get("mlbfgs_jax")  # code that has its states has imported it
     own = getattr(source, "diagnostics", None)
     if isinstance(source, core.Diagnostics):
         return [source]
@@ -60,14 +60,14 @@ def figures_of(source: Any) -> list[core.Diagnostics]:
 def labels(
     source: Any, figures: Sequence[core.Diagnostics], names: Sequence[str] | None = None
 ) -> list[list[str]]:
-    """A name for each block of each unit: those that are given, else the optimizer's, else numbers.
+    """A name for each block of each unit: those given, otherwise the optimizer's, otherwise numbers.
 
     With several units the names begin with "unit0/", "unit1/", ...
 
     Raises
     ------
     ValueError
-        As many `names` as there are not blocks.
+        If the number of `names` is not that of the blocks.
     """
     counts = [int(record.gamma.shape[0]) for record in figures]
     own = getattr(source, "block_names", None)
@@ -89,7 +89,7 @@ def labels(
 
 
 def copied(value: Any) -> Any:
-    """A copy where the array lies, which later steps neither write to nor free; numbers as they are."""
+    """A copy on the array's device, which later steps neither overwrite nor free; numbers as they are."""
     if isinstance(value, (int, float)):
         return value
     if compat.is_torch_array(value):
@@ -100,7 +100,7 @@ def copied(value: Any) -> Any:
 
 
 def on_host(value: Any) -> npt.NDArray[Any]:
-    """As an array of NumPy; waits for the device."""
+    """The value as a NumPy array; this waits for the device."""
     if compat.is_torch_array(value):
         return np.asarray(value.detach().cpu())
     if compat.is_cupy_array(value):

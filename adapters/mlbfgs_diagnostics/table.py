@@ -1,4 +1,4 @@
-"""Diagnostics as a table for people."""
+"""Diagnostics as a table in the terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HEADINGS = (
 
 
 def table(source: Any, *, names: Sequence[str] | None = None) -> Table:
-    """One row for each block, and in its last column what to look at.
+    """A table with one row for each block, whose last column says what to look at.
 
     Parameters
     ----------
@@ -40,17 +40,17 @@ def table(source: Any, *, names: Sequence[str] | None = None) -> Table:
     Returns
     -------
     rich.table.Table
-        For ``rich.print``, or for `rich.console.Console`, which writes plain text where its file is not a
-        terminal. The caption counts steps, says whether some were skipped, and what the last check found.
+        For ``rich.print``, or for `rich.console.Console`, which writes plain text if its file is not a
+        terminal. The caption counts steps, and says whether some were skipped and what the last check found.
 
     Raises
     ------
     TypeError, ValueError
-        No diagnostics in `source`; a wrong number of `names`.
+        If `source` has no diagnostics, or the number of `names` is wrong.
 
     Notes
     -----
-    Waits for the device. The sentences come from `advice` and `remarks`.
+    This waits for the device. The sentences come from `advice` and `remarks`.
 
     Examples
     --------

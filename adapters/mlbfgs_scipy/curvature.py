@@ -1,4 +1,4 @@
-"""The core for one vector: directions on the way, and the inverse Hessian in the end."""
+"""The core for one vector: directions during a run, and the inverse Hessian at its end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Curvature:
         self.memory = core.init(self.config, [np.zeros(self.size)], xp=xp)
 
     def direction(self, point: Evaluation) -> Vector:
-        """What to subtract; a point enters the averages by it. Zero for a non-finite gradient."""
+        """The direction to subtract, once the point is in the averages; zero for a non-finite gradient."""
         check, due = core.upcoming(self.config, self.memory)
         update, self.memory = core.step(
             self.config,
@@ -57,18 +57,20 @@ class Curvature:
 class InverseHessian(LinearOperator):
     """``H = Q (gamma I + B^T C B) Q`` of a state with one vector, symmetric and positive definite.
 
-    `Q` is the diagonal ``q^(-1/2)`` of the metric, and the identity where there is none. Before the first
-    pair `gamma` is 1.
+    `Q` is the diagonal ``q^(-1/2)`` of the preconditioner, or the identity if there is none. `C` is the
+    middle matrix. Before the first pair `gamma` is 1.
 
     Parameters
     ----------
     config : mlbfgs_core.Config
     state : mlbfgs_core.State
-        Of one leaf of shape (n,). Not consumed; a later step may write to what the operator reads.
+        A state with one leaf of shape (n,). It is not consumed; a later step may overwrite what the operator
+        reads.
 
     Notes
     -----
-    Float64, shape (n, n). A product with a vector reads the history twice: ``4 m`` values per variable.
+    The operator is float64 of shape (n, n). A product with a vector reads the history twice: ``4 m`` values
+    per variable.
     """
 
     def __init__(self, config: core.Config, state: core.State) -> None:

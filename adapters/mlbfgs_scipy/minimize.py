@@ -34,94 +34,95 @@ def minimize_mlbfgs(
     callback: Callable[..., Any] | None = None,
     **options: Any,
 ) -> OptimizeResult:
-    """L-BFGS for `scipy.optimize.minimize`: with line searches, or with given steps under noise.
+    """L-BFGS for `scipy.optimize.minimize`: with line searches, or with steps of a given length under noise.
 
     Parameters
     ----------
     fun : callable
-        ``fun(x, *args)``, a number; with ``jac=True`` also the gradient.
+        ``fun(x, *args)`` returns a number, and with ``jac=True`` also the gradient.
     x0 : (n,) array
-        Real. Not written to.
+        Real; it is not modified.
     args : tuple
-        More arguments of `fun` and `jac`.
+        Further arguments of `fun` and `jac`.
     jac : callable, True, None or "2-point"
-        The gradient, ``jac(x, *args)`` of shape (n,). None and "2-point": forward differences with step
-        `eps`. (To a callable method SciPy hands None for every scheme of differences that it is given.)
+        The gradient, ``jac(x, *args)`` of shape (n,). None and "2-point" mean forward differences with step
+        `eps`. (SciPy passes None to a callable method for every scheme of differences.)
     hess, hessp : optional
-        Not used, with a warning.
+        Not used; giving them causes a warning.
     bounds, constraints : optional
         Refused.
     callback : callable, optional
-        After each iteration ``callback(intermediate_result=OptimizeResult(x, fun))`` where this is the
-        name of its one argument, else ``callback(x)``. `StopIteration` ends the run.
+        Called after each iteration as ``callback(intermediate_result=OptimizeResult(x, fun))`` if this is the
+        name of its only argument, otherwise as ``callback(x)``. `StopIteration` ends the run.
     **options
-        As `scipy.optimize.minimize` takes them in `options`: those below, and settings of
-        `mlbfgs_core.Config` by name: `history_size`, `preset`, ... The preset is "lbfgs", or "fit" with a
-        `learning_rate`.
+        What `scipy.optimize.minimize` takes as `options`: those below, and settings of `mlbfgs_core.Config`
+        by name: `history_size`, `preset`, ... The preset is "lbfgs", or "fit" with a `learning_rate`.
 
     Other Parameters
     ----------------
     tol : float, optional
-        `gtol`, where that is not given.
+        Used as `gtol` if that is not given.
     maxiter : int
-        Most iterations; by default 15000, or 1000 with a `learning_rate`.
+        Largest number of iterations; by default 15000, or 1000 with a `learning_rate`.
     gtol : float
-        The run ends where no component of the gradient is larger; by default 1e-5, and with a
-        `learning_rate` there is no such end.
+        The run ends when no component of the gradient is larger; by default 1e-5. With a `learning_rate`
+        there is no such test by default.
     ftol : float
-        The run ends where ``(f_k - f_{k+1}) / max(|f_k|, |f_{k+1}|, 1)`` is at most this; 0: no such end.
+        The run ends when ``(f_k - f_{k+1}) / max(|f_k|, |f_{k+1}|, 1)`` is at most this; 0 turns this off.
     c1, c2 : float
         Constants of the strong Wolfe conditions.
     maxls : int
-        Most trials of one kind in a line search.
+        Largest number of trials of one kind in a line search.
     eps : float or (n,) array
         Absolute step of the differences.
     learning_rate : float or callable, optional
-        For noisy objectives: steps of this length (or its value at the iteration's number, from 0 on),
-        without a line search, as many as `maxiter` says. A non-finite gradient costs its step.
+        For noisy objectives: take `maxiter` steps of this length (or of its value at the iteration's number,
+        from 0 on), without a line search. A non-finite gradient costs its step.
     momentum : float, optional
-        With a `learning_rate`: heavy-ball momentum; by default that of the preset.
+        Momentum of the steps with a `learning_rate`; by default that of the preset.
     disp : bool
-        Print how the run ended; where it failed, warn.
+        Print how the run ended, and warn if it failed.
     return_all : bool
         Put all iterates in the result's `allvecs`.
 
     Returns
     -------
     scipy.optimize.OptimizeResult
-        `x`, `fun`, `jac`, `nit`, `nfev`, `njev`, `status`, `success` and `message` (see `Outcome`), and
-        `hess_inv`, an `InverseHessian`, and `diagnostics`, a list of one `mlbfgs_core.Diagnostics`. Where a
-        run with line searches fails, `x` is its last point, or the lowest that it has seen if that is lower
-        by more than rounding; after steps of a given length, the last one, or the last where all was finite.
+        `x`, `fun`, `jac`, `nit`, `nfev`, `njev`, `status`, `success` and `message` (see `Outcome`),
+        `hess_inv`, an `InverseHessian`, and `diagnostics`, a list of one `mlbfgs_core.Diagnostics`. If a run
+        with line searches fails, `x` is its last point, or the lowest that it has seen if that is lower by
+        more than rounding; after steps of a given length, it is the last point at which everything was
+        finite.
 
     Raises
     ------
     ValueError, TypeError
-        Bounds or constraints, options out of range, a complex start, and functions that do not return a
+        For bounds or constraints, options out of range, a complex start, and functions that do not return a
         number and a gradient.
 
     Warns
     -----
     OptimizeWarning
-        Unknown options, as SciPy's own methods warn.
+        For unknown options, as in SciPy's own methods.
     RuntimeWarning
-        A Hessian, which is not used.
+        For a Hessian, which is not used.
 
     Notes
     -----
     With exact values this is textbook L-BFGS: a direction from the last `history_size` pairs, then a line
-    search for the strong Wolfe conditions, whose first trial is the whole direction. It goes by differences
-    of values, and by the gradients where values differ by rounding alone, so that neither an offset on the
-    objective nor the scale of the variables keeps a gradient from `gtol`. Where a search fails, the run moves
-    to the lowest point that it has seen; if there is none, curvature is forgotten, and a second search goes
-    along the negative gradient. Beside the evaluations an iteration costs some 0.1 milliseconds for small `n`
-    (about one with settings other than those of ``preset="lbfgs"``); for large `n` it moves about ``14 *
-    history_size`` values per variable. A value that is not finite counts as infinitely high.
+    search for the strong Wolfe conditions, whose first trial is the whole direction. The search uses
+    differences of values, and the gradients where values differ only by rounding, so that neither an offset
+    in the objective nor the scale of the variables keeps a gradient from reaching `gtol`. If a search fails,
+    the run moves to the lowest point that it has seen; if no point was lower, curvature is forgotten, and a
+    second search goes along the negative gradient. Apart from the evaluations an iteration costs about 0.1
+    milliseconds for small `n` (about one with settings other than those of ``preset="lbfgs"``); for large `n`
+    it moves about ``14 * history_size`` values per variable. A value that is not finite counts as infinitely
+    high.
 
-    The functions run under the caller's `numpy.errstate`; our own arithmetic raises and warns of nothing.
+    The functions run under the caller's `numpy.errstate`; our own arithmetic raises no errors or warnings.
 
-    Under noise `x` is the last iterate. The lowest value that was seen would be the luckiest draw of the
-    noise, not the best point; a `learning_rate` that falls makes the last iterate a good one.
+    Under noise `x` is the last iterate. The lowest value seen would be the luckiest draw of the noise, not
+    the best point; a `learning_rate` that falls makes the last iterate a good one.
 
     References
     ----------
@@ -152,7 +153,7 @@ def minimize_mlbfgs(
     _check_what_is_not_used(bounds, constraints, hess, hessp)
     checked = read_options(options)
     x = _check_start(x0)
-    errors = np.geterr()  # those of the caller are for the caller's functions, and none of ours
+    errors = np.geterr()  # the caller's settings apply only to the caller's functions
     objective = Objective(fun, jac, args if isinstance(args, tuple) else (args,), checked.eps, errors)
     if callable(checked.learning_rate):
         checked = replace(checked, learning_rate=under(errors, checked.learning_rate))
@@ -226,7 +227,7 @@ def _check_start(x0: Any) -> Vector:
 
 
 def _halts(callback: Callable[..., Any] | None, path: list[Vector] | None) -> Halts:
-    """Records an iterate, and tells the callback of it in the form that its signature asks for."""
+    """Records an iterate, and passes it to the callback in the form that its signature asks for."""
     named = callback is not None and _takes_result(callback)
 
     def halts(point: Evaluation) -> bool:

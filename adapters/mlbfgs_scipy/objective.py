@@ -1,4 +1,4 @@
-"""The objective as a run sees it: checked, counted, each point evaluated once."""
+"""The objective as a run sees it: results are checked, calls are counted, each point is evaluated once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["Evaluation", "Objective", "Vector", "under"]
 Vector = npt.NDArray[np.float64]
 
 ROUNDING = 1e3 * float(np.finfo(np.float64).eps)
-"""Relative difference of two values of the objective that may be rounding alone."""
+"""Largest relative difference of two values of the objective that may be only rounding."""
 
 
 class Evaluation:
-    """A point, the objective's value there, and its gradient, which is formed when first asked for."""
+    """A point, the objective's value there, and its gradient, which is computed when it is first needed."""
 
     def __init__(self, objective: Objective, x: Vector) -> None:
         self._objective = objective
@@ -41,12 +41,12 @@ class Evaluation:
 
     @cached_property
     def has_finite_grad(self) -> bool:
-        """Whether the gradient is finite, and its square too, without which there is no direction."""
+        """Whether the gradient and its square are finite; otherwise there is no direction."""
         return math.isfinite(self.grad @ self.grad)
 
     @property
     def is_finite_with_grad(self) -> bool:
-        """Whether value and gradient are finite; the latter is formed only if the former is."""
+        """Whether value and gradient are finite; the gradient is computed only if the value is finite."""
         return self.is_finite and self.has_finite_grad
 
     @cached_property
@@ -61,22 +61,22 @@ class Objective:
     Parameters
     ----------
     fun : callable
-        ``fun(x, *args)``, a number.
+        ``fun(x, *args)`` returns a number.
     jac : callable, bool or None
-        ``jac(x, *args)``, of shape (n,). True: `fun` returns the value and the gradient. None or
-        "2-point": forward differences of `fun`.
+        ``jac(x, *args)`` returns an array of shape (n,). With True, `fun` returns the value and the gradient.
+        None or "2-point" means forward differences of `fun`.
     args : tuple
     eps : float or (n,) array
         Absolute step of the differences.
     errors : dict
-        How NumPy is to treat floating-point errors in the user's functions, as `numpy.geterr` says it.
+        How NumPy should treat floating-point errors in the user's functions, in the form of `numpy.geterr`.
 
     Raises
     ------
     ValueError
-        A kind of derivative that is not one of these; from evaluations, values of a wrong size.
+        For another kind of derivative; from evaluations, for values of a wrong size.
     TypeError
-        A function that cannot be called; from evaluations, what is no real number.
+        For a function that cannot be called; from evaluations, for anything that is not a real number.
     """
 
     def __init__(
@@ -95,15 +95,15 @@ class Objective:
             msg = f"`jac` {rule}, got {jac!r}: give a function that forms the gradient by that scheme"
             raise ValueError(msg)
         self.nfev = 0
-        """Calls of `fun`, those for differences included."""
+        """Calls of `fun`, including those for differences."""
         self.njev = 0
-        """Gradients: calls of `jac`, or of a `fun` that returns both, or sets of differences."""
+        """Gradients: calls of `jac` or of a `fun` that returns both, or sets of differences."""
         self.best: Evaluation | None = None
         """The lowest finite value so far."""
         self.first = 0.0
         """The magnitude of the first value."""
         self.noise = 0.0
-        """A difference of two values that may be noise, as far as searches have found that out."""
+        """The largest difference of two values that may be noise, as found by searches so far."""
         self._last: Evaluation | None = None
 
     def at(self, x: Vector) -> Evaluation:
@@ -113,7 +113,7 @@ class Objective:
         return self._last
 
     def anew(self, x: Vector) -> Evaluation:
-        """An evaluation at a point, whatever is known of it."""
+        """A new evaluation at a point, even if it has been evaluated before."""
         self._last = Evaluation(self, x)
         if self.best is None and math.isfinite(self._last.value):
             self.first = abs(self._last.value)
@@ -122,11 +122,11 @@ class Objective:
         return self._last
 
     def rounding(self, one: Evaluation, other: Evaluation) -> float:
-        """The largest difference of two values that may be rounding alone."""
+        """The largest difference of two values that may be only rounding."""
         return max(ROUNDING * max(abs(one.value), abs(other.value)), self.noise)
 
     def evaluate(self, x: Vector) -> tuple[float, Vector | None]:
-        """The value, and the gradient where it comes with it."""
+        """The value, and the gradient if `fun` returns both."""
         self.nfev += 1
         result = self._fun(x.copy(), *self._args)
         if not self._together:
@@ -152,11 +152,11 @@ class Objective:
 
 
 def _function_of_both(fun: Any, jac: Any) -> Callable[..., Any] | None:
-    """The user's function of value and gradient inside the pair of wrappers that `minimize` makes of it for
-    ``jac=True``.
+    """The user's function of value and gradient, taken out of the two wrappers that `minimize` puts around it
+    for ``jac=True``.
 
-    They give a repeated point its old value, which is wrong where values are drawn anew, and hide what a call
-    costs.
+    The wrappers return the old value for a repeated point, which is wrong if each call draws a new value, and
+    hide what a call costs.
     """
     is_pair = type(fun).__module__.startswith("scipy.") and getattr(jac, "__self__", None) is fun
     wrapped = getattr(fun, "fun", None) if is_pair else None
@@ -164,7 +164,7 @@ def _function_of_both(fun: Any, jac: Any) -> Callable[..., Any] | None:
 
 
 def under(errors: dict[str, Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """A user's function under the user's own treatment of floating-point errors, whatever that of the run."""
+    """A user's function under the user's own settings for floating-point errors, not those of the run."""
 
     @wraps(function)
     def call(*args: Any, **more: Any) -> Any:

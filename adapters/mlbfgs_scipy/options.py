@@ -19,13 +19,13 @@ from mlbfgs_core.config import check_real
 __all__ = ["IN_USERS_CODE", "Options", "read_options"]
 
 IN_USERS_CODE = 4
-"""Frames from a function that `minimize_mlbfgs` calls up to the caller of `scipy.optimize.minimize`."""
+"""Stack frames from a function called by `minimize_mlbfgs` up to the caller of `scipy.optimize.minimize`."""
 _SETTINGS = tuple(field.name for field in fields(core.Config))
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `minimize_mlbfgs` documents, with its defaults, and the settings of the core."""
+    """The options that `minimize_mlbfgs` documents, with their defaults, and the settings of the core."""
 
     config: core.Config
     tol: float | None = None
@@ -50,7 +50,7 @@ class Options:
 
     @property
     def gradient_tolerance(self) -> float:
-        """`gtol` or `tol`, or their default; under noise minus infinity, which no gradient reaches."""
+        """`gtol` or `tol`, or their default, which is minus infinity under noise: no gradient reaches it."""
         given = self.tol if self.gtol is None else self.gtol
         if given is not None:
             return given
@@ -64,17 +64,17 @@ class Options:
 
 
 def read_options(given: dict[str, Any]) -> Options:
-    """Check options by name; a name that is not known gives a warning and is passed over.
+    """Check options by name; an unknown name gives a warning and is ignored.
 
     Raises
     ------
     ValueError, TypeError
-        An option out of range or of the wrong kind.
+        For an option out of range or of the wrong kind.
 
     Warns
     -----
     OptimizeWarning
-        Unknown names, as SciPy's methods warn.
+        For unknown names, as in SciPy's own methods.
     """
     known = {field.name for field in fields(Options)} - {"config"}
     unknown = [name for name in given if name not in known and name not in _SETTINGS]

@@ -1,4 +1,4 @@
-"""How a run can end: the status, the success and the message of its result."""
+"""How a run can end: the status and the message of its result, and whether it counts as success."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["Outcome"]
 
 
 class Outcome(enum.Enum):
-    """Why a run ended, and what to try where that was not success.
+    """Why a run ended, and what to try if it did not succeed.
 
-    Statuses are those of SciPy's BFGS (0 success, 1 iterations, 2 precision, 3 not finite) and, for a
-    callback, that of every method of SciPy (99).
+    The statuses are those of SciPy's BFGS (0 success, 1 iterations, 2 precision, 3 not finite) and, for a
+    callback, that of every SciPy method (99).
 
     Examples
     --------
@@ -47,5 +47,5 @@ class Outcome(enum.Enum):
 
     @property
     def success(self) -> bool:
-        """Whether the run did what was asked for."""
+        """Whether the run did what it was asked to do."""
         return self.status == 0

@@ -1,4 +1,4 @@
-"""The two kinds of runs: with line searches for exact values, with given step lengths for noisy ones."""
+"""The two kinds of runs: with line searches for exact values, and with given step lengths for noisy ones."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .textbook import Textbook
 __all__ = ["Halts", "Report", "descend", "follow"]
 
 PATIENCE, SHARE = 100, 0.5
-"""Most iterations in a row without progress, and which part of the run they may be where that is more."""
+"""Largest number of iterations in a row without progress, or this share of the run if that is more."""
 
 LOWER = 0.5
-"""What part of its least value so far counts as progress of the gradient's norm."""
+"""The gradient's norm makes progress when it falls below this fraction of its smallest value so far."""
 
 STRETCH, LESS, LEAST = 50, 0.2, sys.float_info.min
-"""So many iterations are one stretch: progress is a mean logarithm of the promised falls that is by so much
-less than that of any stretch before."""
+"""A stretch is this many iterations. It makes progress if the mean logarithm of its predicted decreases is
+lower than that of every earlier stretch by `LESS`; `LEAST` keeps the logarithm finite."""
 
 Halts = Callable[[Evaluation], bool]
-"""Takes the point of each iteration, and says whether the run is to end there."""
+"""Takes the point of each iteration, and says whether the run should end there."""
 
 
 class Report(NamedTuple):
@@ -43,11 +43,11 @@ class Report(NamedTuple):
 
 
 class _Progress:
-    """How long ago the value, the gradient's norm or the falls that directions promise had a low that counts.
+    """How long ago the value, the gradient's norm or the predicted decrease reached a significant new low.
 
-    A low counts from the last one that did, so that falls below rounding add up. Promised falls follow the
-    distance to the minimum where values cannot and where the norm goes up and down for long; single ones go
-    astray, hence the means.
+    A low is compared with the last significant one, so decreases smaller than rounding add up. Predicted
+    decreases track the distance to the minimum where values cannot, and where the norm goes up and down for a
+    long time; single predictions are unreliable, hence the means.
     """
 
     def __init__(self, objective: Objective, point: Evaluation) -> None:
@@ -57,7 +57,7 @@ class _Progress:
         self.pause = 0
 
     def note(self, point: Evaluation, promise: float) -> None:
-        """The next iteration's point, and what the direction to it had promised."""
+        """Take the next iteration's point, and the decrease that the direction to it had predicted."""
         self.pause += 1
         if self.lowest.value - point.value > self.objective.rounding(self.lowest, point):
             self.lowest, self.pause = point, 0
@@ -77,8 +77,8 @@ def descend(
 ) -> Report:
     """Minimize an exact objective by line searches along the core's directions.
 
-    Where a search fails, curvature is forgotten, and the next one goes along the negative gradient. Where
-    values differ by rounding alone, the run goes on for as long as gradients become smaller.
+    If a search fails, curvature is forgotten, and the next search goes along the negative gradient. Where
+    values differ only by rounding, the run goes on as long as gradients become smaller.
     """
     point, iterations = objective.at(x), 0
     if not point.is_finite_with_grad:
@@ -134,7 +134,7 @@ def follow(objective: Objective, x: Vector, curvature: Curvature, options: Optio
 def _search_afresh(
     objective: Objective, point: Evaluation, curvature: Curvature | Textbook, options: Options
 ) -> Evaluation | None:
-    """Search along the negative gradient; if this fails too, the curvature stays as it was."""
+    """Search along the negative gradient; if this fails too, the old curvature is kept."""
     known = curvature.memory
     curvature.forget()
     found = search(objective, point, curvature.direction(point), options)
@@ -144,7 +144,7 @@ def _search_afresh(
 
 
 def _lowest(objective: Objective, point: Evaluation) -> Evaluation:
-    """The lowest point that was seen, which a failed search may have left behind."""
+    """The lowest point seen, which a search that failed may have visited."""
     best = objective.best
     if best is None or not best.is_finite_with_grad:
         return point

@@ -1,4 +1,4 @@
-"""A step by a line search for the strong Wolfe conditions, which goes by slopes where values are rounded."""
+"""A line search for the strong Wolfe conditions, which uses slopes where values are only rounding."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from .options import Options
 __all__ = ["search"]
 
 REACH, FARTHEST = 4.0, 4.0**32
-"""How many times longer than a trial that is too short the next one may be; then the square of that, and so
+"""After a trial that is too short the next one may be this many times longer; then the square of that, and so
 on, up to a limit."""
 
 EDGE = 0.1
-"""Part of an interval at either end where no minimum is looked for."""
+"""Fraction of an interval at either end in which no minimum is looked for."""
 
 DOUBTFUL = 1e3
-"""What a value says against the slopes is noise if it is so many times the fall that they promise."""
+"""A value is noisy if it contradicts the slopes by this many times the decrease that they predict."""
 
 LOUDEST = 1e-6
-"""Most noise in values that is believed, relative to the values at the start of the run and of the search."""
+"""Largest noise that is assumed, relative to the values at the start of the run and of the search."""
 
 
 class _Trial(NamedTuple):
-    """How far the objective has risen after a step, and its slope there, NaN where it is not needed."""
+    """How far the objective has risen after a step, and its slope there (NaN if it is not needed)."""
 
     step: float
     rise: float
@@ -33,38 +33,39 @@ class _Trial(NamedTuple):
 
 
 def search(objective: Objective, start: Evaluation, direction: Vector, options: Options) -> Evaluation | None:
-    """The point that a line search from `start` against `direction` finds; None where it finds no lower one.
+    """The point that a line search from `start` against `direction` finds; None if it finds no lower one.
 
     Parameters
     ----------
     objective : Objective
     start : Evaluation
-        Finite.
+        Its value and gradient must be finite.
     direction : (n,) array
-        In which the objective rises. The first trial is the whole of it.
+        A direction in which the objective rises. The first trial subtracts all of it.
     options : Options
-        Its `c1`, `c2` and `maxls` count.
+        Its `c1`, `c2` and `maxls` are used.
 
     Returns
     -------
     Evaluation or None
-        One that obeys the conditions; where the search fails, the lowest point of those whose gradient it
-        has seen, if it is lower than the start by more than rounding.
+        A point that satisfies the conditions; if the search fails, the lowest of the points whose gradient it
+        has seen, provided that it is lower than the start by more than rounding.
 
     Notes
     -----
-    All is said in differences from the value at the start, which an offset on the objective does not round
-    away. A difference that may be rounding alone is replaced by what the two gradients say of it, so that a
-    minimum far from zero can be approached as closely as gradients allow.
+    The search works with differences from the value at the start, so that an offset in the objective does not
+    matter. A difference that may be only rounding is replaced by an estimate from the two gradients, so that
+    a minimum with a large value can be approached as closely as gradients allow.
 
-    A minimum is first looked for ever farther ahead, then between a trial that is too short and one that is
-    too long, where the cubic or the parabola through what is known has its minimum. No scale of the variables
-    is assumed: what a trial may be longer than the last one grows by squares, within what the change of the
-    slope promises, and an interval that goes on to be cut at one end is halved in orders of magnitude.
+    The search first looks for a minimum farther and farther ahead, then between a trial that is too short and
+    one that is too long, where the cubic or the parabola through the known values has its minimum. No scale
+    of the variables is assumed: the factor by which a trial may be longer than the last one is squared each
+    time, within what the change of the slope predicts, and an interval that keeps being cut at the same end
+    is halved in orders of magnitude.
 
-    Where the value that rejected the shortest trial contradicts the slopes by far more than these promise,
-    values are noisier than their size tells, as a difference of large numbers is: the search is made again
-    with this noise as the limit of what is rounding, which holds for the rest of the run.
+    If the value that rejected the shortest trial contradicts the slopes by far more than the decrease that
+    they predict, values are noisier than their size suggests, like a difference of large numbers: the search
+    is repeated with this noise as the limit of what counts as rounding, which holds for the rest of the run.
 
     References
     ----------
@@ -86,10 +87,10 @@ class _Line:
         self.objective, self.start, self.direction = objective, start, direction
         self.slope = -float(start.grad @ direction)
         self.lowest: Evaluation | None = None
-        self.told: tuple[float, Evaluation] | None = None  # the shortest by its value
+        self.told: tuple[float, Evaluation] | None = None  # the shortest trial that was judged by its value
 
     def search(self, options: Options) -> Evaluation | None:
-        """The first trial that obeys the conditions."""
+        """The first trial that satisfies the conditions."""
         before = short = _Trial(0.0, 0.0, self.slope)
         long: _Trial | None = None
         step, reach, ahead, between, cuts = 1.0, REACH, 0, 0, 0
@@ -117,7 +118,7 @@ class _Line:
         return None
 
     def _try(self, step: float, point: Evaluation, c1: float) -> _Trial:
-        """A trial; the gradient is asked for only if the value has fallen enough."""
+        """A trial; the gradient is computed only if the value has fallen enough."""
         rise = self._rise(step, point)
         if not rise <= c1 * step * self.slope:
             return _Trial(step, rise, math.nan)
@@ -129,7 +130,7 @@ class _Line:
         return _Trial(step, rise, -float(point.grad @ self.direction))
 
     def _rise(self, step: float, point: Evaluation) -> float:
-        """By values, or by slopes where values cannot tell."""
+        """The rise by values, or by slopes where values cannot decide."""
         if not point.is_finite:
             return math.inf
         rise = point.value - self.start.value
@@ -143,7 +144,7 @@ class _Line:
         return float((self.start.grad + point.grad) @ (point.x - self.start.x)) / 2.0
 
     def hears_noise(self) -> bool:
-        """Whether values have turned out to be noisier than was known."""
+        """Whether values have turned out to be noisier than known so far."""
         if self.told is None:
             return False
         step, point = self.told
@@ -157,7 +158,7 @@ class _Line:
 
 
 def _beyond(before: _Trial, short: _Trial, reach: float) -> float:
-    """The step where the slope would be zero if it went on to change as it did, or as far as may be."""
+    """The step where the slope would be zero if it kept changing at this rate, within the allowed range."""
     bend, ahead = short.slope - before.slope, math.inf
     if bend > 0:
         ahead = short.step - (short.step - before.step) * short.slope / bend
@@ -165,7 +166,7 @@ def _beyond(before: _Trial, short: _Trial, reach: float) -> float:
 
 
 def _between(short: _Trial, long: _Trial, cuts: int) -> float:
-    """A step inside an interval whose far end has been the one to move the last `cuts` times."""
+    """A step inside an interval whose far end has moved in the last `cuts` cuts."""
     width, start, end = long.step - short.step, short.slope, long.slope
     if short.step > 0:
         edge, middle = EDGE, math.sqrt(short.step) * math.sqrt(long.step)

@@ -1,4 +1,4 @@
-"""Textbook L-BFGS of one vector: what the core does with the same settings, at a part of its fixed cost."""
+"""Textbook L-BFGS for one vector: the core's result for these settings at a fraction of its fixed cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Textbook", "is_textbook"]
 
 
 class _Pair(NamedTuple):
-    """A pair divided by the norm of its `s`, as it lies in the history, and the inverse of its curvature."""
+    """A pair divided by the norm of its `s`, as the history stores it, and the inverse of its curvature."""
 
     s: Vector
     y: Vector
@@ -38,17 +38,17 @@ class _Memory:
 
 
 def is_textbook(config: core.Config) -> bool:
-    """Whether settings are those of the textbook, with any number of pairs."""
+    """Whether the settings are those of textbook L-BFGS, with any number of pairs."""
     textbook = core.Config(preset="lbfgs", history_size=config.history_size)
     return vars(config) == vars(textbook)
 
 
 class Textbook:
-    """Directions of the two-loop recursion, on the vectors themselves.
+    """Directions of the two-loop recursion, computed on the vectors themselves.
 
-    The core holds the recursion in coefficients, which suits leaves in parts, on devices and under noise, and
-    costs some 300 calls of NumPy a step; here they are four for each pair. `state` is what the core would end
-    in, but for rounding.
+    The core runs the recursion on coefficients, which suits sharded leaves, devices and noise, but costs
+    about 300 NumPy calls per step; here there are four for each pair. `state` is the state that the core
+    would end in, except for rounding.
 
     References
     ----------
@@ -70,7 +70,7 @@ class Textbook:
         return bool(self.memory.pairs)
 
     def direction(self, point: Evaluation) -> Vector:
-        """What to subtract; the pair of this point and the last one enters the memory first."""
+        """The direction to subtract; the pair from the last point to this one is stored first."""
         memory, grad = self.memory, point.grad
         self._learn(point)
         d, weights = grad.copy(), []
@@ -142,7 +142,7 @@ class Textbook:
 
 
 def _norm(vector: Vector) -> float:
-    """The Euclidean norm, whose square may over- or underflow."""
+    """The Euclidean norm, even if its square overflows or underflows."""
     norm = math.sqrt(float(vector @ vector))
     if 1e-140 < norm < 1e140:
         return norm

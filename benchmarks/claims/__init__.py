@@ -1,4 +1,4 @@
-"""The paper's claims, measured: what writes the figures and tables of ``docs/claims``.
+"""Measurements of the paper's claims, which write the figures and tables of ``docs/claims``.
 
 Run ``python -m benchmarks.claims`` in the root of the repository.
 """

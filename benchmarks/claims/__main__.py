@@ -12,7 +12,7 @@ PAGES = ("toy", "hessian", "noise", "published")
 
 
 def main() -> None:
-    """Write those that the command line names, by default all."""
+    """Write the pages that the command line names, by default all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims", description=__doc__)
     parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"of {', '.join(PAGES)}; by default all")
     pages = parser.parse_args().pages or PAGES

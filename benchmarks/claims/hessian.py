@@ -20,14 +20,14 @@ __all__ = ["write"]
 
 CURVED, PERIOD, STEPS, NOISE = Problem(20, 100, 0), 10, 120, 0.2
 EVERY, BATCH, TRAINED, LEADING = 20, 64, 240, 10
-"""On the network: T, the batch, the steps, and how many eigenvectors are looked at."""
+"""For the network: T, the batch size, the number of steps, and how many eigenvectors are examined."""
 COLOURS = dict(zip(KINDS, (style.ORANGE, style.SKY, style.BLUE, style.PURPLE), strict=True))
 FLOORED = "window means, floored"
 COLOURS[FLOORED] = style.GREEN
 
 
 def write() -> None:
-    """All figures and tables of the page."""
+    """Write all figures and tables of the page."""
     style.save(quadratic_spectra(), "hessian_quadratic")
     style.save(network_spectra(), "hessian_network")
     secant_table()
@@ -36,7 +36,7 @@ def write() -> None:
 
 @cache
 def quadratic_states(noise: float) -> dict[str, Watched]:
-    """What each kind of pair makes of the path of noisy gradient descent, with gradients of this noise."""
+    """What each kind of pair sees on the path of noisy gradient descent, given gradients with this noise."""
     problem = CURVED._replace(noise=NOISE)
     path = list(descend(problem, "gradient descent", 0, steps=STEPS))[:-1]
     random = np.random.default_rng(1)
@@ -86,13 +86,13 @@ def _columns(axes: Axes, states: dict[str, Watched], kinds: list[str]) -> None:
 
 @cache
 def network_path() -> network.Path:
-    """One training of the small network, on which all kinds of pairs look."""
+    """One training run of the small network, which all kinds of pairs observe."""
     return network.train(network.sgd, BATCH, TRAINED)
 
 
 @cache
 def network_states(source: str) -> dict[str, Watched]:
-    """What each kind of pair makes of the path; `source` is "full" or "gradients" (of mini-batches)."""
+    """What each kind of pair sees on the path; `source` is "full" or "gradients" (of mini-batches)."""
     path = network_path()
     kinds = {name: {**kind, "update_every": EVERY} for name, kind in KINDS.items()}
     gradients = getattr(path, source)
@@ -103,7 +103,7 @@ def network_states(source: str) -> dict[str, Watched]:
 
 @cache
 def leading() -> tuple[Array, Array]:
-    """The largest eigenvalues of the exact Hessian at the last pair's place, and their vectors."""
+    """The largest eigenvalues of the exact Hessian at the position of the last pair, and their vectors."""
     values, vectors = np.linalg.eigh(network.hessian(np.mean(network_path().params[-2 * EVERY :], axis=0)))
     return values[::-1][:LEADING], vectors[:, ::-1][:, :LEADING]
 
@@ -182,12 +182,12 @@ def secant_table() -> None:
 
 
 def deviation(watched: Watched) -> float:
-    """Median factor between the curvature along the leading eigenvectors as somebody sees it and as it is."""
+    """Median factor between an observer's curvature along the leading eigenvectors and the exact one."""
     return float(np.exp(np.median(np.abs(np.log(seen(watched.state) / leading()[0])))))
 
 
 def verdict() -> None:
-    """The sentence for the first page."""
+    """Write the sentence for the first page."""
     exact = max(quadratic_errors(0.0, name).max() for name in KINDS if name != CONTROL)
     control = float(np.median(quadratic_errors(0.0, CONTROL)))
     full, noisy = network_states("full"), network_states("gradients")

@@ -1,4 +1,4 @@
-"""A network so small that its Hessian can be written down: digits of 8 x 8 pixels, 64-16-10, tanh."""
+"""A network so small that its Hessian can be computed: digits of 8 x 8 pixels, 64-16-10, tanh."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Path(NamedTuple):
-    """Parameters of each step, and the gradients there: of a mini-batch and of all images."""
+    """The parameters of each step, and the gradients there, of a mini-batch and of all images."""
 
     params: list[Array]
     gradients: list[Array]
     full: list[Array]
     loss: float
-    """Of all images, at the end."""
+    """The loss over all images at the end."""
 
 
 @cache
@@ -59,7 +59,7 @@ def start(seed: int) -> Tensor:
 
 
 def loss(flat: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """Cross-entropy over the chosen images, by default all."""
+    """Cross-entropy over the chosen images, by default over all."""
     images, labels = _data()
     if chosen is not None:
         images, labels = images[chosen], labels[chosen]
@@ -105,7 +105,7 @@ def train(
     record: bool = True,
     decay: bool = False,
 ) -> Path:
-    """Train with mini-batches of a size; with `decay` the learning rate falls as a cosine."""
+    """Train with mini-batches of this size; with `decay` the learning rate falls along a cosine."""
     flat = nn.Parameter(start(seed))
     optimizer = optimizer_of([flat])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -124,5 +124,5 @@ def train(
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """What steers the paths on which pairs are only watched."""
+    """The optimizer that determines the paths on which pairs are only observed."""
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)

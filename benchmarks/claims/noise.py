@@ -16,13 +16,13 @@ from .pairs import Array
 __all__ = ["write"]
 
 PERIODS, BATCHES, STEPS, FIRST = (1, 2, 5, 10, 20, 50), (16, 64, 256), 400, 100
-"""`FIRST`: pairs of the first steps, in which the loss falls fastest, are left out."""
+"""Pairs of the first `FIRST` steps, in which the loss falls fastest, are left out."""
 SHADES = dict(zip(BATCHES, ("#7FB8DA", "#2C8CC4", "#00507F"), strict=True))
 WARM = dict(zip(BATCHES, ("#F3B48A", "#E07B3C", "#A84300"), strict=True))
 
 
 def write() -> None:
-    """The figure and the table of the page."""
+    """Write the figure and the table of the page."""
     style.save(draw(), "noise")
     numbers()
     verdict()
@@ -40,7 +40,7 @@ def samples() -> tuple[Array, Array, dict[int, Array]]:
 
 
 def differences(values: Array, period: int, *, averaged: bool) -> Array:
-    """Differences between windows one after the other: of their means, or of their last values.
+    """Differences between consecutive windows: of their means, or of their last values.
 
     The windows begin at every step, so that a path gives many pairs of each period.
     """
@@ -72,7 +72,7 @@ def relative_error(size: int, period: int, *, averaged: bool) -> float:
 
 
 def cosines(size: int | None, period: int, *, averaged: bool) -> Array:
-    """Of the angles between `s` and `y`; without a size, `y` of full gradients."""
+    """Cosines of the angles between `s` and `y`; without a size, `y` is that of full gradients."""
     params, full, drawn = samples()
     s = differences(params, period, averaged=averaged)
     y = differences(full if size is None else drawn[size], period, averaged=averaged)
@@ -80,7 +80,7 @@ def cosines(size: int | None, period: int, *, averaged: bool) -> Array:
 
 
 def draw() -> Figure:
-    """Noise against the theory, relative error, and the cosine between `s` and `y`."""
+    """Draw the noise compared with theory, the relative error, and the cosine between `s` and `y`."""
     figure, axes = plt.subplots(1, 3, figsize=(11.5, 4.1), layout="constrained")
     _theory(axes[0])
     ends: dict[Axes, list[tuple[str, float, str]]] = {axes[1]: [], axes[2]: []}
@@ -117,7 +117,7 @@ def _median_cosine(size: int | None, period: int, *, averaged: bool) -> float:
 
 
 def _theory(axes: Axes) -> None:
-    """Measured noise on the lines that the variance of a difference predicts."""
+    """Draw the measured noise over the lines that the variance of a difference predicts."""
     dense = np.geomspace(1, PERIODS[-1], 50)
     axes.plot(dense, np.sqrt(2 / dense), color=style.BLUE, linewidth=1.2)
     axes.axhline(np.sqrt(2), color=style.ORANGE, linewidth=1.2)
@@ -150,7 +150,7 @@ def numbers() -> None:
 
 
 def verdict() -> None:
-    """The sentence for the first page."""
+    """Write the sentence for the first page."""
     plain, averaged = (relative_error(64, 20, averaged=yes) for yes in (False, True))
     period = next((p for p in PERIODS if relative_error(64, p, averaged=True) < 0.5), None)
     first = f"; below one half from T = {period} on" if period else ""

@@ -19,24 +19,26 @@ KINDS: dict[str, dict[str, Any]] = {
     "window means": {"preset": "lbfgs", "beta": None},
     CONTROL: {"preset": "lbfgs", "beta": 0.9},
 }
-"""Plain differences T steps apart, differences of exponential averages (the paper), of plain means over the
-interval (the library), and the paper's with only the average of the gradient started anew after each pair."""
+"""Plain differences T steps apart, differences of exponential averages (the paper), differences of plain
+means over the interval (the library), and the paper's pairs when only the average of the gradient starts anew
+after each pair."""
 
 
 class Watched(NamedTuple):
-    """What an observer has after a path."""
+    """What an observer has seen after a path."""
 
     state: core.State
     pairs: list[tuple[Array, Array]]
-    """All pairs (s, y), undamped, those without usable curvature included."""
+    """All pairs (s, y), undamped, including those without usable curvature."""
 
 
 def watch(
     settings: dict[str, Any], path: Sequence[Array], gradients: Sequence[Array], *, control: bool = False
 ) -> Watched:
-    """Form pairs along a path that somebody else has steered.
+    """Form pairs along a path that was determined by another optimizer.
 
-    With `control` the average of the gradient starts anew after each pair, that of the parameters not.
+    With `control` the average of the gradient starts anew after each pair, but that of the parameters does
+    not.
     """
     config, pairs = core.Config(**settings), []
     state = core.Method(config).init([path[0]])

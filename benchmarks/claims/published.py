@@ -30,7 +30,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 BATCH, TRAINED, NETWORK_SEEDS = 128, 200, 3
 NETWORK_RATES = {"rms": (3e-3, 1e-2), "none": (0.1, 0.3), "unit": (0.1, 0.3)}
-"""By the `step_length`, which says what a rate means."""
+"""Learning rates by `step_length`, which determines what a rate means."""
 NETWORK_ABLATIONS: dict[str, dict[str, Any]] = {
     "the default": {},
     "no metric (power 0)": {"preconditioner": "none"},
@@ -51,11 +51,11 @@ PARTS: dict[str, dict[str, Any]] = {
     "a direction of length 1": {"step_length": RECIPE.step_length},
     "all four: the recipe": {"preset": "paper"},
 }
-"""The values of the recipe, one at a time, in the formulas."""
+"""The formulas with the values of the recipe, one at a time."""
 
 
 def write() -> None:
-    """All tables of the page."""
+    """Write all tables of the page."""
     averages_table()
     scale_table()
     recipe_table()
@@ -73,7 +73,8 @@ def averaged_pairs(
 ) -> list[tuple[Array, Array]]:
     """Pairs of averages ``M <- decay M + weight x``, for the parameters and for the gradient.
 
-    With `restart` the average of the gradient becomes the gradient after each pair, as in the authors' code.
+    With `restart` the average of the gradient is reset to the gradient after each pair, as in the authors'
+    code.
     """
     means, before, pairs = [path[0].copy(), gradients[0].copy()], None, []
     for step in range(1, len(path)):
@@ -90,7 +91,7 @@ def averaged_pairs(
 
 
 def averages_table() -> None:
-    """What is left of ``y = A s``, without noise, when the averages are as in the authors' code."""
+    """How well ``y = A s`` holds without noise when the averages are those of the authors' code."""
     path = np.array(list(descend(CALM, "gradient descent", 0, steps=12 * PERIOD)))
     gradients = CALM.curvature * path
     centre = np.random.default_rng(1).standard_normal(CALM.dim)
@@ -117,9 +118,9 @@ def averages_table() -> None:
 
 
 def scaled_loss(preset: str, scale: float, *, told: bool) -> float:
-    """Last loss over the first without noise, when the loss is multiplied by a scale.
+    """Ratio of the last loss to the first, without noise, when the loss is multiplied by a scale.
 
-    `told`: the steps before the first pair are divided by the scale, so that they can do no harm.
+    With `told` the steps before the first pair are divided by the scale, so that they can do no harm.
     """
     settings: dict[str, Any] = {"update_every": PERIOD} if preset == "formulas" else {}
     config = core.Config(preset=preset, **settings)
@@ -153,7 +154,7 @@ def scale_table() -> None:
 
 
 def ablation_table() -> None:
-    """`fit` with one part taken out at a time, on the noisy quadratics."""
+    """`fit` with one part removed at a time, on the noisy quadratics."""
     methods: dict[str, dict[str, Any] | None] = {
         name: {"preset": "fit", **change} for name, change in ABLATIONS.items()
     }
@@ -177,7 +178,7 @@ def ablation_table() -> None:
 
 
 def _worst_floor(noisy: dict[str, dict[Problem, Runs]], name: str) -> float:
-    """Loss in the last quarter against Newton's, median of the seeds, on the worst of the noisy problems."""
+    """Loss in the last quarter relative to Newton's, median of the seeds, on the worst noisy problem."""
     ratios = (noisy[name][p].floor / noisy["Newton"][p].floor for p in PROBLEMS if p.noise)
     return max(float(np.median(ratio)) for ratio in ratios)
 
@@ -224,7 +225,7 @@ def network_table() -> None:
 
 
 def _trained(change: Mapping[str, Any]) -> tuple[str, str]:
-    """Last loss of the small network, mean of the seeds, at the better of two rates; and that rate."""
+    """Last loss of the small network, mean over the seeds, at the better of two rates, and that rate."""
     means, rates = [], NETWORK_RATES[core.Config(**change).step_length]
     for rate in rates:
         optimizer = partial(MLBFGS, lr=rate, **change)

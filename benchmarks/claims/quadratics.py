@@ -1,8 +1,8 @@
 """The noisy quadratics on which the paper's toy claims are measured, and every method's runs on them.
 
 Curvatures are log-spaced in ``[10 / condition, 10]``, the start is standard normal, the learning rate 0.1 and
-the noise in the gradient independent and normal. Start and noise depend on the seed alone, so that all
-methods meet the same.
+the noise in the gradient independent and normal. Start and noise depend only on the seed, so they are the
+same for all methods.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RATE, STEPS, SEEDS = 0.1, 300, 20
 DIVERGED = 10.0
 """A run has diverged once its loss exceeds this many times its first."""
 LOST = 1e8
-"""From this many times the first loss on a run is not followed any further."""
+"""A run is stopped once its loss exceeds this many times its first."""
 METHODS: dict[str, dict[str, Any] | None] = {
     "Newton": None,
     "gradient descent": None,
@@ -80,28 +80,28 @@ PROBLEMS = (
 
 
 class Runs(NamedTuple):
-    """Losses of a method on a problem, (seeds, steps + 1); infinite where a run was lost."""
+    """Losses of a method on a problem, (seeds, steps + 1); infinite after a run was stopped."""
 
     losses: Array
 
     @property
     def diverged(self) -> int:
-        """How many exceed `DIVERGED` times their first loss."""
+        """How many runs exceed `DIVERGED` times their first loss."""
         return int(np.sum(np.any(~(self.losses <= DIVERGED * self.losses[:, :1]), axis=1)))
 
     def steps_to(self, fraction: float) -> Array:
-        """Of each seed the steps to a fraction of the first loss; infinite if never."""
+        """For each seed, the steps to a fraction of the first loss; infinite if it is never reached."""
         there = self.losses <= fraction * self.losses[:, :1]
         return np.where(there.any(axis=1), there.argmax(axis=1), np.inf)
 
     @property
     def floor(self) -> Array:
-        """Of each seed the mean loss of the last quarter."""
+        """For each seed, the mean loss of the last quarter."""
         return self.losses[:, -(self.losses.shape[1] // 4) :].mean(axis=1)
 
 
 def direction_of(method: str, problem: Problem, start: Array, settings: dict[str, Any] | None) -> Direction:
-    """What maps parameters and gradient to the direction that is subtracted."""
+    """A function from parameters and gradient to the direction that is subtracted."""
     if method == "Newton":
         return lambda x, gradient: gradient / problem.curvature
     if settings is None:
@@ -121,7 +121,7 @@ def direction_of(method: str, problem: Problem, start: Array, settings: dict[str
 def descend(
     problem: Problem, method: str, seed: int, settings: dict[str, Any] | None = None, steps: int = STEPS
 ) -> Iterator[Array]:
-    """The positions of one run, from its start until it is lost."""
+    """The positions of one run, from its start until it ends or is stopped."""
     random = np.random.default_rng(seed)
     x = random.standard_normal(problem.dim)
     noise = problem.noise * random.standard_normal((steps, problem.dim))
@@ -140,7 +140,7 @@ def descend(
 
 
 def runs_of(problem: Problem, method: str, settings: dict[str, Any] | None, steps: int = STEPS) -> Runs:
-    """All seeds of a method on a problem."""
+    """Run all seeds of a method on a problem."""
     losses = np.full((SEEDS, steps + 1), np.inf)
     for seed in range(SEEDS):
         own = [problem.loss(x) for x in descend(problem, method, seed, settings, steps)]
@@ -151,7 +151,7 @@ def runs_of(problem: Problem, method: str, settings: dict[str, Any] | None, step
 def runs(
     methods: Mapping[str, dict[str, Any] | None], problems: Sequence[Problem] = PROBLEMS
 ) -> dict[str, dict[Problem, Runs]]:
-    """All seeds of every method on every problem, shared out over the cores."""
+    """Run all seeds of every method on every problem, distributed over the cores."""
     jobs = [(problem, method, settings) for method, settings in methods.items() for problem in problems]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         results = iter(pool.map(runs_of, *zip(*jobs, strict=True)))

@@ -1,4 +1,4 @@
-"""How the figures and tables of the claims look, and where they go."""
+"""How the figures and tables of the claims look, and where they are written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 DOCS = Path(__file__).parents[2] / "docs"
-# After Okabe and Ito, which the colour-blind can tell apart; the purple is darker.
+# Okabe and Ito's colours, which the colour-blind can tell apart, with a darker purple.
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#B4629A", "#56B4E9"
 BLACK, GREY = "#222222", "#8A8A8A"
 
@@ -62,13 +62,13 @@ def setup() -> None:
 
 
 def mark(axes: Axes, x: float, y: float, words: str, colour: str, **keywords: Any) -> None:
-    """A label in the colour of what it names, on a white halo."""
+    """Draw a label in the colour of what it names, with a white halo."""
     halo = withStroke(linewidth=2.5, foreground="white")
     axes.text(x, y, words, **{"color": colour, "fontsize": 9, "path_effects": [halo], **keywords})
 
 
 def label_ends(axes: Axes, x: float, labels: Iterable[tuple[str, float, str]], gap: float) -> None:
-    """Names at the ends of lines, at least `gap` of the axis apart; the limits must be final."""
+    """Write names at the ends of lines, at least `gap` of the axis apart; the limits must be final."""
     to_axes = axes.transScale + axes.transLimits
     last = -np.inf
     for name, value, colour in sorted(labels, key=lambda label: label[1]):
@@ -93,7 +93,7 @@ def table(name: str, heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> N
 
 
 def text(name: str, words: str) -> None:
-    """Write a fragment that a page includes."""
+    """Write a fragment of text that a page includes."""
     path = DOCS / "_generated" / f"claims_{name}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(words + "\n", encoding="utf-8")

@@ -28,17 +28,17 @@ TITLES = {
     "L-BFGS, T = 10": "L-BFGS, a pair every 10 steps",
     "published": "published formulas, T = 10",
 }
-"""Of the pictures."""
+"""Titles of the pictures."""
 PLANE, HALF_WIDTH, HALF_HEIGHT = Problem(2, 10, 0.2), 3.2, 1.9
 CALM = tuple(dict.fromkeys(problem._replace(noise=0.0) for problem in PROBLEMS if problem.dim <= 200))
-"""The same without noise, but for the largest, which adds no other spectrum."""
+"""The problems without noise, except the largest, which has no spectrum of its own."""
 FRACTIONS = (1e-2, 1e-3)
 SHOWN = ("gradient descent", "L-BFGS", "published", "Newton", "mL-BFGS")
 """Methods in the figure of the losses, the most important drawn last."""
 
 
 def write() -> None:
-    """All figures and tables of the page."""
+    """Write all figures and tables of the page."""
     noisy = runs(METHODS)
     calm = runs(
         {name: METHODS[name] for name in ("Newton", "gradient descent", "published", "recipe", "mL-BFGS")},
@@ -53,7 +53,7 @@ def write() -> None:
 
 
 def telling_seed() -> int:
-    """The first seed on which L-BFGS diverges with both periods, or failing that with one."""
+    """The first seed on which L-BFGS diverges with both periods, or, if there is none, with one of them."""
     gone = np.zeros(SEEDS)
     for method in ("L-BFGS", "L-BFGS, T = 10"):
         for seed in range(SEEDS):
@@ -84,7 +84,7 @@ def paths(noisy: dict[str, dict[Problem, Runs]]) -> Figure:
 
 
 def _path(axes: Axes, path: Array, colour: str) -> None:
-    """Contours and a path, whose way out of the picture is told."""
+    """Draw contours and a path, and say how the path leaves the picture."""
     x, y = np.meshgrid(np.linspace(-HALF_WIDTH, HALF_WIDTH, 161), np.linspace(-HALF_HEIGHT, HALF_HEIGHT, 121))
     values = 0.5 * (PLANE.curvature[0] * x**2 + PLANE.curvature[1] * y**2)
     levels = np.geomspace(0.1, 20, 9)
@@ -109,7 +109,7 @@ def _path(axes: Axes, path: Array, colour: str) -> None:
 
 
 def curves(noisy: dict[str, dict[Problem, Runs]]) -> Figure:
-    """Median losses of the methods, a panel for each problem."""
+    """Draw median losses of the methods, with a panel for each problem."""
     figure, grid = plt.subplots(2, 4, figsize=(11, 5.4), sharex=True, sharey=True, layout="constrained")
     for axes, problem in zip(grid.flat, PROBLEMS, strict=True):
         for method in SHOWN:
@@ -135,7 +135,7 @@ def curves(noisy: dict[str, dict[Problem, Runs]]) -> Figure:
 
 
 def _legend(axes: Axes) -> None:
-    """Names in the colours of the lines, in the free corner of one panel."""
+    """Write names in the colours of the lines, in the free corner of one panel."""
     for number, method in enumerate(reversed(SHOWN)):
         name = TITLES[method].removesuffix(", a pair every step")
         style.mark(
@@ -151,7 +151,7 @@ def _legend(axes: Axes) -> None:
 
 
 def stability(noisy: dict[str, dict[Problem, Runs]]) -> None:
-    """How many runs diverge."""
+    """Write the table of how many runs diverge."""
     order = ("L-BFGS", "L-BFGS, T = 10", "published", "recipe", "mL-BFGS", "gradient descent", "Newton")
     rows = [
         (
@@ -176,7 +176,7 @@ def stability(noisy: dict[str, dict[Problem, Runs]]) -> None:
 
 
 def speed(calm: dict[str, dict[Problem, Runs]]) -> None:
-    """Steps to a hundredth and to a millionth of the first loss without noise."""
+    """Write the tables of the steps to a hundredth and to a thousandth of the first loss without noise."""
     order = ("Newton", "mL-BFGS", "published", "recipe", "gradient descent")
     for fraction, name in zip(FRACTIONS, ("toy_newton", "toy_newton_far"), strict=True):
         rows = [
@@ -219,7 +219,7 @@ def floor_ratio(noisy: dict[str, dict[Problem, Runs]], method: str, problem: Pro
 
 
 def floors(noisy: dict[str, dict[Problem, Runs]]) -> None:
-    """The loss that noise leaves, against Newton's."""
+    """Write the table of the loss that noise leaves, relative to Newton's."""
     order = ("mL-BFGS", "gradient descent", "L-BFGS", "L-BFGS, T = 10", "published", "recipe")
     rows = []
     for problem in PROBLEMS:
@@ -242,7 +242,7 @@ def floors(noisy: dict[str, dict[Problem, Runs]]) -> None:
 
 
 def verdict(noisy: dict[str, dict[Problem, Runs]], calm: dict[str, dict[Problem, Runs]]) -> None:
-    """The sentence for the first page."""
+    """Write the sentence for the first page."""
     total = {method: sum(run.diverged for run in own.values()) for method, own in noisy.items()}
     near, far = ([ratio(calm, problem, fraction) for problem in CALM] for fraction in FRACTIONS)
     words = (

@@ -1,7 +1,7 @@
 """Tune and train each contestant on every task, time the steps, write tables and pictures of docs/results.md.
 
-With no command all five: ``run``, ``variants`` of our default, ``recipe`` (the published one and what it is
-held against, with a table), ``time``, ``report``. Runs that are there already are not made again.
+Without a command it does all five: ``run``, ``variants`` of our default, ``recipe`` (the published one and
+what it is compared with, and a table), ``time``, ``report``. Existing runs are not repeated.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def arguments() -> argparse.Namespace:
 
 
 def plan(parsed: argparse.Namespace) -> Plan:
-    """What the command line asks for, in the order in which the tasks and contestants are listed."""
+    """The plan that the command line asks for, in the order in which tasks and contestants are listed."""
     base = SHORT if parsed.short else Plan()
     return Plan(
         tasks=_chosen(parsed.tasks, base.tasks, TASKS),

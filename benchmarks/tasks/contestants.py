@@ -1,7 +1,7 @@
 """The optimizers that are compared: how each is constructed, and where its search begins.
 
-None decays weights, since training is compared. Settings other than the learning rate are those that each
-documents, but where a note says otherwise.
+None of them decays weights, since training is compared. Settings other than the learning rate are those that
+each one documents, except where a note says otherwise.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ class Contestant:
     Attributes
     ----------
     name, title : str
-        For files and for people.
+        Names for files and for people.
     build : callable
-        From a model, a learning rate and the settings to optimizers that step together.
+        Makes, from a model, a learning rate and the settings, the optimizers that step together.
     centre : int
         Exponent of the grid (`rate`) at which the search begins.
     documented : float
-        Learning rate that its own documentation gives.
+        Learning rate that its documentation gives.
     note : str
-        What it is.
+        A description.
     source : str
-        Where its code and documentation are.
+        Address of its code and documentation.
     settings : dict
         Keyword arguments of `build`.
     needs_closure : bool
-        Whether it evaluates the loss itself, perhaps many times in a step.
+        Whether it evaluates the loss itself, possibly many times in a step.
     ours : bool
         Whether its runs depend on the code of this repository.
     variant : bool
-        Whether it is our default with something changed, and not one of those that are compared.
+        Whether it is our default with something changed, and not one of the optimizers that are compared.
     """
 
     name: str
@@ -85,7 +85,7 @@ def _ours(model: nn.Module, lr: float, **settings: Any) -> list[Optimizer]:
 
 
 def _muon(model: nn.Module, lr: float, **settings: Any) -> list[Optimizer]:
-    """Muon for the matrices of hidden layers, convolutions as matrices; AdamW for all else."""
+    """Muon for the matrices of hidden layers, with convolutions as matrices; AdamW for everything else."""
     matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][:-1]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     optimizers: list[Optimizer] = [torch.optim.AdamW(others, lr=lr, weight_decay=0.0)]
@@ -96,7 +96,7 @@ def _muon(model: nn.Module, lr: float, **settings: Any) -> list[Optimizer]:
 
 
 def _flat(weight: Tensor) -> Tensor:
-    """The same memory as a matrix, which receives the gradient too."""
+    """A view of the same memory as a matrix, which also receives the gradient."""
     matrix = weight.detach().flatten(1)
 
     def share(source: Tensor) -> None:
@@ -107,7 +107,7 @@ def _flat(weight: Tensor) -> Tensor:
 
 
 def _modules(*modules: Callable[[], Any]) -> Build:
-    """Modules of torchzero, one after the other, and the learning rate."""
+    """A chain of torchzero modules, and the learning rate."""
     return lambda model, lr: [
         torchzero.Optimizer(model.parameters(), *(make() for make in modules), torchzero.m.LR(lr))
     ]

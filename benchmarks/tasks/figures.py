@@ -34,7 +34,8 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 def draw(results: Results, ratio: Ratio) -> dict[str, Figure]:
-    """Training loss by step and by time, final losses by the time of a run and in parts of AdamW's."""
+    """Draw training loss by step and by time, and final losses by the time of a run and relative to
+    AdamW's."""
     style.setup()
     times = {task: timing.load(results.folder, task) for task in results.plan.tasks}
 
@@ -123,7 +124,7 @@ def _legend(figure: Figure, contestants: Collection[str]) -> None:
 
 
 def _dots(results: Results, ratio: Ratio) -> Figure:
-    """Final training loss in parts of the better AdamW's, one row for each task."""
+    """Final training loss relative to the better AdamW's, one row for each task."""
     tasks = results.plan.tasks[::-1]
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.32 * len(tasks)), layout="constrained")
     axes.axvline(1, color=style.BLACK, linewidth=0.8)

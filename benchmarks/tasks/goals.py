@@ -1,4 +1,4 @@
-"""Our default settings against AdamW, counted against the goals."""
+"""Our default settings compared with AdamW, and the goals that this comparison meets."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class Reach:
     ----------
     task : str
     ratio : float
-        Our final training loss in parts of AdamW's, each the mean of the seeds.
+        Our final training loss relative to AdamW's, each the mean over the seeds.
     spread : tuple of float
-        The least and the largest of such ratios of one seed.
+        The smallest and the largest of these ratios for a single seed.
     steps : float
-        Steps until AdamW's final training loss, in parts of AdamW's whole run; infinite where it is not
+        Steps until AdamW's final training loss, as a fraction of AdamW's whole run; infinite if it is not
         reached.
     planned : float
-        Steps of the shortest run, with the learning rate at zero at its end, that comes as low; infinite
-        where none does, NaN where the shorter runs were not made.
+        Steps of the shortest run, with the learning rate at zero at its end, that reaches this loss; infinite
+        if none does, NaN if the shorter runs were not made.
     cost : float
-        Seconds of our step in parts of AdamW's; NaN where they were not timed.
+        Seconds of our step relative to AdamW's; NaN if they were not timed.
     """
 
     task: str
@@ -60,7 +60,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal, what was counted for it, and whether that is enough."""
+    """A goal, the count for it, and whether that count is enough."""
 
     words: str
     count: str
@@ -68,7 +68,7 @@ class Goal:
 
 
 def title(task: str) -> str:
-    """The task's title, marked where it was held out."""
+    """The task's title, marked if it was held out."""
     return TASKS[task].title + (" †" if TASKS[task].held_out else "")
 
 
@@ -83,7 +83,7 @@ def mean_test(records: Sequence[Record]) -> float:
 
 
 def mean_curve(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and the mean training loss of the runs there, as far as all of them came."""
+    """Steps, and the mean training loss of the runs there, as far as all of them got."""
     length = min(len(record.steps) for record in records)
     steps = np.mean([record.steps[:length] for record in records], axis=0)
     return steps, np.mean([record.train[:length] for record in records], axis=0)
@@ -103,14 +103,14 @@ def first_at(steps: np.ndarray, losses: np.ndarray, level: float) -> float:
 
 
 def budgets(results: Results, task: str, contestant: str) -> tuple[np.ndarray, np.ndarray]:
-    """Parts of the task's steps, and the mean final training loss of the runs that were planned for them."""
+    """Fractions of the task's steps, and the mean final training loss of the runs planned for them."""
     best, percents = results.best(task, contestant), [*results.plan.percents, 100]
     runs = [[] if best is None else results.seeds(task, contestant, best, percent) for percent in percents]
     return np.array(percents) / 100, np.array([mean_final(records) for records in runs])
 
 
 def planned(results: Results, task: str, contestant: str, level: float) -> float:
-    """The part of the steps from which on all planned runs end at or below a level."""
+    """The fraction of the steps from which on all planned runs end at or below a level."""
     parts, losses = budgets(results, task, contestant)
     if len(parts) == 1 or np.isnan(losses).any():
         return math.nan
@@ -150,7 +150,7 @@ def reaches(results: Results) -> list[Reach]:
 
 
 def goals(found: Iterable[Reach]) -> list[Goal]:
-    """The goals, which are about the base tasks, counted; those for steps and time in the whole run."""
+    """The counts for the goals, which are about the base tasks; steps and time are those in the whole run."""
     base = [entry for entry in found if TASKS[entry.task].base is None]
     many = f"of {len(base)}"
     costs = np.array([entry.cost for entry in base])

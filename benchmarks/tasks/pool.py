@@ -37,7 +37,7 @@ Wanted = Callable[[], list[Key]]
 
 
 def make(results: Results, workers: int | None = None) -> bool:
-    """Make all runs that are missing; those with a file are not made again.
+    """Make all missing runs; those with a file are not repeated.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def make(results: Results, workers: int | None = None) -> bool:
     Returns
     -------
     bool
-        False where it was interrupted: the runs under way are finished then, and the next call goes on.
+        False if it was interrupted: running ones are then finished, and the next call continues.
     """
     workers = workers or os.cpu_count() or 1
     plan = results.plan
@@ -69,7 +69,7 @@ def make(results: Results, workers: int | None = None) -> bool:
 
 
 class Stage:
-    """Chains of runs: what a chain wants next depends on the runs that it has had."""
+    """Chains of runs: which run a chain needs next depends on the runs that it has made."""
 
     def __init__(self, title: str, chains: list[Wanted], results: Results) -> None:
         self.title, self.chains, self.results = title, chains, results
@@ -81,13 +81,13 @@ class Stage:
             self.ask(chain)
 
     def ask(self, chain: int) -> None:
-        """Queue what a chain wants next."""
+        """Queue the runs that a chain needs next."""
         keys = self.chains[chain]()
         self.open[chain] = len(keys)
         self.queue += [(chain, key) for key in keys]
 
     def pop(self) -> tuple[int, Key]:
-        """The longest run of the queue, as far as it is known how long a task takes."""
+        """The longest run of the queue, as far as the times of tasks are known."""
         entry = max(self.queue, key=lambda entry: self.expected(entry[1]))
         self.queue.remove(entry)
         return entry
@@ -98,7 +98,7 @@ class Stage:
         return key.percent / 100 * sum(times) / len(times) if times else math.inf
 
     def finished(self, chain: int, key: Key, seconds: float) -> None:
-        """Note a run that is over; its chain goes on when it was the last that it wanted."""
+        """Note that a run is over; its chain goes on if it was waiting only for this one."""
         self.made += 1
         self.seconds.setdefault(key.task, []).append(seconds * 100 / key.percent)
         self.open[chain] -= 1
@@ -106,14 +106,14 @@ class Stage:
             self.ask(chain)
 
     def total(self) -> int:
-        """Runs that this stage makes, with a guess at what is not known yet: the seeds of each chain."""
+        """Number of runs that this stage makes; the seeds of each chain, not known yet, are a guess."""
         later = (
             sum(self.results.plan.seeds - 1 for left in self.open if left) if self.title == "tuning" else 0
         )
         return self.made + sum(self.open) + later
 
     def make(self, workers: int) -> bool:
-        """Make the runs; False where it was interrupted."""
+        """Make the runs; False if it was interrupted."""
         if not self.queue:
             return True
         running: dict[Future[float], tuple[int, Key, TaskID]] = {}
@@ -157,7 +157,7 @@ def processes(workers: int) -> Executor:
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # those of other libraries
+    warnings.simplefilter("ignore")  # warnings of other libraries
 
 
 def _progress() -> Progress:

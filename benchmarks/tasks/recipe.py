@@ -1,7 +1,7 @@
 """The published recipe against SGD and AdamW: the table of docs/claims/networks.md.
 
-It takes the runs of the whole comparison, or makes those that it needs, so that the recipe's figures can be
-made anew without all others.
+It uses the runs of the whole comparison, or makes those that it needs, so that the recipe's figures can be
+renewed without all the others.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SGD, RECIPE, FORMULAS = "sgd", "mlbfgs_paper", "mlbfgs_formulas"
 
 
 def part(results: Results) -> Results:
-    """The runs that the table takes."""
+    """The runs that the table uses."""
     names = (*ADAMW, SGD, RECIPE, FORMULAS)
     return Results(replace(results.plan, contestants=names, one_setting=False, percents=()), results.folder)
 
 
 def text(results: Results) -> str:
-    """The table of `part`, without tasks that have not all their runs, and how often the recipe is ahead."""
+    """The table of `part`, without tasks whose runs are incomplete, and how often the recipe is ahead."""
     rows = [
         [
             "task",
@@ -80,7 +80,7 @@ def _against_sgd(results: Results, task: str) -> float:
 
 
 def _steps(results: Results, task: str) -> float:
-    """Steps of the recipe to SGD's final loss, in parts of the run; infinite where it is not reached."""
+    """Steps of the recipe to SGD's final loss, as a fraction of the run; infinite if it is not reached."""
     steps, losses = mean_curve(results.tuned(task, RECIPE))
     return first_at(steps, np.asarray(losses), mean_final(results.tuned(task, SGD))) / float(steps[-1])
 

@@ -24,14 +24,14 @@ NONE = "\N{EN DASH}"
 
 
 def number(value: float) -> str:
-    """Three digits; a dash for what is not finite, nothing for what is not known."""
+    """A number with three digits; a dash if it is not finite, nothing if it is not known."""
     if math.isnan(value):
         return ""
     return f"{value:.3g}" if math.isfinite(value) else NONE
 
 
 def percent(value: float) -> str:
-    """A part in percent; "never" for an infinite one, nothing for what is not known."""
+    """A fraction in percent; "never" if it is infinite, nothing if it is not known."""
     if math.isnan(value):
         return ""
     return f"{100 * value:.0f}%" if math.isfinite(value) else "never"
@@ -44,7 +44,7 @@ def table(
     bold: bool = True,
     form: Callable[[float], str] = number,
 ) -> list[list[str]]:
-    """Rows of tasks and columns of contestants, the least of each row in bold."""
+    """A table with a row for each task and a column for each contestant, the lowest of each row in bold."""
     rows = [["task", *(CONTESTANTS[name].title for name in results.plan.contestants)]]
     for task in results.plan.tasks:
         values = [value(task, name) for name in results.plan.contestants]
@@ -62,7 +62,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def final(results: Results, task: str, contestant: str) -> float:
-    """Final training loss at the tuned learning rate; infinite where every rate diverged."""
+    """Final training loss at the tuned learning rate; infinite if every rate diverged."""
     losses = results.losses(task, contestant)
     if losses and all(map(math.isinf, losses.values())):
         return math.inf
@@ -70,7 +70,7 @@ def final(results: Results, task: str, contestant: str) -> float:
 
 
 def ratio(results: Results, task: str, contestant: str) -> float:
-    """Final training loss in parts of the better AdamW's."""
+    """Final training loss relative to the better AdamW's."""
     adamw = better_adamw(results, task)
     return math.nan if adamw is None else final(results, task, contestant) / final(results, task, adamw)
 
@@ -119,7 +119,7 @@ def _rates(results: Results, task: str, contestant: str) -> str:
 
 
 def cost_text(results: Results) -> str:
-    """Tables of milliseconds, of the time in parts of AdamW's, and of memory."""
+    """Tables of milliseconds, of the time relative to AdamW's, and of memory."""
     times = {task: timing.load(results.folder, task) for task in results.plan.tasks}
 
     def timed(task: str, name: str, part: str) -> float:
@@ -164,7 +164,7 @@ def one_text(results: Results) -> str:
 
 
 def _one(results: Results, chosen: dict[str, int | None]) -> list[list[str]]:
-    """Final training loss with one exponent each, in parts of the better tuned AdamW's."""
+    """Final training loss with one exponent each, relative to the better tuned AdamW's."""
 
     def value(task: str, name: str) -> float:
         exponent, adamw = chosen[name], better_adamw(results, task)
@@ -210,7 +210,7 @@ def variants(results: Results) -> list[Results]:
 
 
 def variants_text(results: Results) -> str:
-    """Tables of the default's variants: final training losses in parts of the default's."""
+    """Tables of the default's variants: final training losses relative to the default's."""
     return "\n\n".join(markdown(_variants(part)) for part in variants(results))
 
 
@@ -224,7 +224,7 @@ def _variants(results: Results) -> list[list[str]]:
 
 
 def contestants_text(results: Results) -> str:
-    """Table of what the contestants are."""
+    """Table that describes the contestants."""
     rows = [["name", "what it is"]]
     for name in results.plan.contestants:
         entry = CONTESTANTS[name]
@@ -233,7 +233,7 @@ def contestants_text(results: Results) -> str:
 
 
 def write(results: Results) -> None:
-    """Write the tables and pictures of docs/results.md, without contestants that have not run."""
+    """Write the tables and pictures of docs/results.md, leaving out contestants that have not run."""
     ran = tuple(name for name in results.plan.contestants if _has_run(results, name))
     results = Results(replace(results.plan, contestants=ran), results.folder)
     note = f"\n\n{_note(results)} {NONE}: diverged, at every learning rate or at one of the seeds."

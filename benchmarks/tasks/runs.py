@@ -1,4 +1,4 @@
-"""One run of a contestant on a task, and the file that it leaves."""
+"""One run of a contestant on a task, and the file that it writes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ RESULTS = Path(__file__).parents[2] / "results" / "tasks"
 
 
 class Key(NamedTuple):
-    """What makes a run: names of task and contestant, exponent of the learning rate on the grid, seed, and
-    for how many percent of the task's steps it is planned."""
+    """What identifies a run: names of task and contestant, exponent of the learning rate on the grid, seed,
+    and for what percentage of the task's steps it is planned."""
 
     task: str
     contestant: str
@@ -42,9 +42,10 @@ class Key(NamedTuple):
 
 
 def identity(task: str, contestant: str) -> dict[str, str]:
-    """What a run depends on; a run whose file says otherwise is made again.
+    """What a run depends on; a run whose file says otherwise is repeated.
 
-    Ours depend on this repository's algorithm, all on the tasks and on the contestant's settings.
+    All runs depend on the tasks and on the contestant's settings, and ours also on this repository's
+    algorithm.
     """
     entry = CONTESTANTS[contestant]
     result = {
@@ -72,7 +73,7 @@ def run(key: Key, results: Path) -> Path:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file under another name first, so that it is there as a whole or not at all."""
+    """Write a file under another name first, so that it exists completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
@@ -94,7 +95,7 @@ def _plain(value: Any) -> Any:
 
 
 def load(key: Key, results: Path) -> Record | None:
-    """The run's record, or None where there is none for the tasks and the code of today."""
+    """The run's record, or None if there is none for the current tasks and code."""
     try:
         content = json.loads(key.path(results).read_text("utf-8"))
     except FileNotFoundError:
@@ -114,7 +115,7 @@ def _hash(paths: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-# Taken when this module is imported, as the code that runs is.
+# Computed when this module is imported, like the code that runs.
 _TASKS = _hash(Path(__file__).with_name(f"{name}.py") for name in ("data", "fields", "networks", "problems"))
 _CODE = _hash(
     path for module in (mlbfgs_core, mlbfgs_torch) for path in Path(module.__file__).parent.rglob("*.py")

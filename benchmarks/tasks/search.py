@@ -1,4 +1,4 @@
-"""Which runs are to be made: the learning rates of each contestant, tuned and one for all tasks."""
+"""Which runs to make: the learning rates of each contestant, tuned for each task or one for all tasks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ OURS, ADAMW = "mlbfgs", ("adamw", "adamw_99")
 
 
 def next_exponents(centre: int, losses: Mapping[int, float], least: int = 5, most: int = 9) -> list[int]:
-    """Exponents to try next; none where the search is over.
+    """Exponents to try next; none if the search is over.
 
     Parameters
     ----------
     centre : int
         Exponent at which the search begins.
     losses : mapping of int to float
-        Final training loss at each exponent that was tried, infinite where the run diverged.
+        Final training loss at each exponent that was tried, infinite if the run diverged.
     least, most : int
-        How many are tried if the best lies between others, and at the most.
+        How many are tried if the best one lies between others, and at most.
 
     Returns
     -------
@@ -38,7 +38,7 @@ def next_exponents(centre: int, losses: Mapping[int, float], least: int = 5, mos
     Notes
     -----
     The centre and its two neighbours come first. Then one is added at a time, at the end of the range that is
-    nearer to the best; where the best is in the middle, at the better end. Where all diverged, below.
+    nearer to the best, or at the better end if the best is in the middle. If all diverged, it is added below.
 
     Examples
     --------
@@ -74,20 +74,20 @@ def interior(losses: Mapping[int, float]) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """The part of the comparison that is to be made.
+    """The part of the comparison to make.
 
     Attributes
     ----------
     tasks, contestants : tuple of str
-        Names; by default all but variants.
+        Names; by default all except variants.
     seeds : int
         Seeds of each final figure.
     least, most : int
-        Learning rates that are tried; see `next_exponents`.
+        Numbers of learning rates that are tried; see `next_exponents`.
     one_setting : bool
-        Whether one learning rate for all tasks is looked for as well.
+        Whether to look for one learning rate for all tasks as well.
     percents : tuple of int
-        Parts of the steps for which shorter runs of some contestants are planned, rising.
+        Percentages of the steps for which shorter runs of some contestants are planned, in rising order.
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -105,13 +105,13 @@ class Plan:
 
     @cached_property
     def shortened(self) -> tuple[str, ...]:
-        """The contestants that make shorter runs too."""
+        """The contestants that also make shorter runs."""
         return tuple(name for name in self.contestants if name in (OURS, *ADAMW) and self.percents)
 
 
 @dataclass
 class Results:
-    """The runs in a folder, and what they call for."""
+    """The runs in a folder, and those that are needed next."""
 
     plan: Plan = field(default_factory=Plan)
     folder: Path = RESULTS
@@ -141,19 +141,19 @@ class Results:
         return losses
 
     def best(self, task: str, contestant: str) -> int | None:
-        """The exponent with the least loss; None where the search is not over or every run diverged."""
+        """The exponent with the lowest loss; None if the search is not over or every run diverged."""
         losses = self.losses(task, contestant)
         if self._unsearched(task, contestant, losses) or all(map(math.isinf, losses.values())):
             return None
         return min(losses, key=losses.__getitem__)
 
     def tuned(self, task: str, contestant: str) -> list[Record]:
-        """The runs of all seeds at the best exponent; none where there are not all of them."""
+        """The runs of all seeds at the best exponent; none if some are missing."""
         best = self.best(task, contestant)
         return [] if best is None else self.seeds(task, contestant, best)
 
     def seeds(self, task: str, contestant: str, exponent: int, percent: int = 100) -> list[Record]:
-        """The runs of all seeds at an exponent; none where there are not all of them."""
+        """The runs of all seeds at an exponent; none if some are missing."""
         keys = (Key(task, contestant, exponent, seed, percent) for seed in range(self.plan.seeds))
         records = [self.record(key) for key in keys]
         return [record for record in records if record is not None] if None not in records else []
@@ -164,7 +164,7 @@ class Results:
         return [exponent for exponent in wanted if exponent not in losses]
 
     def tuning(self, task: str, contestant: str) -> list[Key]:
-        """Runs that the tuning of a contestant on a task wants next."""
+        """Runs that the tuning of a contestant on a task needs next."""
         losses = self.losses(task, contestant)
         if wanted := self._unsearched(task, contestant, losses):
             return self._missing([task], contestant, wanted, [0])
@@ -177,14 +177,14 @@ class Results:
         return [] if best is None else self._missing([task], contestant, [best], seeds, self.plan.percents)
 
     def documented(self, contestant: str) -> int:
-        """Exponent of the grid next to the documented learning rate."""
+        """Exponent of the grid nearest to the documented learning rate."""
         return round(2 * math.log10(CONTESTANTS[contestant].documented))
 
     def shared_ratios(self, contestant: str) -> dict[int, float]:
         """How much worse than its own best each exponent is, as a geometric mean over the seen tasks.
 
-        The exponents are those between the lowest and the highest that is best on one of them; infinite where
-        a run diverged, missing where one is not made yet.
+        The exponents are those between the lowest and the highest that is best on one of the tasks. A value
+        is infinite if a run diverged, and missing if one has not been made yet.
         """
         bests = {task: self.best(task, contestant) for task in self.plan.seen}
         known = {task: best for task, best in bests.items() if best is not None}
@@ -220,7 +220,7 @@ class Results:
         return self._missing(self.plan.seen, contestant, exponents, [0])
 
     def one_setting(self, contestant: str) -> list[Key]:
-        """Runs that the comparison with one learning rate for all tasks wants next."""
+        """Runs that the comparison with one learning rate for all tasks needs next."""
         tasks, seeds = self.plan.tasks, range(self.plan.seeds)
         documented = self._missing(tasks, contestant, [self.documented(contestant)], seeds)
         if missing := self.sharing(contestant):

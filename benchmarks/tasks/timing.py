@@ -24,12 +24,13 @@ from .training import Trainer
 __all__ = ["compare", "load", "measure"]
 
 VISIT, VISITS, SAMPLES, LIMIT = 5, 10, 3, 3.0
-"""Gradients of a turn; turns of a sample, if there is time for so many: enough for what is done only every
-tenth or fiftieth step; samples at the least; seconds for each contestant on a task."""
+"""Gradients in a turn; turns in a sample, if there is time for this many, which is enough to include what
+happens only at every tenth or fiftieth step; smallest number of samples; seconds for each contestant on a
+task."""
 
 
 def measure(results: Results) -> None:
-    """Time all contestants on each task, and write a file for each; tasks with a valid file are left out."""
+    """Time all contestants on each task, and write a file for each; tasks with a valid file are skipped."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     missing = [task for task in results.plan.tasks if not _complete(task, results)]
@@ -44,7 +45,7 @@ def measure(results: Results) -> None:
 
 
 def compare(task: str, rates: dict[str, float], limit: float = LIMIT) -> dict[str, dict[str, float]]:
-    """Median seconds per gradient, in all and within the optimizer, over samples of up to 50 gradients.
+    """Median seconds per gradient, in total and within the optimizer, over samples of up to 50 gradients.
 
     Parameters
     ----------
@@ -52,7 +53,7 @@ def compare(task: str, rates: dict[str, float], limit: float = LIMIT) -> dict[st
     rates : dict
         Learning rate of each contestant.
     limit : float
-        Seconds for each contestant; where they are short, samples are.
+        Seconds for each contestant; if they are few, samples are short.
     """
     trainers = {
         name: Trainer(TASKS[task].make(0), CONTESTANTS[name], lr, 10**6) for name, lr in rates.items()
@@ -115,7 +116,7 @@ def _complete(task: str, results: Results) -> bool:
 
 
 def load(folder: Path, task: str) -> dict[str, dict[str, float]]:
-    """Times of the contestants, those left out whose code or settings have changed since."""
+    """Times of the contestants, except those whose code or settings have changed since."""
     try:
         content = json.loads(_path(folder, task).read_text("utf-8"))
     except FileNotFoundError:

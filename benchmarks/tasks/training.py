@@ -1,4 +1,4 @@
-"""Training of one contestant: steps counted in gradients, clocks that stand still during evaluations."""
+"""Training of one contestant: steps are counted in gradients, and clocks stop during evaluations."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ EVALUATIONS = 20
 
 @dataclass
 class Record:
-    """What is kept of a run; lists have an entry for each evaluation.
+    """The record of a run; lists have an entry for each evaluation.
 
     Attributes
     ----------
     steps : list of int
         Gradients taken so far.
     train, test : list of float
-        Losses; null in the file where they are not finite.
+        Losses; null in the file if they are not finite.
     seconds, cpu_seconds, optimizer_seconds : list of float
-        Time so far, without evaluations: of the clock, of the processor, and of the clock within the
+        Time so far, without evaluations: wall-clock time, CPU time, and wall-clock time within the
         optimizer's own code.
     calls : int
-        Calls of `step`, of which closure methods make fewer than they take gradients.
+        Calls of `step`; methods with a closure take several gradients in each.
     parameters, state_bytes : int
         Numbers that were trained, and memory that the optimizer held after the run.
     stopped : str or None
@@ -60,17 +60,17 @@ class Record:
 
     @property
     def final(self) -> float:
-        """Training loss at the end; infinite where the run diverged."""
+        """Training loss at the end; infinite if the run diverged."""
         return math.inf if self.diverged else self.train[-1]
 
     @property
     def final_test(self) -> float:
-        """Test loss at the end; infinite where the run diverged."""
+        """Test loss at the end; infinite if the run diverged."""
         return math.inf if self.diverged else self.test[-1]
 
 
 class _Clock:
-    """Seconds spent so far: clock, processor, optimizer."""
+    """Seconds spent so far: wall-clock, CPU, optimizer."""
 
     def __init__(self) -> None:
         self.total = self.cpu = self.optimizer = 0.0
@@ -127,7 +127,7 @@ class Trainer:
         return loss
 
     def _search(self) -> None:
-        """A step in which the optimizer asks for the loss of one mini-batch as often as it likes."""
+        """A step in which the optimizer may evaluate the loss of one mini-batch as often as it likes."""
         within = 0.0
 
         def closure(backward: bool = True) -> Tensor:
@@ -163,7 +163,7 @@ def train(problem: Problem, contestant: Contestant, lr: float, steps: int) -> Re
         spent = trainer.spent
         try:
             trainer.step()
-        except (RuntimeError, ValueError) as error:  # what is raised where factors of a matrix are not finite
+        except (RuntimeError, ValueError) as error:  # raised if factors of a matrix are not finite
             record.stopped = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         else:
             if trainer.spent == spent:
@@ -186,7 +186,7 @@ def _evaluate(record: Record, trainer: Trainer) -> None:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Memory of all tensors that the optimizer holds, parameters and gradients left out.
+    """Memory of all tensors that the optimizer holds, except parameters and gradients.
 
     Notes
     -----

@@ -1,4 +1,4 @@
-"""Formulas as MathML, made while the site is built, so that pages need no script and no network."""
+"""Formulas as MathML, generated while the site is built, so that pages need no script and no network."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from mlbfgs_torch import MLBFGS
 
 RATES = {"mlbfgs": None, "sgd": 0.1, "adamw": 1e-3}
-"""None: that of the preset."""
+"""None means the preset's default."""
 
 
 class Job(NamedTuple):
@@ -142,7 +142,7 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, warmup: int, total: int) -
 
 
 def summed(device: torch.device, *values: Tensor | float) -> list[float]:
-    """Each value's sum over all ranks, in one reduction."""
+    """The sum of each value over all ranks, in one reduction."""
     total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
     dist.all_reduce(total)
     return total.tolist()
@@ -157,9 +157,9 @@ def average_buffers(model: nn.Module) -> None:
 
 
 class TrainingState(Stateful):
-    """All that a run needs to go on, as `torch.distributed.checkpoint` takes it.
+    """Everything that a run needs to go on, in the form that `torch.distributed.checkpoint` takes.
 
-    The step tells where in the data the run stands, because the order of the data depends only on `plan`:
+    The step says how far the run is in the data, because the order of the data depends only on `plan`:
     settings that must be the same when a run is resumed.
     """
 
@@ -206,7 +206,7 @@ class Checkpoints:
         self.pointer = folder / "latest"
 
     def load(self, state: TrainingState, *, resume: bool) -> bool:
-        """Load the newest checkpoint on any number of ranks; whether there was one."""
+        """Load the newest checkpoint on any number of ranks, and return whether there was one."""
         name = self._latest()
         if name is None:
             return False
@@ -217,7 +217,7 @@ class Checkpoints:
         return True
 
     def save(self, state: TrainingState) -> None:
-        """Write a checkpoint, then point to it, then delete the last but two."""
+        """Write a checkpoint, then point to it, then delete all except the last two."""
         name, previous = f"step-{state.step:09}", self._latest()
         if name == previous:
             return
@@ -259,7 +259,7 @@ class StopRequest:
 
 
 class Report:
-    """A progress bar, lines and TensorBoard's curves, on rank 0 alone."""
+    """A progress bar, log lines and TensorBoard curves, on rank 0 only."""
 
     def __init__(self, job: Job, total: int, done: int, tensorboard: Path | None) -> None:
         self.console = Console(quiet=job.rank != 0)
@@ -281,7 +281,7 @@ class Report:
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def step(self, step: int, figures: dict[str, float]) -> None:
-        """Move the bar; where none is drawn, as in the log file of a job, write a line."""
+        """Move the bar; if none is drawn, as in the log file of a job, write a line."""
         self.bar.update(self.task, completed=step, description=_text(figures))
         if not self.console.is_terminal:
             self.line(f"step {step}  {_text(figures)}")

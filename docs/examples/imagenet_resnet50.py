@@ -5,14 +5,14 @@ One node with 8 GPUs:
     torchrun --nproc-per-node=8 docs/examples/imagenet_resnet50.py \
         --data /path/to/imagenet --checkpoints runs/mlbfgs --amp bf16 --resume
 
-Four nodes, the same line on each, with a checkpoint folder that all can see:
+Four nodes (run the same line on each, with a checkpoint folder that all can see):
 
     torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=$FIRST_NODE:29500 \
         docs/examples/imagenet_resnet50.py --data /path/to/imagenet --checkpoints /shared/runs/mlbfgs \
         --batch-size 1024 --amp bf16 --resume
 
 `--data` holds `train/` and `val/` with a folder for each class. `--optimizer sgd` and `--optimizer adamw`
-give the same run with another optimizer. `--parallel fsdp2` shards parameters and the optimizer's state.
+make the same run with another optimizer. `--parallel fsdp2` shards parameters and the optimizer's state.
 
 The experiment of the paper (Niu et al., TMLR 2023, arXiv:2307.13744) with the rate, decay, momentum, epochs,
 clipping and precision of the authors' launch script (run-SLIM.sh of https://github.com/yuehniu/mL-BFGS, for
@@ -23,17 +23,17 @@ are those of `--preset paper`:
         --preset paper --blocks layer --lr 0.1 --weight-decay 0.0002 --momentum 0.9 --epochs 100 --clip 1 \
         --warmup-epochs 0 --label-smoothing 0 --amp fp16
 
-Not as theirs: the batch size (256 is this script's choice; their script does not give one for ImageNet),
-the blocks (theirs are four, chosen by hand, without the first convolution and the last layer), the last
-learning rate (theirs is 1e-4), the steps before the first pair (theirs are SGD's), and their code's own way
-of averaging, in place of which `--preset paper` has the formulas of the paper. This script has not been run
-on ImageNet: nothing is claimed about accuracy or speed there.
+This differs from theirs in the batch size (256 is this script's choice; their script does not give one for
+ImageNet), the blocks (theirs are four, chosen by hand, without the first convolution and the last layer), the
+last learning rate (theirs is 1e-4), the steps before the first pair (theirs are plain SGD), and the averages
+(`--preset paper` uses the formulas of the paper, not those of their code). This script has not been run on
+ImageNet: nothing is claimed about accuracy or speed there.
 
 `--resume` goes on from the last checkpoint, if there is one, with the same images and crops in the same
-order, on any number of ranks that divides the batch; on the same number the parameters come out the same to
-the last bit where PyTorch's kernels are deterministic. SIGTERM saves and ends the run at the next report
-(`--log-every`). Rate, decay and the optimizer's other settings are those of the checkpoint. Dropout, of which
-ResNets have none, draws other numbers after a resume.
+order, on any number of ranks that divides the batch; with the same number of ranks the parameters come out
+the same to the last bit if PyTorch's kernels are deterministic. SIGTERM saves and ends the run at the next
+report (`--log-every`). Rate, decay and the optimizer's other settings are those of the checkpoint. Dropout,
+which ResNets do not have, draws other numbers after a resume.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def parse() -> Namespace:
 
 
 class Images(ImageFolder):
-    """Crops and flips depend on seed, epoch and image alone, whichever rank or worker draws them."""
+    """Crops and flips depend only on seed, epoch and image, whichever rank or worker draws them."""
 
     seed, epoch = 0, 0
 
@@ -169,7 +169,7 @@ def make_model(args: Namespace, job: Job, classes: int) -> nn.Module:
     model = get_model(args.model, weights=None, num_classes=classes)
     if args.parallel == "fsdp2":
         return shard(model.to(job.device), DTYPES[args.amp])
-    model = model.to(job.device, memory_format=layout(job))  # FSDP2 takes contiguous parameters only
+    model = model.to(job.device, memory_format=layout(job))  # FSDP2 takes only contiguous parameters
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -255,7 +255,7 @@ class Trainer:
                 report.line(f"finished after {state.step} steps with a top-1 accuracy of {top1:.2%}")
 
     def train_to_end_of_epoch(self, report: Report) -> bool:
-        """Whether it was stopped there or before."""
+        """Train one epoch, and return whether the run was stopped in it."""
         args, state, meter = self.args, self.state, Meter(self.job)
         epoch, done = divmod(state.step, self.epoch_steps)
         batches = self.data.begin(epoch, done * args.batch_size)
@@ -319,13 +319,13 @@ class Trainer:
         return images.contiguous(memory_format=layout(self.job)), labels
 
     def forward(self, images: Tensor) -> Tensor:
-        cast = self.args.amp != "none" and self.args.parallel == "ddp"  # FSDP2 has a policy of its own
+        cast = self.args.amp != "none" and self.args.parallel == "ddp"  # FSDP2 has its own policy
         context = torch.autocast(self.job.device.type, DTYPES[self.args.amp]) if cast else nullcontext()
         with context:
             return self.model(images).float()
 
     def reduction(self, *, last: bool) -> Any:
-        """Gradients are reduced over the ranks in the last part of a step only."""
+        """Gradients are reduced over the ranks only in the last part of a step."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
             return nullcontext()

@@ -124,7 +124,7 @@ class Text:
         self.args, self.job = args, job
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This rank's share of a batch that depends on seed and step alone."""
+        """This rank's share of a batch that depends only on seed and step."""
         generator = np.random.default_rng([self.args.seed, step])
         last = len(self.train) - self.args.context
         return self._pieces(self.train, generator.integers(last, size=self.args.batch_size))

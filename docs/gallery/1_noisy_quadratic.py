@@ -2,9 +2,9 @@
 What noise does to L-BFGS
 =========================
 
-A quadratic of condition 1,000 in 100 dimensions, each of which holds the same part of the loss at the start.
-Each gradient carries noise, as that of a mini-batch does. Textbook L-BFGS takes differences of single
-gradients, and noise destroys those. mL-BFGS takes differences of averages.
+A quadratic with condition number 1,000 in 100 dimensions, each of which holds the same part of the loss at
+the start. Each gradient is noisy, like that of a mini-batch. Textbook L-BFGS takes differences of single
+gradients, which the noise destroys. mL-BFGS takes differences of averages.
 """
 
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ curvature = np.geomspace(0.01, 10.0, 100)
 
 
 def losses(config, rate, steps=1500):
-    """Loss after each step, until it has left every scale; the noise is the same for every method."""
+    """Loss after each step, until it has blown up; the noise is the same for every method."""
     random = np.random.default_rng(0)
     x = 1 / np.sqrt(curvature)
     state = None if config is None else core.Method(config).init([x])
@@ -33,7 +33,8 @@ def losses(config, rate, steps=1500):
 
 
 # %%
-# Each method with three rates. What is printed is the mean of the last 100 losses, from 50 at the start.
+# Each method runs with three rates. The output is the mean of the last 100 losses; the loss at the start is
+# 50.
 
 methods = {
     "SGD": None,
@@ -48,8 +49,8 @@ for name, own in runs.items():
     print(f"{name:22s}", *cells)
 
 # %%
-# The curves of rate 0.1. A curve that ends has left the picture for good. Every method has rates that are too
-# high for it: 0.3 is one for mL-BFGS here, and its loss ends above the start.
+# These are the curves at rate 0.1. A curve that ends has left the picture for good. Every method has rates
+# that are too # high for it: for mL-BFGS 0.3 is too high here, and its loss ends above the start.
 
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 for name, own in runs.items():

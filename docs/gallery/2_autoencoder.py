@@ -2,8 +2,8 @@
 An autoencoder against AdamW
 ============================
 
-Handwritten digits of scikit-learn through a bottleneck of eight numbers, in batches of 256. Each optimizer
-has four learning rates, and its best one counts.
+The handwritten digits of scikit-learn pass through a bottleneck of eight numbers, in batches of 256. Each
+optimizer gets four learning rates, and its best one counts.
 """
 
 import time
@@ -29,7 +29,7 @@ def build():
 
 
 def train(make_optimizer, steps=500):
-    """Losses on all images, and seconds in training, every 20 steps."""
+    """Losses on all images, and seconds spent in training, every 20 steps."""
     model = build()
     optimizer = make_optimizer(model.named_parameters())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
@@ -51,7 +51,7 @@ def train(make_optimizer, steps=500):
 
 
 # %%
-# All rates, so that nobody is held back by a bad one.
+# All rates are tried, so that no optimizer is held back by a bad one.
 
 best = {}
 for name, method, rates in (
@@ -63,8 +63,8 @@ for name, method, rates in (
     best[name] = min(runs.values(), key=lambda run: run[0][-1])
 
 # %%
-# Over steps and over time. This model is small, so that a step of mL-BFGS takes longer than the model's own
-# forward and backward passes: time is AdamW's best case here.
+# The losses over steps and over time. This model is small, so a step of mL-BFGS takes longer than the model's
+# own # forward and backward passes: measured by time, this is the best case for AdamW.
 
 figure, (over_steps, over_time) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
 for name, (losses, seconds) in best.items():

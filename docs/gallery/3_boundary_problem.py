@@ -3,8 +3,8 @@ A differential equation
 =======================
 
 A network learns the solution of ``u'' = f`` with ``u(0) = u(1) = 0``, from the residual at 128 points: the
-loss of a physics-informed network, small enough to run in seconds. There is no noise, so that
-``preset="fit"`` should be tried. Here the default settings do better.
+loss of a physics-informed network, small enough to run in seconds. There is no noise, so ``preset="fit"`` is
+worth a try. Here the default settings do better.
 """
 
 import math
@@ -23,7 +23,7 @@ right_side = -(math.pi**2) * torch.sin(math.pi * points) - 0.3 * 16 * math.pi**2
 
 
 class Solution(torch.nn.Module):
-    """One hidden layer, which vanishes at both ends, with its second derivative by hand."""
+    """One hidden layer whose output vanishes at both ends, with its second derivative written by hand."""
 
     def __init__(self):
         super().__init__()
@@ -59,9 +59,9 @@ def train(make_optimizer, steps=1000):
 
 
 # %%
-# Each with three learning rates; the best one is drawn. ``preset="fit"`` is made for quadratics, whose
-# curvature stays the same. That of a network's loss does not, and steps of a fixed size, as by default, get
-# through.
+# Each method gets three learning rates; the best one is drawn. ``preset="fit"`` is made for quadratics, whose
+# # curvature stays the same. The curvature of a network's loss does not, and the default steps of a fixed
+# size cope # with that.
 
 best = {}
 for name, make, rates in (

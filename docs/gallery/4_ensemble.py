@@ -2,8 +2,8 @@
 An ensemble in JAX
 ==================
 
-Sixty-four networks at once, with ``jax.vmap``. Each has its own curvature and takes its own pairs. Their
-spread says where the fit knows nothing.
+Sixty-four networks are trained at once, with ``jax.vmap``. Each has its own curvature and takes its own
+pairs. Their spread shows where the fit is uncertain.
 """
 
 import jax
@@ -52,7 +52,7 @@ models, pairs, losses = jax.jit(jax.vmap(train))(jax.random.split(jax.random.key
 print("pairs taken by each model:", sorted({int(number) for number in pairs}))
 
 # %%
-# Left, all losses; the noise in the data has a mean square of 0.01. Right, the models.
+# On the left are all losses; the noise in the data has a mean square of 0.01. On the right are the models.
 
 grid = jnp.linspace(-2.2, 2.2, 200)[:, None]
 curves = jax.vmap(predict, (0, None))(models, grid)[..., 0]

@@ -2,9 +2,9 @@
 Rosenbrock's function in SciPy
 ==============================
 
-``minimize_mlbfgs`` beside SciPy's own L-BFGS-B. Both are L-BFGS with a line search, so that they take about
-as many evaluations. What differs: an objective that is undefined in places is no obstacle here, and noisy
-ones have a method of their own (see :doc:`/scipy`).
+``minimize_mlbfgs`` next to SciPy's own L-BFGS-B. Both are L-BFGS with a line search, so they need about the
+same number of evaluations. The differences: an objective that is undefined in places is no obstacle here, and
+noisy objectives have their own mode (see :doc:`/scipy`).
 """
 
 import matplotlib.pyplot as plt
@@ -24,7 +24,7 @@ for name, method in (("minimize_mlbfgs", minimize_mlbfgs), ("L-BFGS-B", "L-BFGS-
     print(f"{name:16s} {result.nit} iterations, {result.nfev} evaluations, f = {result.fun:.1e}")
 
 # %%
-# Points after each iteration, and how the value falls.
+# The points after each iteration, and how the value falls.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 grid = np.meshgrid(np.linspace(-1.6, 1.4, 200), np.linspace(-0.6, 1.6, 200))

@@ -1,9 +1,9 @@
 """
-Begun in PyTorch, finished in JAX
-=================================
+Started in PyTorch, finished in JAX
+===================================
 
 One file holds a run: parameters, averages, curvature and momentum. Here PyTorch trains for 150 steps and JAX
-for 150 more. The run that stays in PyTorch is drawn over it.
+for 150 more. The figure also shows the run that stays in PyTorch.
 """
 
 import tempfile
@@ -74,7 +74,7 @@ for _ in range(150):
     in_jax.append(float(loss))
 
 # %%
-# In float64 the two agree to rounding, which the training amplifies.
+# In float64 the two agree up to rounding, which the training amplifies.
 
 print(
     f"largest relative difference of the losses: {np.max(np.abs(np.subtract(in_jax, stayed)) / stayed):.1e}"

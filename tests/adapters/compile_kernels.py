@@ -1,6 +1,6 @@
-"""Compile the kernels in Triton for NVIDIA's GPUs, which needs none of these.
+"""Compile the Triton kernels for NVIDIA GPUs, which works without a GPU.
 
-It is a program, since Triton is told when it is imported whether it is to compile or to interpret.
+It is a separate program, since Triton decides when it is imported whether to compile or to interpret.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 from mlbfgs_torch import fused
 
 CAPABILITIES = (75, 90)
-"""Of the oldest GPUs that Triton supports, and of an H100."""
+"""Compute capabilities of the oldest GPUs that Triton supports, and of an H100."""
 DTYPES = [  # of averages, and of gradients, parameters and history
     ("fp32", "fp32"),
     ("fp32", "bf16"),

@@ -1,4 +1,4 @@
-"""What several tests of an adapter run with."""
+"""Fixtures that several tests of an adapter share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(params=["numpy", "tensors"])
 def coefficients(request, monkeypatch):
-    """What a step of PyTorch computes its coefficients with: on a CPU NumPy, elsewhere tensors."""
+    """What a PyTorch step computes its coefficients with: NumPy on a CPU, tensors elsewhere."""
     from mlbfgs_torch import units  # the tests of the other adapters run without PyTorch
 
     if request.param == "tensors":

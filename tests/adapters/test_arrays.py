@@ -95,7 +95,7 @@ def contents(optimizer, but=()):
 
 
 VERDICT = ("unit0/skipped", "unit0/accepted", "unit0/due")
-"""What a skipped step changes: its count, and what the state says of the last step."""
+"""What a skipped step changes: its count, and what the state says about the last step."""
 
 
 @pytest.mark.parametrize("name", SETTINGS)

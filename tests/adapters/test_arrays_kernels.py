@@ -1,7 +1,7 @@
-"""The fast kernels of the array adapter mean what the core's plain ones mean.
+"""The fast kernels of the array adapter compute what the core's plain ones compute.
 
-The bodies of the CUDA kernels are compiled for the CPU here and run on NumPy arrays. What is left to a GPU
-(`tests/gpu/test_arrays.py`) is that CuPy compiles the same text, and its launches.
+The bodies of the CUDA kernels are compiled for the CPU here and run on NumPy arrays. Only a GPU can test
+(`tests/gpu/test_arrays.py`) that CuPy compiles the same source, and its launches.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Leaf:
 
 
 def same(first, second):
-    """Results of both kernels agree to rounding, whatever they are made of."""
+    """Results of both kernels agree up to rounding, whatever their structure."""
     if first is None or second is None:
         assert first is second
     elif isinstance(first, (np.ndarray, np.generic)):

@@ -1,5 +1,5 @@
-"""Arrays that `mlbfgs_arrays.MLBFGS` must not train as they are: overlapping ones, subclasses with rules of
-their own, and those whose form is changed during a run."""
+"""Arrays that `mlbfgs_arrays.MLBFGS` must not train as they are: overlapping ones, subclasses with their own
+rules, and arrays whose shape, strides or dtype change during a run."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_thousands_of_arrays_are_compared_in_a_moment(kind):
 
 
 class FakeCupy:
-    """As much of a CuPy array as tells where it lies: there is no memory that could be read."""
+    """The part of a CuPy array that says where it is: there is no memory that could be read."""
 
     def __init__(self, pointer, shape, strides, dtype="float32"):
         self.data, self.shape, self.strides = types.SimpleNamespace(ptr=pointer), shape, strides

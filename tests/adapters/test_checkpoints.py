@@ -1,4 +1,4 @@
-"""One run, several frameworks: begun in one, resumed in another, as if it had never moved."""
+"""One run, several frameworks: started in one, resumed in another, as if it had never moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an optimizer tells of itself: one schema, and the table, the figure and the scalars made of it."""
+"""What an optimizer reports about itself: one schema, and the table, figure and scalars made from it."""
 
 from __future__ import annotations
 
@@ -205,8 +205,8 @@ def test_blocks_have_the_names_of_their_parameters(blocks, expected):
 
 
 class Waiting(TorchDispatchMode):
-    """Refuses what makes a host wait for a GPU: reading values, copies to the host, and factorisations,
-    whose outcome PyTorch looks at."""
+    """Refuses operations that make a host wait for a GPU: reading values, copies to the host, and
+    factorisations, whose outcome PyTorch checks."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
@@ -320,7 +320,7 @@ def test_members_of_an_ensemble_have_the_records_that_each_has_alone():
 
 
 def block(**fields):
-    """Figures of one block for whom all is well, but for those given."""
+    """Diagnostics of one block without any problem, except for the fields given."""
     usual = {
         "step": 100,
         "skipped": 0,

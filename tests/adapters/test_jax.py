@@ -25,7 +25,7 @@ STRICT = {
     "jax_debug_infs": True,
     "jax_check_tracer_leaks": True,
 }
-"""The settings with which JAX's users look for faults, of their own or of others."""
+"""The settings with which JAX users look for faults, in their own code or elsewhere."""
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def configured(**settings):
 
 @pytest.fixture(autouse=True, scope="module")
 def _strict():
-    """All of this file holds with all of them; a test that needs another setting says why."""
+    """Everything in this file passes with all of these settings; a test that needs another one says why."""
     with configured(**STRICT):
         yield
 
@@ -402,7 +402,7 @@ def test_extra_arguments_are_ignored():
 
 @pytest.fixture
 def _donating():
-    """JAX keeps its arguments, which it would compute with again, where it looks for what is not finite."""
+    """When JAX checks for non-finite values it keeps the arguments, so that it can repeat the computation."""
     with configured(jax_debug_nans=False, jax_debug_infs=False):
         yield
 
@@ -555,7 +555,7 @@ def test_a_schedule_counts_accepted_steps():
 
 @pytest.mark.parametrize("static", [(), ("learning_rate",)])
 def test_an_injected_schedule_counts_every_update_and_a_static_one_accepted_steps(static):
-    """`optax.inject_hyperparams` calls the schedule itself, and knows of no skipped step."""
+    """`optax.inject_hyperparams` calls the schedule itself, and does not know about skipped steps."""
     inject = optax.inject_hyperparams(mlbfgs, static_args=("history_size", *static))
     tx = inject(lambda count: 0.125 / (1 + count.astype("float32")), 0.0)
     plain = mlbfgs(lambda count: 0.125 / (1 + count.astype("float32")), 0.0)
@@ -781,7 +781,7 @@ def test_a_checkpoint_of_parameters_of_another_dtype_is_refused_by_name(wrong, t
 
 
 def test_a_run_goes_on_in_float64_from_a_state_that_was_widened():
-    """As the page shows: what was learned in float32 serves on, to the precision of float64."""
+    """As the page shows: what was learned in float32 remains useful, to the precision of float64."""
     curvature = jnp.asarray(np.geomspace(0.05, 1, 20))
     params, tx = {"x": jnp.ones(20, "float32")}, mlbfgs(0.5, preset="lbfgs")
     state, update = tx.init(params), jax.jit(tx.update)
@@ -805,7 +805,7 @@ def test_a_run_goes_on_in_float64_from_a_state_that_was_widened():
 
 
 def test_parameters_of_another_dtype_with_the_same_averages_go_on():
-    """A state of bfloat16 parameters is one of float32 ones."""
+    """A state of bfloat16 parameters is also a state of float32 parameters."""
     tx = mlbfgs(0.1, **FAST)
     half, state = make_params("bfloat16"), tx.init(make_params("bfloat16"))
     _, state = tx.update(half, state, half)

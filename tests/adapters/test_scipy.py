@@ -234,7 +234,8 @@ def test_a_well_is_found_however_narrow_or_wide_it_is(width, start):
 
 
 def rows(spread):
-    """20,000 of them: inputs with columns of sizes this far apart, linear predictors, random numbers."""
+    """20,000 examples: inputs whose columns differ in scale by this much, linear predictors, random
+    numbers."""
     rng = np.random.default_rng(0)
     sizes = 0.5 * np.geomspace(spread**-0.5, spread**0.5, 7)
     inputs = np.column_stack([np.ones(20_000), rng.normal(size=(20_000, 7)) * sizes])
@@ -351,7 +352,7 @@ def test_far_fewer_calls_an_iteration_than_the_core_takes():
     assert count / result.nit < 400
 
 
-# The textbook's settings, beside the core.
+# The textbook settings, which bypass the core.
 
 
 @pytest.mark.parametrize("history_size", [1, 3, 10])

@@ -1,4 +1,4 @@
-"""What users hand to `MLBFGS` of PyTorch, at its construction or later: taken as by AdamW, or refused."""
+"""What users pass to PyTorch's `MLBFGS`, at construction or later, is treated as by AdamW, or refused."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_groups_may_be_emptied_removed_and_replaced():
 
 
 def test_a_parameter_that_leaves_and_comes_back_starts_anew_in_its_block():
-    """Its part of old pairs is gone, as if it had no gradient then."""
+    """Its part of the old pairs is gone, as if it had had no gradient then."""
     params = make_params()
     optimizer = MLBFGS(params, lr=0.01, **FAST)
     go(optimizer, params)
@@ -219,7 +219,8 @@ def test_names_that_cannot_be_matched_are_refused_by_name():
 
 @pytest.mark.parametrize("count", [4, 2])
 def test_groups_made_anew_for_another_model_train_with_the_old_hyperparameters(count):
-    """As trainers do after surgery on a model: they keep all of the old group but its parameters."""
+    """As trainers do after surgery on a model: they keep everything in the old group except its
+    parameters."""
     params = make_params()
     optimizer = MLBFGS(list(zip(NAMES, params, strict=True)), lr=0.02, **FAST)
     go(optimizer, params)

@@ -1,7 +1,8 @@
-"""The PyTorch kernels mean what the core's plain ones mean, at every size of leaf.
+"""The PyTorch kernels compute what the core's plain ones compute, at every size of leaf.
 
-Triton's interpreter runs those of a GPU on the CPU. What is left to a GPU (`tests/gpu/test_cuda.py`) is that
-Triton compiles the same text, its launches, and bfloat16, to which the interpreter does not round but cuts.
+Triton's interpreter runs the GPU kernels on the CPU. Only a GPU can test (`tests/gpu/test_cuda.py`) that
+Triton compiles the same source, its launches, and bfloat16, to which the interpreter truncates instead of
+rounding.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Leaf:
 
 
 def same(first, second):
-    """Results of both kernels agree to rounding, whatever they are made of."""
+    """Results of both kernels agree up to rounding, whatever their structure."""
     assert type(first) is type(second)
     if isinstance(first, torch.Tensor):
         torch.testing.assert_close(first, second, rtol=1e-11, atol=1e-11)
@@ -280,7 +281,7 @@ def test_triton_compiles_every_kernel_for_old_and_new_gpus(tmp_path):
     )
 
 
-# What a compiler that fails leads to stands in `tests/docs/test_faq.py`.
+# The effect of a failing compiler is tested in `tests/docs/test_faq.py`.
 def test_without_triton_there_are_no_such_kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlbfgs_torch.fused", None)
     assert units.fused_kernels.__wrapped__(torch.device("cpu")) is None

@@ -138,7 +138,7 @@ def test_a_widened_run_goes_on_as_one_in_which_everything_was_widened_by_hand(
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize(("first", "second"), CHANGES, ids=str)
 def test_moving_saving_and_loading_commute(first, second, settings, tmp_path):
-    """What was saved before a move and loaded behind it, and what was saved behind it, go on alike."""
+    """A state saved before a move and loaded after it, and a state saved after it, continue alike."""
     model = make_model(dtype=first)
     optimizer = MLBFGS(model.named_parameters(), lr=0.01, **settings)
     train(model, optimizer, make_data(7, first))
@@ -299,7 +299,7 @@ def test_real_parameters_that_become_complex_start_anew():
 
 
 def test_momentum_may_be_switched_on_in_mid_run_and_starts_at_zero():
-    """A step with a fresh buffer goes 1 + momentum times as far with Nesterov's momentum."""
+    """A step with a fresh buffer goes 1 + momentum times as far with Nesterov momentum."""
     moved = []
     for momentum in (0.0, 0.5):
         param = nn.Parameter(torch.ones(3, dtype=torch.float64))

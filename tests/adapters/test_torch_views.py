@@ -37,7 +37,7 @@ def base(dtype=torch.complex128):
 
 
 def resolved(view):
-    """The same values and strides in memory as they are read."""
+    """The same values, with the same strides, stored in memory without lazy views."""
     return nn.Parameter(view.detach().resolve_conj().resolve_neg().clone())
 
 

@@ -79,7 +79,7 @@ def test_core_equals_the_reference_step_by_step(xp, name, rng):
         newest = [block.pairs[-1] for block in reference.blocks if block.pairs]
         if any(s @ y < 1e-12 * np.linalg.norm(y) for s, y in newest):
             return  # rounding decides whether a pair without curvature is usable
-        # Rounding grows with the steps that feed on it; in a converged quasi-Newton run most of all.
+        # Rounding errors grow from step to step, most of all in a converged quasi-Newton run.
         assert relative(update[ORDER], np.concatenate(expected)) < 1e-6
     assert int(state.skipped) == reference.skipped == 3
     kept = [min(int(pairs), config.history_size) for pairs in to_numpy(state.pairs)]
@@ -90,7 +90,7 @@ def test_core_equals_the_reference_step_by_step(xp, name, rng):
 @pytest.mark.parametrize("name", ["default", "fit", "paper", "formulas"])
 @given(rng=generators)
 def test_missing_gradients_and_non_finite_parameters_equal_the_reference(xp, name, rng):
-    """A leaf without a gradient keeps still; a parameter that is not finite spoils no other."""
+    """A leaf without a gradient does not move; a parameter that is not finite does not spoil the others."""
     config, steps = config_of(name, update_every=6), 24
     x, gradient = noisy_quadratic(rng, 11, steps)
     reference = Reference(config, SIZES)
@@ -195,7 +195,7 @@ def test_nan_gradients_equal_skipped_steps(xp, name, rng, faults):
     *_, (_, _, clean) = trajectory(
         config, xp, start, lambda i, x: gradient(good[i], x), len(good), shapes=SHAPES, blocks=BLOCKS
     )
-    # `due` speaks of the last step alone.
+    # `due` is only about the last step.
     assert_states_equal(final, clean, but=("skipped", "accepted", "due"))
 
 
@@ -249,8 +249,8 @@ def test_leaf_that_gets_its_gradient_later_joins_the_pairs(xp):
 
 @pytest.mark.parametrize(
     ("power", "loss", "unit"),
-    # Not to smaller parameters, of whose norm the warm-up takes no less than a least one; and a metric
-    # other than the full one knows the scale of parameters.
+    # This does not hold for smaller parameters, for whose norm the warm-up assumes a minimum, nor with a
+    # preconditioner of another power than 1, which depends on the scale of parameters.
     [(0.0, 1e6, 1.0), (0.0, 1.0, 1e3), (0.0, 1e-4, 1e2), (0.5, 1e6, 1.0)],
 )
 def test_rescaling_loss_and_parameters_leaves_fit_alone(xp, power, loss, unit):

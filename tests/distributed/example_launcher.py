@@ -1,4 +1,4 @@
-"""Runs an example under `torchrun` as if it were launched itself: ``FILE EXAMPLE [OPTION ...]``.
+"""Runs an example under `torchrun` as if it had been launched directly: ``FILE EXAMPLE [OPTION ...]``.
 
 The environment can name a fault: ``KILLED_IN_SAVE=2`` ends every rank in the middle of the second
 checkpoint, ``TERMINATED_AFTER=7`` sends rank 1 alone SIGTERM after the seventh step.
@@ -21,7 +21,7 @@ OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def make_torchvision_importable() -> None:
-    # PyPI's Linux wheels of torchvision are built for CUDA. Beside the CPU build of PyTorch their compiled
+    # PyPI's Linux wheels of torchvision are built for CUDA. With the CPU build of PyTorch their compiled
     # operators do not load, and the import stops at the first one that Python code extends, although
     # classification models and transforms use none. A declaration is all that the import asks for.
     try:

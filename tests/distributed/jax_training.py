@@ -40,7 +40,7 @@ LAYOUTS = {
 
 
 def need_devices(count: int = 8) -> None:
-    """Raise unless there are so many devices."""
+    """Raise unless there are this many devices."""
     if jax.device_count() < count:
         flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         msg = f"these tests need {count} devices, got {jax.device_count()}; set {flag}"
@@ -150,7 +150,7 @@ class MeshRun(Run):
 
 
 def after(run: Run, steps: int) -> tuple[Any, Any]:
-    """Parameters and state after so many steps from the start."""
+    """Parameters and state after this many steps from the start."""
     *_, last = run.train(*run.start(), 0, steps)
     return last
 
@@ -167,7 +167,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 def assert_skipped(actual: Any, before: Any) -> None:
-    """Parameters and state are those from before the step, but for what tells that it was skipped."""
+    """Parameters and state are those from before the step, except the fields that say it was skipped."""
     (params, (own, *others)), (old_params, (old, *old_others)) = actual, before
     assert not own.accepted
     assert not own.due

@@ -59,5 +59,5 @@ def _run(
         backend, init_method=f"file://{folder}/store", rank=rank, world_size=count, timeout=COLLECTIVE_TIMEOUT
     )
     torch.save(function(*args), f"{folder}/result{rank}")
-    dist.barrier()  # nobody leaves while another rank still needs it
+    dist.barrier()  # no rank leaves while another one still needs it
     dist.destroy_process_group()

@@ -51,7 +51,7 @@ def save(path, model, optimizer, *, asynchronously=False):
     found, state = get_state_dict(model, optimizer)
     content = {"model": found, "optimizer": state}
     if asynchronously:
-        # Of its own, since it speaks while the training does.
+        # It needs its own group, since it communicates while training does.
         group = dist.new_group(backend="gloo")
         return dcp.async_save(content, checkpoint_id=path, process_group=group)
     return dcp.save(content, checkpoint_id=path)
@@ -77,7 +77,7 @@ def first_half(path, layout, *, asynchronously=False):
 
 
 def second_half(path, layout, again=None):
-    """The same, of a run that begins with what was saved; `again` saves it anew before it goes on."""
+    """The same for a run that starts from the saved state; `again` saves it once more before it goes on."""
     model, wrapped, part, optimizer = begin(layout)
     load(path, model, optimizer)
     assert all(int(record.skipped) == 0 for record in optimizer.diagnostics())

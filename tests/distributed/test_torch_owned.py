@@ -20,9 +20,9 @@ from .training import SETTINGS, STEPS, batches, deviation, make_model, parallel,
 
 def zero(params, **settings):
     """The optimizer under test."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of what it uses itself
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns about features it uses itself
 
-    # Not among the other settings, which are in the state: a function cannot be.
+    # Not among the other settings, which are stored in the state: a function cannot be stored.
     blocks = settings.pop("blocks", "all")
     owned = partial(MLBFGS, shard_group=dist.group.WORLD, blocks=blocks)
     return ZeroRedundancyOptimizer(params, owned, **{**SETTINGS, **settings})

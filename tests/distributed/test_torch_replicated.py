@@ -24,7 +24,7 @@ def test_replicas_stay_equal_bit_by_bit_for_500_steps():
     assert skipped == 0
     for digests, _, _ in others:
         assert digests == expected
-    # What the noise of rounding has left of the first steps is that of one process.
+    # The first steps, before rounding has an effect, are those of one process.
     ((_, alone, _),) = on_ranks(1, replica, 20)
     ((_, early, _), *_) = on_ranks(4, replica, 20)
     assert deviation(early, alone) < 1e-11

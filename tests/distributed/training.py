@@ -95,7 +95,7 @@ def parallel(model: Model, layout: str, device: str = "cpu") -> tuple[nn.Module,
         fully_shard(model, mesh=mesh)
         return model, lambda tensor: tensor.chunk(world)[dist.get_rank()]
     mesh = init_device_mesh(device, (world,))
-    if layout == "mixed":  # nobody reduces the gradient of the plain parameter: all see the whole batch
+    if layout == "mixed":  # the plain parameter's gradient is not reduced: all see the whole batch
         fully_shard(model, mesh=mesh, ignored_params={model.scale})
         return model, lambda tensor: tensor
     offload = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if layout == "offload" else {}
@@ -138,7 +138,7 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 
 def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """Of the bits of all that this process holds of parameters and state."""
+    """A digest of the bits of all parameters and state that this process holds."""
     found = hashlib.sha256()
     for param in model.parameters():
         values = {"": param, **optimizer.state.get(param, {})}

@@ -1,4 +1,4 @@
-"""Each message on the page of questions is one that the library gives, to the letter."""
+"""Each message on the page of questions is exactly one that the library gives."""
 
 from __future__ import annotations
 

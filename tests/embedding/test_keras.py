@@ -16,8 +16,8 @@ RNG = np.random.default_rng(0)
 INPUTS = RNG.standard_normal((48, 3))
 TARGETS = np.sin(INPUTS @ RNG.standard_normal((3, 2)))
 BATCH = 8
-# On PyTorch Keras multiplies float64 arrays in float32 (`keras.src.backend.result_type`); a run of some dozen
-# steps then makes of a rounding error up to 1000.
+# On PyTorch Keras multiplies float64 arrays in float32 (`keras.src.backend.result_type`); a few dozen # steps
+# then amplify a rounding error up to 1000 times.
 TOLERANCE = 1e-9 if keras.backend.backend() == "jax" else 1000 * np.finfo(np.float32).eps
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 

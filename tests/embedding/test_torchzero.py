@@ -55,7 +55,7 @@ def coefficients(optimizer):
 
 
 def memory(optimizer):
-    """Copies of all that the modules remember, but for their counters of calls."""
+    """Copies of everything that the modules remember, except their counters of calls."""
     arrays = [
         value.clone()
         for module in optimizer.flat_modules

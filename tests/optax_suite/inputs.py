@@ -56,7 +56,7 @@ def lbfgs(
     scale_init_precond=True,
     linesearch=LINE_SEARCH,
 ):
-    """`optax.lbfgs` with our direction in place of optax's."""
+    """`optax.lbfgs` with our direction instead of optax's."""
     assert scale_init_precond
     return optax.chain(
         scale_by_mlbfgs(preset="lbfgs", history_size=memory_size),

@@ -24,7 +24,7 @@ NOT_APPLICABLE = {
 """Optax's tests that say nothing about an optimizer of another library, and why."""
 
 LAYOUT = ("_src.alias_test", "_src.lbfgs_test", "_src.sharding_test", "contrib._common_test")
-"""Optax's test modules. Those of L-BFGS stand in the first until 0.2.8, and then in one of their own."""
+"""Optax's test modules. The tests of L-BFGS are in the first one up to 0.2.8, and later in their own."""
 
 
 def load_all(package: str = "optax") -> dict[str, types.ModuleType]:
@@ -34,7 +34,7 @@ def load_all(package: str = "optax") -> dict[str, types.ModuleType]:
 
 
 def find_case(modules: dict[str, types.ModuleType], name: str) -> type:
-    """The test class of a name, in whichever module it stands."""
+    """The test class of a name, in whichever module it is."""
     found = [case for module in modules.values() for case in cases(module) if case.__name__ == name]
     if len(found) != 1:
         msg = f"`modules` must hold one test class {name!r}, got {len(found)} in {list(modules)}"
@@ -43,7 +43,7 @@ def find_case(modules: dict[str, types.ModuleType], name: str) -> type:
 
 
 def load(name: str) -> types.ModuleType:
-    """Execute a test module of optax anew, its tests being generated for our inputs.
+    """Execute a test module of optax again, so that its tests are generated for our inputs.
 
     Where the tests look an optimizer up, they find ours; where they call `alias.lbfgs`, too.
     """

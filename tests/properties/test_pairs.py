@@ -32,7 +32,7 @@ def test_floored_pair_has_the_least_cosine(xp, rng, floor):
     unit, floored, state = stored(config, s, y, xp)
     y = y / np.linalg.norm(s)
     assert unit @ floored * ROUNDING >= floor * np.linalg.norm(y)
-    # The floor is against the length of the raw y; what it leaves of the angle is bounded too.
+    # The floor is relative to the length of the raw y; the angle that remains is bounded too.
     assert unit @ floored / np.linalg.norm(floored) * ROUNDING >= floor / np.sqrt(1 + floor**2)
     delta = to_numpy(state.delta)[0]
     assert delta == pytest.approx(max(0.0, floor * np.linalg.norm(y) - unit @ y), rel=1e-9, abs=1e-12)
@@ -107,7 +107,7 @@ NOW, BEFORE = 4, 6
 
 
 def refreshed(config, s, y, noise, xp, blocks=None):
-    """The state after a pair whose ``|y|^2`` over all blocks is expected to hold so much noise.
+    """The state after a pair whose ``|y|^2`` over all blocks is expected to contain this much noise.
 
     The noise of a mean of n gradients is 1/n of that of one, which is known from the scatter about the
     means, of ``NOW + BEFORE - 2`` degrees of freedom.

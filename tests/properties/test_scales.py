@@ -154,7 +154,7 @@ def test_half_precision_rows_hold_pairs_of_any_curvature(xp, ratio):
 
 
 def test_the_first_direction_of_textbook_l_bfgs_is_not_lost_to_rounding(xp):
-    """It is 1 long where a gradient is longer, or so short that parameters would round it away."""
+    """It has length 1 if a gradient is longer, or so short that rounding would swallow it."""
     config = core.Config(preset="lbfgs")
     for size in (1e-100, 1e-17, 1.0, 1e12):
         x = split(np.ones(4), [(4,)], xp)

@@ -1,4 +1,4 @@
-"""Whatever a user does to a run, in whatever order, it stays the run of the readable twin.
+"""Whatever a user does to a run, in whatever order, it still agrees with the readable twin.
 
 Each machine drives an adapter through random sequences of steps, faults and changes, and holds parameters,
 counts and pairs against `mlbfgs_core.reference` with momentum and weight decay done by hand.
@@ -107,7 +107,7 @@ def named_size(named, index):
 
 
 class Machine(RuleBasedStateMachine):
-    """An adapter beside the oracle."""
+    """An adapter next to the oracle."""
 
     kind = ""
     settings_names = tuple(SETTINGS)
@@ -226,7 +226,7 @@ class Machine(RuleBasedStateMachine):
 
 
 class TorchMachine(Machine):
-    """A parameter group may join in mid-run."""
+    """A parameter group may join during a run."""
 
     kind = "torch"
 

@@ -1,4 +1,4 @@
-"""Long runs: memory does not grow, and what is stored does not drift away from what it stands for."""
+"""Long runs: memory does not grow, and stored quantities do not drift from what they represent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EPS = np.finfo(np.float32).eps
 
 
 def peak_memory(kind, connection):
-    """In kB, after 1,000 and after 11,000 steps."""
+    """Peak memory in kB, after 1,000 and after 11,000 steps."""
     driver = begin(kind)
     for steps in (1_000, 10_000):
         for count in range(steps):
@@ -51,7 +51,8 @@ def noisy(key_or_rng, x):
 
 
 def assert_no_drift(config, state):
-    """The Gram matrix is that of the stored rows, the operator that of the Gram matrix, in float64."""
+    """The Gram matrix is that of the stored rows, and the middle matrix that of the Gram matrix, in
+    float64."""
     rows = np.asarray(state.history[0], dtype=np.float64).reshape(2 * config.history_size, DIM)
     lengths = np.linalg.norm(rows, axis=1)
     scale = np.outer(lengths, lengths)

@@ -63,7 +63,7 @@ class MLBFGS(keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
-        # Leaves may be abstract: a shape and a dtype are all that is asked of them.
+        # Leaves may be abstract: only their shape and dtype are needed.
         start = core.Method(self.config).init(variables, xp=np)
         # A field has one array, or one for each parameter.
         self._state = core.State(
@@ -82,13 +82,13 @@ class MLBFGS(keras.optimizers.Optimizer):
         )
 
     def _apply_weight_decay(self, variables: list[keras.Variable]) -> None:
-        """Nothing yet: gradients belong to the parameters as they were before the decay."""
+        """Does nothing yet: gradients belong to the parameters as they were before the decay."""
 
     def _backend_update_step(
         self, grads: list[Any], trainable_variables: list[keras.Variable], learning_rate: Any
     ) -> None:
-        """All parameters at once, where Keras would call `update_step` for each."""
-        # Keras leaves out variables without a gradient; the core wants None in their place.
+        """Update all parameters at once, where Keras would call `update_step` for each."""
+        # Keras leaves out variables without a gradient; the core expects None in their place.
         given = {
             self._get_variable_index(variable): grad
             for variable, grad in zip(trainable_variables, grads, strict=True)
@@ -102,7 +102,7 @@ class MLBFGS(keras.optimizers.Optimizer):
     def _move(
         self, variable: keras.Variable, update: Any, index: int, learning_rate: Any, accepted: Any
     ) -> None:
-        """Momentum, weight decay and learning rate, where the step was accepted."""
+        """Apply momentum, weight decay and learning rate if the step was accepted."""
         if self.momentum:
             velocity = self._velocities[index]
             carried = ops.where(accepted, self.momentum * velocity.value + update, velocity.value)
@@ -123,7 +123,7 @@ class MLBFGS(keras.optimizers.Optimizer):
 
 
 def _keep(variable: keras.Variable, value: Any) -> None:
-    """Assign a new value, unless it was written in the variable's own memory."""
+    """Assign a new value, unless it was already written to the variable's own memory."""
     if value is not variable.value:
         variable.assign(value)
 

@@ -1,4 +1,4 @@
-"""mL-BFGS as a descent of Optimistix, which its searches turn into a minimiser.
+"""mL-BFGS as an Optimistix descent, which a search turns into a minimiser.
 
 optimistix.minimise(fn, MLBFGS(rtol=1e-6, atol=1e-6), y0)
 """
@@ -55,7 +55,7 @@ class MLBFGSDescent(optx.AbstractDescent[Y, FunctionInfo.EvalGrad, _DescentState
         return _DescentState(curvature, tree.unflatten(direction))
 
     def step(self, step_size: jax.Array, state: _DescentState) -> tuple[Y, RESULTS]:
-        # A direction of zero would pass for convergence.
+        # A direction of zero would look like convergence.
         result = RESULTS.where(state.curvature.accepted, RESULTS.successful, RESULTS.nonfinite)
         return jax.tree.map(lambda d: -step_size * d, state.direction), result
 

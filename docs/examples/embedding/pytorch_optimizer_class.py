@@ -1,4 +1,4 @@
-"""mL-BFGS as an optimizer of pytorch_optimizer, which its `Lookahead`, `SAM` and other wrappers take.
+"""mL-BFGS as an optimizer of pytorch_optimizer, which works with its `Lookahead`, `SAM` and other wrappers.
 
 Lookahead(MLBFGS(model.parameters(), lr=1e-3))
 """
@@ -30,19 +30,20 @@ class MLBFGS(BaseOptimizer):
         Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``; by
         default that of the adapters.
     momentum : float
-        Momentum on the direction: Nesterov's with the default preset, heavy-ball with the others.
+        Momentum on the direction: Nesterov with the default preset, heavy-ball with the others.
     weight_decay : float
         Parameters shrink by ``lr * weight_decay`` per step.
     maximize : bool
-        Climb instead of descending.
+        Maximize instead of minimizing.
     **settings
         Settings of `mlbfgs_core.Config` by name.
 
     Notes
     -----
-    Parameter-sized arrays are state of their parameters, and numbers lie in the group, where PyTorch does
-    not cast them when they are loaded. It does cast the arrays to the parameters' dtype, so a run in half
-    precision resumes with rounded averages. Each step waits for the device, to know whether it is skipped.
+    Parameter-sized arrays are state of their parameters, and numbers are kept in the group, where PyTorch
+    does not cast them when they are loaded. It does cast the arrays to the parameters' dtype, so a run in
+    half precision resumes with rounded averages. Each step waits for the device, to know whether it is
+    skipped.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class MLBFGS(BaseOptimizer):
 
     def _write(self, group: ParamGroup, state: core.State) -> None:
         for name in core.LEAF_ARRAYS:
-            for param, array in zip(group["params"], getattr(state, name), strict=False):  # a moment or none
+            for param, array in zip(group["params"], getattr(state, name), strict=False):  # may be empty
                 self.state[param][name] = array
         group["coefficients"] = {
             name: value for name, value in state._asdict().items() if name not in core.LEAF_ARRAYS

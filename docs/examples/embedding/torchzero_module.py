@@ -22,7 +22,7 @@ States = list[dict[str, Any]]
 class MLBFGS(Transform):
     """Precondition the update by the inverse Hessian of mL-BFGS.
 
-    Curvature is learned from the gradients of the loss, whatever modules stand before this one.
+    Curvature is learned from the gradients of the loss, whatever modules come before this one.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ class MLBFGS(Transform):
         return objective
 
     def _read(self, states: States) -> core.State:
-        """The core's state, from torchzero's: parameter-sized arrays lie with their parameters."""
+        """The core's state, from torchzero's, which keeps parameter-sized arrays with their parameters."""
         leaves = {
             name: tuple(state[name] for state in states) for name in core.LEAF_ARRAYS if name in states[0]
         }
@@ -84,7 +84,7 @@ class MLBFGS(Transform):
 
     def _write(self, states: States, state: core.State) -> None:
         for name in core.LEAF_ARRAYS:
-            for own, array in zip(states, getattr(state, name), strict=False):  # without a metric no moment
+            for own, array in zip(states, getattr(state, name), strict=False):  # may be empty
                 own[name] = array
         self.global_state["coefficients"] = {
             name: value for name, value in state._asdict().items() if name not in core.LEAF_ARRAYS
