@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from mlbfgs_core.blocks import Blocks
+from mlbfgs_core.adapter import Blocks
 
-from .numbers import counts_and_label
+from .rows import counts_and_label, is_known
 from .sharding import is_sharded, local, matching
 
 __all__ = ["Leaf", "Member", "Memory", "as_real", "place", "plan_leaves", "real_shape"]
@@ -194,7 +194,7 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
     Members share a leaf if they are small and have been observed equally often; whoever has a gradient
     on this step does not share with who has none.
     """
-    known = [m.param for m in members if "history" in memory.get(m.param, ())]
+    known = [m.param for m in members if is_known(memory.get(m.param, {}))]
     found = counts_and_label([memory[param] for param in known])
     counts = {param: numbers for param, (numbers, _) in zip(known, found, strict=True)}
     leaves: list[Leaf] = []
