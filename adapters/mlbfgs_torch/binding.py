@@ -246,11 +246,11 @@ def _change(config: core.Config, member: Member, entry: dict[str, Any]) -> str |
     like = torch.empty(member.shape, dtype=as_real(member.values.detach()).dtype, device="meta")
     wanted = {own.name: own for own in layout(config, [like], ((0,),)) if own.leaf is not None}
     held = {name: local(value) for name, value in entry.items() if name not in (*ROWS, "momentum_buffer")}
-    for name, value in held.items():
+    for value in held.values():
         shape = tuple(value.shape[value.ndim - len(member.shape) :])
         if shape != member.shape:
             return f"the shape of {member.name!r} has changed from {shape} to {member.shape}"
-        # The averages follow their parameter to another dtype, and so does a history that has no dtype set.
+    # Averages follow their parameter to another dtype, and so does a history for which none is set.
     fits = set(held) == set(wanted) and all(
         tuple(value.shape) == wanted[name].shape for name, value in held.items()
     )

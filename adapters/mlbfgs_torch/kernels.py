@@ -21,8 +21,8 @@ __all__ = ["HostKernels", "TorchKernels", "as_array", "as_tensor", "quiet", "red
 # Values handled at a time: a few such tensors fit the caches of a CPU; a GPU wants whole leaves.
 _TILE = {"cpu": 2**19}
 _DEVICE_TILE = 2**26
-# A product with a tile's rows is a batch of products with parts of this many values: on a CPU this is twice as
-# fast as one matrix-vector product, whose rows lie far apart; on a GPU it gives every processor work.
+# A product with a tile's rows is a batch of products with parts of this many values: on a CPU this is twice
+# as fast as one matrix-vector product, whose rows lie far apart; on a GPU it gives every processor work.
 _PART = 2**15
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
