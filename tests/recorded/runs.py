@@ -20,12 +20,12 @@ __all__ = ["KINDS", "begin", "readers"]
 
 
 class CoreDriver:
-    """`mlbfgs_core.step` in the strict namespace, with the end of a step written out."""
+    """`mlbfgs_core.Method` in the strict namespace, with the end of a step written out."""
 
     def __init__(self, named, *, lr, momentum, weight_decay, nesterov, blocks="all", **settings):
-        self.config, self.blocks = core.Config(**settings), core.partition(list(named), blocks)
+        self.method = core.Method(core.Config(**settings), core.partition(list(named), blocks))
         self.params = [array_api_strict.asarray(array) for array in named.values()]
-        self.state = core.init(self.config, self.params, self.blocks, array_api_strict)
+        self.state = self.method.init(self.params)
         self.buffers = [array_api_strict.zeros_like(param) for param in self.params]
         self.lr, self.momentum, self.weight_decay, self.nesterov = lr, momentum, weight_decay, nesterov
 
@@ -36,7 +36,7 @@ class CoreDriver:
         if all(grad is None for grad in grads):
             return
         given = [None if grad is None else array_api_strict.asarray(grad) for grad in grads]
-        update, self.state = core.step(self.config, self.state, self.params, given, blocks=self.blocks)
+        update, self.state = self.method.step(self.state, self.params, given)
         if not bool(self.state.accepted):
             return
         for i, d in enumerate(update):
