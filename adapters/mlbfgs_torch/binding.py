@@ -246,8 +246,9 @@ def _change(config: core.Config, member: Member, entry: dict[str, Any]) -> str |
     like = torch.empty(member.shape, dtype=as_real(member.values.detach()).dtype, device="meta")
     wanted = {own.name: own for own in layout(config, [like], ((0,),)) if own.leaf is not None}
     held = {name: local(value) for name, value in entry.items() if name not in (*ROWS, "momentum_buffer")}
-    for value in held.values():
-        shape = tuple(value.shape[value.ndim - len(member.shape) :])
+    for name, value in held.items():
+        lead = len(wanted[name].shape) - len(member.shape) if name in wanted else 0
+        shape = tuple(value.shape[lead:])
         if shape != member.shape:
             return f"the shape of {member.name!r} has changed from {shape} to {member.shape}"
     # Averages follow their parameter to another dtype, and so does a history for which none is set.

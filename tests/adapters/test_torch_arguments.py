@@ -262,7 +262,7 @@ BAD = {
     "an entry that is no mapping": (lambda entry: None, "must hold a dictionary for 'w1', got NoneType"),
     "a dictionary": ({"history": {}}, "must hold a tensor as 'history' of 'w1', got dict"),
     "a number": ({"mean_params": 3.0}, "must hold a tensor as 'mean_params' of 'w1', got float"),
-    "nothing": ({"moment": None}, "must hold a tensor as 'moment' of 'w1', got NoneType"),
+    "nothing": ({"exp_avg_sq": None}, "must hold a tensor as 'exp_avg_sq' of 'w1', got NoneType"),
     "a list of momentum": ({"momentum_buffer": [1.0]}, "tensor as 'momentum_buffer' of 'w1', got list"),
     "a string": ({"coefficients": "1"}, "must hold a tensor as 'coefficients' of 'w1', got str"),
     "an int": ({"counters": 1}, "must hold a tensor as 'counters' of 'w1', got int"),

@@ -64,7 +64,14 @@ def check_dtypes(optimizer):
     for param, entry in optimizer.state.items():
         history = optimizer.param_groups[0]["history_dtype"]
         own = average_dtype(param.dtype)
-        for name in ("mean_params", "mean_grads", "prev_params", "prev_grads", "moment", "momentum_buffer"):
+        for name in (
+            "mean_params",
+            "mean_grads",
+            "prev_params",
+            "prev_grads",
+            "exp_avg_sq",
+            "momentum_buffer",
+        ):
             assert name not in entry or entry[name].dtype == own
         assert entry["history"].dtype == (getattr(torch, history) if history else own)
         assert entry["counters"].dtype == torch.int32
