@@ -13,11 +13,11 @@ from .config import (
     with_preset,
 )
 from .diagnostics import block_names
-from .kernels import Leaf, Means, PairTile, StepEnd, part
+from .kernels import Leaf, Means, PairTile, StepEnd, part, square_roots
 from .observation import Observation
 from .overlap import Overlap, Place, find_overlap
 from .preconditioner import Preconditioner, Root, TileRoot
-from .preconditioner.diagonal import DiagonalRoot, square_roots
+from .preconditioner.diagonal import DiagonalRoot
 from .presets import Preset, default_rate, preset_momentum, preset_nesterov
 from .scales import is_scaled
 from .snapshot import coefficients

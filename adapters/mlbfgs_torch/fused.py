@@ -54,14 +54,8 @@ def _finite(x):
 
 
 @triton.jit
-def _root(square, floor, ROOTS: tl.constexpr, EXPONENT: tl.constexpr):
-    """A block of a diagonal root, from its mean of squares."""
-    return _inverse_power(square + tl.load(floor), ROOTS, EXPONENT)
-
-
-@triton.jit
 def _whiten(
-    history, stride, grad, mean, exp_avg_sq, weight, floor, white, sums, n,
+    history, stride, grad, mean, exp_avg_sq, weight, floor, kept, sums, n,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHTED: tl.constexpr,
     SCATTER: tl.constexpr, ROOTS: tl.constexpr, EXPONENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -79,9 +73,9 @@ def _whiten(
             v = tl.load(exp_avg_sq + k, own, 0.0)
             if WEIGHTED:
                 v += tl.load(weight) * (g * g - v)
-            q = _root(v, floor, ROOTS, EXPONENT)
+            q = _inverse_power(v + tl.load(floor), ROOTS, EXPONENT)
             z = g * q
-            tl.store(white + k, z, own)
+            tl.store(kept + k, q, own)
             total += tl.where(number == ROWS + 1, tl.sum(z * z), 0.0)
         if SCATTER:
             off = g - tl.load(mean + k, own, 0.0)
@@ -97,9 +91,8 @@ def _whiten(
 
 @triton.jit
 def _direct(
-    history, stride, z, coefficients, gamma, exp_avg_sq, floor, keep, update, sums, n,
-    ROWS: tl.constexpr, DIAGONAL: tl.constexpr, ROOTS: tl.constexpr, EXPONENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    history, stride, grad, coefficients, gamma, kept, keep, update, sums, n,
+    ROWS: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T = sums.dtype.element_ty
     total = tl.zeros((1,), T)
@@ -107,13 +100,17 @@ def _direct(
     while start < n:
         k = start + tl.arange(0, BLOCK)
         own = k < n
+        z = tl.load(grad + k, own, 0.0).to(T)
+        if DIAGONAL:
+            q = tl.load(kept + k, own, 0.0)
+            z *= q
         d = tl.zeros((BLOCK,), T)
         for row in tl.static_range(ROWS):
             h = tl.load(history + tl.full((), row, tl.int64) * stride + k, own, 0.0).to(T)
             d += tl.load(coefficients + row) * h
-        d += tl.load(gamma) * tl.load(z + k, own, 0.0).to(T)
+        d += tl.load(gamma) * z
         if DIAGONAL:
-            d *= _root(tl.load(exp_avg_sq + k, own, 0.0), floor, ROOTS, EXPONENT)
+            d *= q
         d = tl.where(own & tl.load(keep), d, 0.0)
         tl.store(update + k, d, own)
         total += tl.sum(d * d)
@@ -123,15 +120,14 @@ def _direct(
 
 @triton.jit
 def _pair(
-    now_p, now_g, prev_p, prev_g, exp_avg_sq, floor, valid, k, own,
-    DIAGONAL: tl.constexpr, ROOTS: tl.constexpr, EXPONENT: tl.constexpr,
+    now_p, now_g, prev_p, prev_g, diagonal, valid, k, own, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """A block of the next pair, whitened."""
     there = own & tl.load(valid)
     s = tl.load(now_p + k, there, 0.0) - tl.load(prev_p + k, there, 0.0)
     y = tl.load(now_g + k, there, 0.0) - tl.load(prev_g + k, there, 0.0)
     if DIAGONAL:
-        q = _root(tl.load(exp_avg_sq + k, own, 1.0), floor, ROOTS, EXPONENT)
+        q = tl.load(diagonal + k, own, 1.0)
         s = s / q
         y = y * q
     return s, y
@@ -139,17 +135,15 @@ def _pair(
 
 @triton.jit
 def _largest(
-    now_p, now_g, prev_p, prev_g, exp_avg_sq, floor, valid, most, n,
-    DIAGONAL: tl.constexpr, ROOTS: tl.constexpr, EXPONENT: tl.constexpr, BLOCK: tl.constexpr,
+    now_p, now_g, prev_p, prev_g, diagonal, valid, most, n,
+    DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T = most.dtype.element_ty
     s_most, y_most = tl.zeros((1,), T), tl.zeros((1,), T)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     while start < n:
         k = start + tl.arange(0, BLOCK)
-        s, y = _pair(
-            now_p, now_g, prev_p, prev_g, exp_avg_sq, floor, valid, k, k < n, DIAGONAL, ROOTS, EXPONENT
-        )
+        s, y = _pair(now_p, now_g, prev_p, prev_g, diagonal, valid, k, k < n, DIAGONAL)
         s_most = tl.maximum(s_most, tl.max(tl.abs(s)))
         y_most = tl.maximum(y_most, tl.max(tl.abs(y)))
         start += tl.num_programs(0) * BLOCK
@@ -160,8 +154,8 @@ def _largest(
 
 @triton.jit
 def _pair_products(
-    now_p, now_g, prev_p, prev_g, exp_avg_sq, floor, valid, scales, sums, n,
-    DIAGONAL: tl.constexpr, ROOTS: tl.constexpr, EXPONENT: tl.constexpr, BLOCK: tl.constexpr,
+    now_p, now_g, prev_p, prev_g, diagonal, valid, scales, sums, n,
+    DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T = sums.dtype.element_ty
     s_scale, y_scale = tl.load(scales), tl.load(scales + 1)
@@ -171,9 +165,7 @@ def _pair_products(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     while start < n:
         k = start + tl.arange(0, BLOCK)
-        s, y = _pair(
-            now_p, now_g, prev_p, prev_g, exp_avg_sq, floor, valid, k, k < n, DIAGONAL, ROOTS, EXPONENT
-        )
+        s, y = _pair(now_p, now_g, prev_p, prev_g, diagonal, valid, k, k < n, DIAGONAL)
         s = s / s_scale
         y = y / y_scale
         ss += tl.sum(s * s)
@@ -188,13 +180,13 @@ def _pair_products(
 
 @triton.jit
 def _write_pair(
-    now_p, now_g, prev_p, prev_g, exp_avg_sq, floor, valid,
+    now_p, now_g, prev_p, prev_g, diagonal, valid,
     history, stride, slots, slot, norm, y_weight, s_weight, keep, n,
-    DIAGONAL: tl.constexpr, ROOTS: tl.constexpr, EXPONENT: tl.constexpr, BLOCK: tl.constexpr,
+    DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     own = (k < n) & tl.load(keep)
-    s, y = _pair(now_p, now_g, prev_p, prev_g, exp_avg_sq, floor, valid, k, own, DIAGONAL, ROOTS, EXPONENT)
+    s, y = _pair(now_p, now_g, prev_p, prev_g, diagonal, valid, k, own, DIAGONAL)
     s *= tl.load(norm)
     y = tl.load(y_weight) * (y * tl.load(norm)) + tl.load(s_weight) * s
     H = history.dtype.element_ty
@@ -205,8 +197,8 @@ def _write_pair(
 
 @triton.jit
 def _gram(
-    history, stride, slots, slot, z, sums, n,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, WHITE: tl.constexpr, BLOCK: tl.constexpr,
+    history, stride, slots, slot, grad, diagonal, sums, n,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, GRAD: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T = sums.dtype.element_ty
     number = tl.arange(0, WIDTH)
@@ -222,10 +214,12 @@ def _gram(
             h = tl.load(history + tl.full((), row, tl.int64) * stride + k, own, 0.0).to(T)
             total += tl.where(number == row, tl.sum(h * s), 0.0)
             total += tl.where(number == ROWS + row, tl.sum(h * y), 0.0)
-        if WHITE:
-            x = tl.load(z + k, own, 0.0).to(T)
-            total += tl.where(number == 2 * ROWS, tl.sum(s * x), 0.0)
-            total += tl.where(number == 2 * ROWS + 1, tl.sum(y * x), 0.0)
+        if GRAD:
+            z = tl.load(grad + k, own, 0.0).to(T)
+            if DIAGONAL:
+                z *= tl.load(diagonal + k, own, 0.0)
+            total += tl.where(number == 2 * ROWS, tl.sum(s * z), 0.0)
+            total += tl.where(number == 2 * ROWS + 1, tl.sum(y * z), 0.0)
         start += tl.num_programs(0) * BLOCK
     tl.store(sums + number * tl.num_programs(0) + tl.program_id(0), total, number < 2 * ROWS + 2)
 
@@ -294,14 +288,14 @@ class FusedKernels(TorchKernels):
 
     def whiten(
         self, leaf: Leaf, grad: Tensor, mean: Tensor | None, scatter_weight: Tensor
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """``z = R g`` and its sums, in one pass."""
+    ) -> tuple[Root, list[Tensor]]:
+        """The sums of ``z = R g``, in one pass."""
         if leaf.history is None or not _is_fused(leaf, leaf.history, grad):
             return super().whiten(leaf, grad, mean, scatter_weight)
         rows, root = 2 * leaf.history.shape[1], _diagonal(leaf.root)
-        white = None if root is None else self.scratch(leaf.number, grad, leaf.dtype)
+        kept = None if root is None else self.scratch(leaf.number, grad, leaf.dtype)
         sums = _parts(rows + 3, grad, leaf.dtype)
-        weight = None if root is None else root.weight
+        weight, exponent = (None, 1.0) if root is None else (root.weight, root.exponent)
         _launch(
             _whiten,
             sums.shape[1],
@@ -312,94 +306,109 @@ class FusedKernels(TorchKernels):
             None if root is None else root.exp_avg_sq,
             weight,
             None if root is None else root.floor,
-            white,
+            kept,
             sums,
             grad.shape[0],
             ROWS=rows,
             WIDTH=triton.next_power_of_2(rows + 3),
             WEIGHTED=weight is not None,
             SCATTER=mean is not None,
-            **_constants(root),
+            DIAGONAL=root is not None,
+            ROOTS=square_roots(exponent),
+            EXPONENT=exponent,
         )
         total = sums.sum(1)
         parts = [total[:rows], total[rows]]
         parts += [] if root is None else [total[rows + 1]]
-        return white, parts if mean is None else [*parts, total[rows + 2] * scatter_weight]
+        parts += [] if mean is None else [total[rows + 2] * scatter_weight]
+        return leaf.root if root is None else root.keeping(kept), parts
 
     def direct(
-        self, leaf: Leaf, grad: Tensor, white: Tensor | None, weights: tuple[Tensor, Tensor], keep: Tensor
+        self, leaf: Leaf, grad: Tensor, weights: tuple[Tensor, Tensor], keep: Tensor
     ) -> tuple[Tensor, Tensor]:
         """``d = R^T (gamma z + B^T c)`` and its square, in one pass."""
-        z = grad if white is None else white
-        if leaf.history is None or not _is_fused(leaf, leaf.history, z):
-            return super().direct(leaf, grad, white, weights, keep)
-        root = _diagonal(leaf.root)
-        update = self.scratch(leaf.number, grad, leaf.dtype) if white is None else white
+        if leaf.history is None or not _is_fused(leaf, leaf.history, grad):
+            return super().direct(leaf, grad, weights, keep)
+        diagonal = self._diagonal_of(leaf)
+        update = self.scratch(leaf.number, grad, leaf.dtype) if diagonal is None else diagonal
         squares = _parts(1, grad, leaf.dtype)
         _launch(
             _direct,
             squares.shape[1],
             leaf.history,
             leaf.history.stride(1),
-            z,
+            grad,
             *weights,
-            None if root is None else root.exp_avg_sq,
-            None if root is None else root.floor,
+            diagonal,
             keep,
             update,
             squares,
             grad.shape[0],
             ROWS=2 * leaf.history.shape[1],
-            **_constants(root),
+            DIAGONAL=diagonal is not None,
         )
         return update, squares.sum()
+
+    def _diagonal_of(self, leaf: Leaf) -> Tensor | None:
+        """The diagonal that a root has kept, or forms again; None for the identity."""
+        return None if _diagonal(leaf.root) is None else leaf.root.at(self, None).kept
 
     def next_products(self, leaf: Leaf, valid: Tensor) -> list[PairTile]:
         """Inner products of the next pair, in two passes."""
         x = leaf.means.params
         if not _is_fused(leaf, *leaf.means):
             return super().next_products(leaf, valid)
-        given, constants = _pair_of(leaf, valid), _constants(_diagonal(leaf.root))
+        diagonal = self._diagonal_of(leaf)
+        given, is_diagonal = (*leaf.means, diagonal, valid), diagonal is not None
         most, sums = _parts(2, x, x.dtype), _parts(3, x, x.dtype)
-        _launch(_largest, most.shape[1], *given, most, x.shape[0], **constants)
+        _launch(_largest, most.shape[1], *given, most, x.shape[0], DIAGONAL=is_diagonal)
         scales = most.amax(1)
-        _launch(_pair_products, sums.shape[1], *given, scales, sums, x.shape[0], **constants)
+        _launch(_pair_products, sums.shape[1], *given, scales, sums, x.shape[0], DIAGONAL=is_diagonal)
         return [PairTile(*scales, *sums.sum(1))]
 
     def push_next(
-        self, leaf: Leaf, slot: Tensor, damping: tuple[Tensor, ...], flags: tuple[Tensor, Tensor], z: Any
+        self,
+        leaf: Leaf,
+        slot: Tensor,
+        damping: tuple[Tensor, ...],
+        flags: tuple[Tensor, Tensor],
+        grad: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Store the next pair at a slot of the ring, and form its inner products, in a pass each."""
         history, like = leaf.history, leaf.means.params
-        white = like if z is None else z
-        if not _is_fused(leaf, history, white, *leaf.means):
-            return super().push_next(leaf, slot, damping, flags, z)
+        if not _is_fused(leaf, history, like if grad is None else grad, *leaf.means):
+            return super().push_next(leaf, slot, damping, flags, grad)
+        diagonal = self._diagonal_of(leaf)
         slots, rows = history.shape[1], 2 * history.shape[1]
         place = history, history.stride(1), slots, slot
         y_weight, s_weight, norm = damping
         _launch(
             _write_pair,
             _blocks(like),
-            *_pair_of(leaf, flags[0]),
+            *leaf.means,
+            diagonal,
+            flags[0],
             *place,
             norm,
             y_weight,
             s_weight,
             flags[1],
             like.shape[0],
-            **_constants(_diagonal(leaf.root)),
+            DIAGONAL=diagonal is not None,
         )
         sums = _parts(2 * rows + 2, like, like.dtype)
         _launch(
             _gram,
             sums.shape[1],
             *place,
-            z,
+            grad,
+            diagonal,
             sums,
             like.shape[0],
             ROWS=rows,
             WIDTH=triton.next_power_of_2(2 * rows + 2),
-            WHITE=z is not None,
+            GRAD=grad is not None,
+            DIAGONAL=diagonal is not None,
         )
         return history, sums.sum(1)
 
@@ -450,19 +459,6 @@ def _is_fused(leaf: Leaf, *arrays: Tensor) -> bool:
     """Whether the kernels above can form the root of a leaf and work on these arrays."""
     known = isinstance(leaf.root, DiagonalRoot) or not leaf.root.arrays
     return known and 2 * leaf.history.shape[1] <= _ROWS and _flat(*arrays)
-
-
-def _constants(root: DiagonalRoot | None) -> dict[str, Any]:
-    """How a root is formed."""
-    exponent = 1.0 if root is None else root.exponent
-    return {"DIAGONAL": root is not None, "ROOTS": square_roots(exponent), "EXPONENT": exponent}
-
-
-def _pair_of(leaf: Leaf, valid: Tensor) -> tuple[Any, ...]:
-    """What the next pair is formed from."""
-    root = _diagonal(leaf.root)
-    own = (None, None) if root is None else (root.exp_avg_sq, root.floor)
-    return (*leaf.means, *own, valid)
 
 
 def _flat(*arrays: Tensor) -> bool:

@@ -14,7 +14,7 @@ from array_api_compat import device as array_device
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.adapter import PairTile, StepEnd, part
+from mlbfgs_core.adapter import Leaf, PairTile, StepEnd, part, square_roots
 
 __all__ = ["HostKernels", "TorchKernels", "as_array", "as_tensor", "quiet", "reduced"]
 
@@ -90,15 +90,37 @@ class TorchKernels(core.Kernels):
         """`x` with zeros for what is not finite."""
         return _finite(x, out=None)
 
+    def masked(self, x: Tensor, keep: Tensor) -> Tensor:
+        """Zeros for what is not finite, since the factor of a step that is not kept is zero."""
+        return _finite(x, out=x)
+
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        """``x * y``."""
+        return torch.mul(x, y, out=self.buffer("product", x, x.dtype))
+
+    def difference(self, x: Tensor, y: Tensor) -> Tensor:
+        """``x - y``."""
+        return torch.sub(x, y, out=self.buffer("difference", x, x.dtype))
+
     def lerp(self, start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
         """``start + weight * (end - start)`` with a 0-d weight."""
         return torch.lerp(start, end, weight)
 
-    def inverse_root(self, x: Tensor, count: int) -> Tensor:
-        """One over a positive tensor's square root, which is taken `count` times; consumes it."""
-        if count == 0:
-            return x.reciprocal_()
-        for _ in range(count - 1):
+    def diagonal(
+        self, v: Tensor, entering: tuple[Tensor, Tensor] | None, floor: Tensor, exponent: Any
+    ) -> Tensor:
+        """``(v + floor) ** -exponent`` of a mean of squares."""
+        x = self.buffer("diagonal", v, v.dtype)
+        if entering is None:
+            x = torch.add(v, floor, out=x)
+        else:
+            value, weight = entering
+            x = torch.mul(value, value, out=x)
+            x = torch.lerp(v, x, weight, out=x).add_(floor)
+        roots = square_roots(exponent)
+        if not roots:
+            return x.pow_(-exponent)
+        for _ in range(roots - 1):
             x.sqrt_()
         return x.rsqrt_()
 
@@ -167,13 +189,24 @@ class TorchKernels(core.Kernels):
         kept = keep.to(mean.dtype)
         weight = weight * kept
         for tile in self.tiles(mean):
-            x = self._clean(part(value, tile), mean.dtype).mul_(kept)
-            part(mean, tile).lerp_(x.square_() if squared else x, weight)
+            x = self._clean(part(value, tile), mean.dtype)
+            if squared:  # a square that overflows is not finite any more
+                x = x.mul_(kept).square_()
+            part(mean, tile).lerp_(x, weight)
         return mean
 
-    def difference(self, now: Tensor, before: Tensor, valid: Tensor) -> Tensor:
-        """``now - before``, zero where `valid` is false."""
-        return torch.sub(now, before).mul_(valid)
+    def pair(self, leaf: Leaf, tile: Any, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """A tile of the next pair, whitened."""
+        means, root = leaf.means, leaf.root.at(self, tile)
+        differences = []
+        for name, now, before in (
+            ("s", means.params, means.prev_params),
+            ("y", means.grads, means.prev_grads),
+        ):
+            x = part(now, tile)
+            x = torch.sub(x, part(before, tile), out=self.buffer(name, x, x.dtype))
+            differences.append(x.mul_(valid))
+        return root.dual(differences[0]), root.whiten(differences[1])
 
     def pair_products(self, s: Tensor, y: Tensor) -> PairTile:
         """Inner products of a pair."""

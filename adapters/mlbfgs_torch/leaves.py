@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -159,11 +160,40 @@ class Leaf:
 
     def params(self) -> list[Tensor]:
         """The parameters' values."""
-        return [member.values for member in self.members]
+        return self._whole if self._whole is not None else [member.values for member in self.members]
+
+    @cached_property
+    def _whole(self) -> list[Tensor] | None:
+        """The parameters, where their values are these themselves."""
+        if any(member.sharded for member in self.members):
+            return None
+        return [member.param for member in self.members]
+
+    @cached_property
+    def _room(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """Memory for the flat values of small parameters, and views of it in their shapes."""
+        flat = torch.empty_like(self.gather(self.params()))
+        return flat, self.spread(flat)
+
+    def flat_params(self) -> Tensor:
+        """The parameters' values as a flat tensor, in their own memory if it `is_view`; on a CPU its memory is
+        the same at every step, since views of it take longer to make than small parameters to copy."""
+        if self.is_view or not self.plain or not self._keeps_room:
+            return self.gather(self.params()).detach()
+        flat, views = self._room
+        torch._foreach_copy_(views, self.params())
+        return flat
+
+    @property
+    def _keeps_room(self) -> bool:
+        return self.members[0].param.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def write(self, flat: Tensor) -> None:
         """Give the parameters the values of a flat tensor; nothing to do where it is their memory."""
         if self.is_view:
+            return
+        if self.plain and self._keeps_room and flat is self._room[0]:
+            torch._foreach_copy_(self.params(), self._room[1])
             return
         parts = self.spread(flat)
         if self.lazy:

@@ -166,7 +166,7 @@ class Unit:
 
     def params(self) -> list[Tensor]:
         """The parameters' values; for a leaf that is a view, in the parameter's own memory."""
-        return [*(leaf.gather(leaf.params()).detach() for leaf in self.leaves), *self._absent]
+        return [*(leaf.flat_params() for leaf in self.leaves), *self._absent]
 
     def grads(self, scale: Tensor | None) -> list[Tensor | None]:
         """The gradients, or None, divided by a scale: never written to, where they are the user's own."""

@@ -77,7 +77,7 @@ class Arrays:
             return torch.randn(*shape, size, generator=generator, dtype=torch.float64)
 
         self.history = draw(2, M).to(history_dtype)
-        self.param, self.grad, self.white = draw(), draw(), draw()
+        self.param, self.grad = draw(), draw()
         self.means = Means(*(draw() for _ in range(4)))
         self.exp_avg_sq = draw().square()
 
@@ -109,24 +109,26 @@ def test_whiten(both, size, power, weight, pairs):
     for kernels in both:
         own = Arrays(size)
         leaf, mean = own.leaf(power, weight, pairs=pairs), own.means.grads if pairs else None
-        white, sums = kernels.whiten(leaf, own.grad, mean, number(0.4))
-        assert (white is None) == (power is None)
-        results.append((white, list(sums)))
+        root, sums = kernels.whiten(leaf, own.grad, mean, number(0.4))
+        assert (root.kept is None) == (power is None)
+        results.append((root.kept, list(sums)))
     same(*results)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("power", ROOTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("pairs", [True, False])
-def test_direct(both, size, power, dtype, pairs):
+@pytest.mark.parametrize(("pairs", "keeps"), [(True, True), (True, False), (False, True)])
+def test_direct(both, size, power, dtype, pairs, keeps):
     results = []
     for kernels in both:
         own = Arrays(size, dtype)
-        grad, white = own.grad.clone(), None if power is None else own.white
+        grad = own.grad.clone()
         weights = torch.linspace(-1, 1, 2 * M, dtype=torch.float64), number(0.7)
         leaf = own.leaf(power, pairs=pairs)
-        results.append(kernels.direct(leaf, own.grad, white, weights, torch.tensor(True)))
+        if keeps:
+            leaf = leaf._replace(root=leaf.root.keeping(own.exp_avg_sq + 0.5))
+        results.append(kernels.direct(leaf, own.grad, weights, torch.tensor(True)))
         assert torch.equal(own.grad, grad)  # the user's own
     same(*results)
 
@@ -160,10 +162,9 @@ def test_average_leaves_everything_where_the_step_is_not_kept(both, bad, squared
 def test_direct_is_finite_for_a_gradient_that_is_not(both, bad, power):
     for kernels in both:
         own = Arrays(77)
-        own.grad[3] = own.white[3] = bad
+        own.grad[3] = bad
         weights = torch.full((2 * M,), float("nan"), dtype=torch.float64), number(1.0)
-        white = None if power is None else own.white
-        update, _ = kernels.direct(own.leaf(power), own.grad, white, weights, torch.tensor(False))
+        update, _ = kernels.direct(own.leaf(power), own.grad, weights, torch.tensor(False))
         assert torch.isfinite(update).all()
 
 
@@ -204,8 +205,9 @@ def test_push_next(both, size, power, keep, projects):
     for kernels in both:
         own, slot = Arrays(size), torch.tensor([1])
         damping = tuple(number(x) for x in (0.9, 0.2, 0.3))
-        flags, z = (torch.tensor(True), torch.tensor(keep)), own.white if projects else None
-        history, sums = kernels.push_next(own.leaf(power), slot, damping, flags, z)
+        flags = torch.tensor(True), torch.tensor(keep)
+        grad = own.grad if projects else None
+        history, sums = kernels.push_next(own.leaf(power), slot, damping, flags, grad)
         results.append((history, sums))
     same(*results)
 
