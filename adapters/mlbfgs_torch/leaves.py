@@ -176,8 +176,11 @@ class Leaf:
         return flat, self.spread(flat)
 
     def flat_params(self) -> Tensor:
-        """The parameters' values as a flat tensor, in their own memory if it `is_view`; on a CPU its memory is
-        the same at every step, since views of it take longer to make than small parameters to copy."""
+        """The parameters' values as a flat tensor, in their own memory if it `is_view`.
+
+        On a CPU the memory is the same at every step, since views of it take longer to make than small
+        parameters to copy.
+        """
         if self.is_view or not self.plain or not self._keeps_room:
             return self.gather(self.params()).detach()
         flat, views = self._room
