@@ -1,6 +1,6 @@
 """Train for real, with mL-BFGS and with what one would use instead, and tell who won.
 
-Run ``python -m benchmarks.demo``. It needs the packages of the extra "demo" and a few minutes.
+Run ``python3 -m nox -s bench -- demo``. It takes a few minutes.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from importlib import import_module
 from importlib.metadata import version
 
@@ -33,6 +34,7 @@ NAMESPACES = {
 }
 BACKENDS = {}
 """The namespaces that `--backends` names; no other is imported."""
+MARK_OF_MODULE = re.compile(r"^pytestmark = pytest\.mark\.backends\((.*)\)$", re.MULTILINE)
 
 
 def _backends(text):
@@ -54,7 +56,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "backends(name, ...): the test needs these backends")
     for name in config.getoption("backends"):
         try:
             BACKENDS[name] = import_module(NAMESPACES[name])
@@ -67,6 +68,26 @@ def pytest_configure(config):
 
 def pytest_report_header():
     return "backends: " + ", ".join(f"{name} {version(name)}" for name in BACKENDS)
+
+
+class Absent(pytest.File):
+    """A test module that is not imported, because a backend that it needs may not be installed."""
+
+    def collect(self):
+        pytest.skip(f"{self.path.name} needs {', '.join(sorted(_needs_of_module(self.path)))}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path, parent):
+    collectors = yield
+    absent = file_path.suffix == ".py" and not _needs_of_module(file_path) <= BACKENDS.keys()
+    return [Absent.from_parent(parent, path=file_path)] if absent else collectors
+
+
+def _needs_of_module(path):
+    """The backends that a module's mark names; it is read from the text, since an import could fail."""
+    found = MARK_OF_MODULE.search(path.read_text(encoding="utf-8"))
+    return set(re.findall(r"\w+", found[1])) if found else set()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,4 +1,4 @@
 """The paper's claims, measured: what writes the figures and tables of ``docs/claims``.
 
-Run ``python -m benchmarks.claims`` in the root of the repository.
+Run ``python3 -m nox -s bench -- claims``.
 """

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec
 import mlbfgs_core as core
 from mlbfgs_jax import MLBFGSState, load_state, mlbfgs, save_state, scale_by_mlbfgs
 
+pytestmark = pytest.mark.backends("jax")
+
 FAST = {"check_every": 1, "update_every": 4, "history_size": 3}
 STRICT = {
     "jax_numpy_rank_promotion": "raise",

@@ -15,6 +15,8 @@ from mlbfgs_jax import mlbfgs
 from mlbfgs_torch import MLBFGS
 from tests.helpers import to_numpy
 
+pytestmark = pytest.mark.backends("numpy", "torch", "jax")
+
 STEPS, RATE, MOMENTUM, DECAY = 200, 0.004, 0.9, 0.1
 NAMES = ("hidden.weight", "hidden.bias", "out.weight", "out.bias")
 SETTINGS = {

@@ -19,6 +19,8 @@ from mlbfgs_torch import leaves as torch_leaves
 from mlbfgs_torch.numbers import unpack
 from tests.trainers.helpers import FAST, assert_same, train, weights
 
+pytestmark = pytest.mark.backends("torch")
+
 
 def make_model(seed=0, dtype=torch.float64):
     torch.manual_seed(seed)

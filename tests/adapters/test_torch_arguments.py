@@ -20,6 +20,8 @@ import mlbfgs_core as core
 from mlbfgs_torch import MLBFGS
 from tests.trainers.helpers import FAST, assert_same, make_data, make_model, train, weights
 
+pytestmark = pytest.mark.backends("torch")
+
 NUMBERS = {"lr": 0.0625, "momentum": 0.75, "weight_decay": 0.25}
 """Exact in half precision."""
 

@@ -24,6 +24,8 @@ from mlbfgs_torch import MLBFGS, units
 from mlbfgs_torch import kernels as fast_kernels
 from mlbfgs_torch.kernels import TorchKernels
 
+pytestmark = pytest.mark.backends("torch")
+
 M = 3
 SIZES = [0, 1, 5, 40, 64, 77, 200]
 """Below, at and above both a split product and a tile of the small limits that the fixture sets."""

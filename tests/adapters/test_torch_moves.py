@@ -16,6 +16,8 @@ from mlbfgs_torch import MLBFGS
 from mlbfgs_torch import leaves as torch_leaves
 from tests.trainers.helpers import FAST, assert_same, make_data, make_model, train, weights
 
+pytestmark = pytest.mark.backends("torch")
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHANGES = list(itertools.permutations(DTYPES, 2))
 SETTINGS = [FAST, {"preset": "fit", "update_every": 3}, {"history_dtype": "bfloat16", **FAST}]

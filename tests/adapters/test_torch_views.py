@@ -13,6 +13,8 @@ from mlbfgs_torch import MLBFGS
 from mlbfgs_torch.memory import check_memory
 from tests.trainers.helpers import FAST, assert_same
 
+pytestmark = pytest.mark.backends("torch")
+
 LAZY = {
     "conj": lambda z: z.conj(),
     "mH": lambda z: z.mH,

@@ -19,6 +19,8 @@ import safetensors.numpy
 import mlbfgs_core as core
 from mlbfgs_core.kernels import Kernels
 
+pytestmark = pytest.mark.backends("numpy")
+
 NAMES = ("a.weight", "a.bias", "b.weight", "b.bias", "unused.weight")
 SHAPES = ((4, 3), (4,), (2, 4), (), (5, 0))
 SETTINGS = {

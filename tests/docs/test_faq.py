@@ -18,7 +18,9 @@ from mlbfgs_jax import diagnostics, mlbfgs
 from mlbfgs_jax import load_state as load_state_of_jax
 from mlbfgs_scipy import minimize_mlbfgs
 from mlbfgs_torch import MLBFGS, units
-from tests.core.test_readme import ROOT
+from tests.docs.test_readme import ROOT
+
+pytestmark = pytest.mark.backends("numpy", "torch", "jax")
 
 PROVOKED = {}
 

@@ -15,7 +15,9 @@ import pytest
 
 import mlbfgs_core
 import mlbfgs_jax
-from tests.core.test_readme import BLOCK, ROOT
+from tests.docs.test_readme import BLOCK, ROOT
+
+pytestmark = pytest.mark.backends("numpy", "torch", "jax")
 
 DOCS = ROOT / "docs"
 NOT_PAGES = ("_build", "_generated", "auto_gallery")
@@ -31,7 +33,7 @@ RUN_BY = {
             "pytorch.md",
             "scipy.md",
         ),
-        "tests/core/test_readme.py",
+        "tests/docs/test_readme.py",
     ),
     "embedding.md": "tests/embedding/test_page.py",
 }

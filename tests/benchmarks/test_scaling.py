@@ -9,8 +9,7 @@ import pytest
 import mlbfgs_core as core
 from benchmarks import scaling
 from benchmarks import scaling_model as model
-
-from .processes import on_ranks
+from tests.distributed.processes import on_ranks
 
 SHAPES = [(300, 450), (7, 5), (11,), (1,), (450, 150)]
 """Two large parameters, of which shards are small; most are divided by no number of processes."""

@@ -10,6 +10,8 @@ import pytest
 import scipy.optimize
 import torch
 
+pytestmark = pytest.mark.backends("numpy", "torch", "jax")
+
 ROOT = Path(__file__).parents[2]
 BLOCK = runpy.run_path(str(ROOT / "docs" / "write_outputs.py"))["BLOCK"]
 
