@@ -90,7 +90,11 @@ def _needs_of_module(path):
     return set(re.findall(r"\w+", found[1])) if found else set()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if any(_backend(item) in mark.args for mark in item.iter_markers("slow_on")):
+            item.add_marker("slow")
     groups = {True: [], False: []}
     for item in items:
         groups[_needs(item) <= BACKENDS.keys()].append(item)
@@ -101,13 +105,17 @@ def pytest_collection_modifyitems(config, items):
 def _needs(item):
     """The backends of a test: those of its marks, and the one of its `xp`."""
     marked = {name for mark in item.iter_markers("backends") for name in mark.args}
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return marked | ({params["xp"]} if "xp" in params else set())
+    return marked | ({_backend(item)} - {None})
 
 
-@pytest.fixture(params=NAMESPACES)
+def _backend(item):
+    """The name of a test's `xp`."""
+    return item.callspec.params.get("xp") if hasattr(item, "callspec") else None
+
+
+@pytest.fixture(scope="module", params=NAMESPACES)
 def xp(request):
-    """Each backend in turn; under JAX the functions of `mlbfgs_core` run jitted."""
+    """Each backend in turn; under JAX the functions of `mlbfgs_core` run jitted, once traced for a module."""
     namespace = BACKENDS[request.param]
     with patch_lazy_xp_functions(request, xp=namespace):
         yield namespace

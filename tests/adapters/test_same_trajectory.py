@@ -92,7 +92,7 @@ def run_jax(settings, blocks, dtype):
     return [params[name] for name in NAMES], int(state[0].pairs[0])
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "blocks"), [*((name, "all") for name in SETTINGS), ("default", "layer"), ("fit", "layer")]
 )
