@@ -545,6 +545,7 @@ def test_no_step_reads_a_number_off_a_tensor(settings, rate, monkeypatch):
         assert not [name for name in calls.names if "_local_scalar_dense" in name or "nonzero" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

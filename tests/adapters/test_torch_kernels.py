@@ -270,6 +270,7 @@ def test_descend_leaves_everything_where_the_step_is_not_kept(both):
     assert torch.equal(buffer, leaf.means.params)
 
 
+@pytest.mark.slow
 def test_triton_compiles_every_kernel_for_old_and_new_gpus(tmp_path):
     fused_module()
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

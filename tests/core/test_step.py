@@ -175,6 +175,7 @@ def test_deciding_on_the_device_equals_the_masked_step(name):
     assert run._cache_size() == 1
 
 
+@pytest.mark.slow_on("array_api_strict")
 @pytest.mark.parametrize("name", ["default", "fit", "paper", "formulas"])
 @given(rng=generators, faults=schedules(20))
 def test_nan_gradients_equal_skipped_steps(xp, name, rng, faults):
