@@ -322,7 +322,7 @@ def test_members_of_an_ensemble_have_the_records_that_each_has_alone():
 
 
 def block(**fields):
-    """Figures of one block for whom all is well, but for those given."""
+    """Figures of one block for which all is well, except for those given."""
     usual = {
         "step": 100,
         "skipped": 0,

@@ -668,7 +668,7 @@ def test_a_gradient_that_comes_and_goes_splits_a_leaf_once_and_loses_nothing(mon
     torch.testing.assert_close(packed, alone, rtol=1e-8, atol=1e-10)
 
 
-def test_changing_blocks_or_memory_in_mid_run_forgets_the_curvature_with_a_warning():
+def test_changing_blocks_or_memory_during_a_run_forgets_the_curvature_with_a_warning():
     model, data = make_model(), make_data(20)
     optimizer = MLBFGS(model.named_parameters(), blocks="layer", **FAST)
     train(model, optimizer, data[:8])

@@ -300,7 +300,7 @@ def test_real_parameters_that_become_complex_start_anew():
     assert torch.isfinite(param).all()
 
 
-def test_momentum_may_be_switched_on_in_mid_run_and_starts_at_zero():
+def test_momentum_may_be_switched_on_during_a_run_and_starts_at_zero():
     """A step with a fresh buffer goes 1 + momentum times as far with Nesterov's momentum."""
     moved = []
     for momentum in (0.0, 0.5):

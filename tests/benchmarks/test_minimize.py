@@ -1,4 +1,4 @@
-"""Against L-BFGS-B on the problems of Moré, Garbow and Hillstrom."""
+"""`minimize_mlbfgs` against L-BFGS-B on the problems of Moré, Garbow and Hillstrom."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ HALF = 2
 def everything():
     """For each layout and setting, what one process keeps and sends.
 
-    Not for owners of blocks: blocks that others own have empty leaves too.
+    Except for blocks under ZeRO, where blocks that other processes own have empty leaves too.
     """
     return {
         (layout, name): scaling.counted(layout, SHAPES, 6, settings)

@@ -96,7 +96,7 @@ def a_gradient_from_before_a_conversion(_):
 
 
 @provokes
-def another_shape_in_mid_run(_):
+def another_shape_during_a_run(_):
     model = torch.nn.Linear(3, 2)
     optimizer = MLBFGS(model.named_parameters())
     model(torch.ones(1, 3)).sum().backward()
@@ -190,7 +190,7 @@ def an_array_of_jax_in_numpy(_):
 
 
 @provokes
-def other_sizes_in_mid_run(_):
+def other_sizes_during_a_run(_):
     optimizer = ArrayMLBFGS(np.ones(3))
     optimizer.config = type(optimizer.config)(history_size=10)
 

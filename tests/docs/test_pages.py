@@ -1,4 +1,4 @@
-"""Python blocks of every page run, and print what it shows; a new page is found without being listed."""
+"""The Python blocks of every page run and print what the page shows; new pages are found by themselves."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_each_setting_is_in_the_table_of_settings():
 
 
 def assert_alike(printed, shown):
-    """The same words and integers, and broken numbers to a half: training amplifies a machine's rounding."""
+    """The same words and integers, and decimals within a half: training amplifies a machine's rounding."""
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)
     numbers = [[float(number) for number in NUMBER.findall(text)] for text in (printed, shown)]
     np.testing.assert_allclose(*numbers, rtol=0.5)

@@ -1,4 +1,4 @@
-"""What the README and the pages of the documentation show runs."""
+"""The code that the README and the pages of the documentation show runs."""
 
 from __future__ import annotations
 

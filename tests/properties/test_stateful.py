@@ -227,7 +227,7 @@ class Machine(RuleBasedStateMachine):
 
 
 class TorchMachine(Machine):
-    """A parameter group may join in mid-run."""
+    """A parameter group may join during a run."""
 
     kind = "torch"
 
