@@ -34,6 +34,15 @@ NAMESPACES = {
 }
 BACKENDS = {}
 """The namespaces that `--backends` names; no other is imported."""
+DOCTESTS = {
+    "mlbfgs_arrays": {"numpy"},
+    "mlbfgs_core": {"numpy"},
+    "mlbfgs_diagnostics": {"numpy", "torch", "jax"},
+    "mlbfgs_jax": {"jax"},
+    "mlbfgs_scipy": {"numpy"},
+    "mlbfgs_torch": {"torch"},
+}
+"""The backends that the examples in a package's docstrings need."""
 MARK_OF_MODULE = re.compile(r"^pytestmark = pytest\.mark\.backends\((.*)\)$", re.MULTILINE)
 
 
@@ -103,9 +112,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _needs(item):
-    """The backends of a test: those of its marks, and the one of its `xp`."""
+    """The backends of a test: those of its marks, the one of its `xp`, or those of a doctest's package."""
     marked = {name for mark in item.iter_markers("backends") for name in mark.args}
-    return marked | ({_backend(item)} - {None})
+    return marked | ({_backend(item)} - {None}) | DOCTESTS.get(item.path.parent.name, set())
 
 
 def _backend(item):
