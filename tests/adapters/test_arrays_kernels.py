@@ -24,6 +24,8 @@ from mlbfgs_arrays.cuda import CupyKernels
 from mlbfgs_arrays.kernels import NumpyKernels
 from mlbfgs_core.kernels import Means, Metric
 
+pytestmark = pytest.mark.backends("numpy")
+
 M = 3
 SIZES = [0, 1, 5, 77]
 COMPILER = shutil.which("c++")

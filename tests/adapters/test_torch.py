@@ -20,6 +20,8 @@ from mlbfgs_torch import leaves as torch_leaves
 from mlbfgs_torch.numbers import unpack
 from tests.trainers.helpers import FAST, assert_same, train, weights
 
+pytestmark = pytest.mark.backends("torch")
+
 
 def make_model(seed=0, dtype=torch.float64):
     torch.manual_seed(seed)
@@ -546,6 +548,7 @@ def test_no_step_reads_a_number_off_a_tensor(settings, rate, monkeypatch):
         assert not [name for name in calls.names if "_local_scalar_dense" in name or "nonzero" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -668,7 +671,7 @@ def test_a_gradient_that_comes_and_goes_splits_a_leaf_once_and_loses_nothing(mon
     torch.testing.assert_close(packed, alone, rtol=1e-8, atol=1e-10)
 
 
-def test_changing_blocks_or_memory_in_mid_run_forgets_the_curvature_with_a_warning():
+def test_changing_blocks_or_memory_during_a_run_forgets_the_curvature_with_a_warning():
     model, data = make_model(), make_data(20)
     optimizer = MLBFGS(model.named_parameters(), blocks="layer", **FAST)
     train(model, optimizer, data[:8])

@@ -26,6 +26,8 @@ from mlbfgs_torch import MLBFGS, units
 from mlbfgs_torch import kernels as fast_kernels
 from mlbfgs_torch.kernels import TorchKernels
 
+pytestmark = pytest.mark.backends("torch")
+
 M = 3
 SIZES = [0, 1, 5, 40, 64, 77, 200]
 """Below, at and above both a split product and a tile of the small limits that the fixture sets."""
@@ -282,6 +284,7 @@ def test_the_end_of_a_step_leaves_everything_where_the_step_is_not_kept(both):
         assert torch.equal(buffer, own.means.params)
 
 
+@pytest.mark.slow
 def test_triton_compiles_every_kernel_for_old_and_new_gpus(tmp_path):
     fused_module()
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
