@@ -2,7 +2,16 @@
 
 from .blocks import Blocks, BlockSpec, one_block, validate_blocks
 from .call import When
-from .config import SETTINGS, as_number, check_real, is_zero, settings_in, with_preset
+from .config import (
+    SETTINGS,
+    PreconditionerName,
+    StepLength,
+    as_number,
+    check_real,
+    is_zero,
+    settings_in,
+    with_preset,
+)
 from .diagnostics import block_names
 from .kernels import Leaf, Means, PairTile, StepEnd, part
 from .observation import Observation
@@ -42,9 +51,11 @@ __all__ = [
     "PairTile",
     "Place",
     "Preconditioner",
+    "PreconditionerName",
     "Preset",
     "Root",
     "StepEnd",
+    "StepLength",
     "TileRoot",
     "When",
     "accumulation_dtype",

@@ -8,7 +8,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 import mlbfgs_core as core
-from mlbfgs_core.kernels import Means, Metric
+from mlbfgs_core.adapter import StepEnd, part
 
 __all__ = ["NumpyKernels"]
 
@@ -33,56 +33,47 @@ class NumpyKernels(core.Kernels):
         change += start
         return change
 
-    def blend(self, array: Array, tile: Any, value: Array, weight: Array, keep: Array) -> Array:
-        """`array` moved by `weight` towards a value at the tile where `keep`."""
-        if keep:
-            change = value - array[tile]
+    def inverse_root(self, x: Array, count: int) -> Array:
+        """One over a root, in place of the array."""
+        for _ in range(count):
+            np.sqrt(x, out=x)
+        return np.divide(1.0, x, out=x)
+
+    def average(
+        self, mean: Array, value: Array, weight: Array, keep: Array, *, squared: bool = False
+    ) -> Array:
+        """``M += weight * (x - M)``."""
+        for tile in self.tiles(mean) if keep else ():
+            old, x = part(mean, tile), self.finite(self.cast(part(value, tile), mean.dtype))
+            change = x * x - old if squared else x - old
             change *= weight
-            array[tile] += change
-        return array
+            old += change
+        return mean
 
-    def pair(self, means: Means, metric: Metric | None, tile: Any, valid: Array) -> tuple[Array, Array]:
-        """A tile of ``s`` and ``y``."""
-        s = means.params[tile] - means.prev_params[tile]
-        y = means.grads[tile] - means.prev_grads[tile]
-        if metric is not None:
-            root = metric.inverse_root(self, tile)
-            s /= root
-            y *= root
-        return (s, y) if valid else (np.zeros_like(s), np.zeros_like(y))
+    def difference(self, now: Array, before: Array, valid: Array) -> Array:
+        """``now - before``."""
+        return now - before if valid else np.zeros_like(now)
 
-    def descend(
-        self,
-        param: Array,
-        update: Array,
-        length: Array,
-        buffer: Array | None,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        keep: Array,
-        *,
-        nesterov: bool,
-    ) -> None:
-        """Momentum, weight decay and learning rate where `keep`; writes to the parameter and the buffer,
-        consumes the update. Moves 5 values."""
-        if not keep:
-            return
-        decay, dtype = 1 - lr * weight_decay, update.dtype
-        for tile in self.tiles(update):
-            change = update[tile]
-            change *= length
+    def apply(
+        self, param: Array, update: Array, buffer: Array | None, end: StepEnd, keep: Array
+    ) -> tuple[Array, Array | None]:
+        """The end of a step."""
+        decay, dtype = 1.0 - end.lr * end.weight_decay, update.dtype
+        for tile in self.tiles(update) if keep else ():
+            change, value = part(update, tile), self.cast(part(param, tile), dtype)
+            change *= end.length
             if buffer is not None:
-                buffer[tile] *= momentum
-                buffer[tile] += change
-                if nesterov:
-                    change += momentum * buffer[tile]
+                carried = part(buffer, tile)
+                carried *= end.momentum
+                carried += change
+                if end.nesterov:
+                    change += end.momentum * carried
                 else:
-                    change[...] = buffer[tile]
-            change *= lr
-            value = self.cast(param[tile], dtype)  # rounded once, at the end
+                    change[...] = carried
+            change *= end.lr
             if decay != 1:
-                value *= decay
+                np.multiply(value, decay, out=value, where=True if decay > 0 else np.isfinite(value))
             value -= change
-            if value.dtype != param.dtype:
-                param[tile] = value
+            if value.dtype != param.dtype:  # rounded once
+                self.store(param, tile, value)
+        return param, buffer

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from mlbfgs_core.blocks import Blocks
+from mlbfgs_core.adapter import Blocks
 
-__all__ = ["Array", "Leaf", "Member", "pack", "real"]
+__all__ = ["Array", "Leaf", "Like", "Member", "pack", "real"]
 
 Array = Any
 
@@ -24,7 +24,7 @@ def real(array: Array) -> Array:
 
 
 class Like(NamedTuple):
-    """What the core must know of a leaf to allocate its state."""
+    """What the core must know of a leaf to lay out its state."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -49,6 +49,11 @@ class Member(NamedTuple):
     """Number of real values."""
     given: tuple[tuple[int, ...], tuple[int, ...], Any]
     """Shape, strides and dtype of the parameter when it was handed over."""
+
+    @property
+    def like(self) -> Like:
+        """Shape and dtype of the real values."""
+        return Like(self.shape, real(self.array).dtype)
 
     @classmethod
     def of(cls, name: str, array: Array) -> Member:
@@ -106,7 +111,7 @@ class Leaf(NamedTuple):
 
     def like(self) -> Like:
         """Shape and dtype of the leaf."""
-        return Like((sum(member.size for member in self.members),), real(self.members[0].array).dtype)
+        return Like((sum(member.size for member in self.members),), self.members[0].like.dtype)
 
     def params(self) -> Array:
         """The parameters' values."""
