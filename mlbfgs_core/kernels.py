@@ -166,6 +166,10 @@ class Kernels:
         """`x` with zeros for what is not finite."""
         return self.leaf_xp.where(self.leaf_xp.isfinite(x), x, 0.0)
 
+    def masked(self, x: Array, keep: Array) -> Array:
+        """`x` where `keep` (0-d), else zeros; may be `x` itself."""
+        return self.leaf_xp.where(keep, x, 0.0)
+
     def lerp(self, start: Array, end: Array, weight: Array) -> Array:
         """``start + weight * (end - start)`` with a 0-d weight; consumes neither."""
         return start + weight * (end - start)
@@ -224,7 +228,7 @@ class Kernels:
 
     def difference(self, now: Array, before: Array, valid: Array) -> Array:
         """``now - before``, zero where `valid` (0-d) is false; the caller may write to it. Moves 3 values."""
-        return self.leaf_xp.where(valid, now - before, 0.0)
+        return self.masked(now - before, valid)
 
     def pair_products(self, s: Array, y: Array) -> PairTile:
         """Inner products of a pair, which it consumes; reads 2 values."""
@@ -341,7 +345,7 @@ class Kernels:
                 d = gamma * z
             else:
                 d = self.combine(part(leaf.history, tile, 2), z, coefficients, gamma)
-            d = self.leaf_xp.where(keep, root.back(d), 0.0)
+            d = self.masked(root.back(d), keep)
             square = self.dot(d, d)
             total = square if total is None else total + square
             update = self.store(update, tile, d)

@@ -195,6 +195,8 @@ def _check_memory(names: tuple[str, ...], arrays: tuple[Array, ...]) -> None:
 def _checked_gradient(name: str, param: Array, grad: Any) -> Array | None:
     if grad is None:
         return None
+    if type(grad) is type(param) is np.ndarray and grad.shape == param.shape and grad.dtype == param.dtype:
+        return grad
     if isinstance(grad, np.generic) and isinstance(param, np.ndarray):
         grad = np.asarray(grad)  # what NumPy makes of a 0-d result
     elif isinstance(grad, np.matrix):

@@ -159,7 +159,8 @@ def _entries(
     entries = list(adapter.layout(config, likes, unit.blocks))
     if buffers:
         entries += [
-            adapter.Entry(_BUFFER, i, like.shape, accumulation_dtype(like), "") for i, like in enumerate(likes)
+            adapter.Entry(_BUFFER, i, like.shape, accumulation_dtype(like), "")
+            for i, like in enumerate(likes)
         ]
     for entry in entries:
         if entry.name in LEAF_COUNTS:

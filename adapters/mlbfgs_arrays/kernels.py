@@ -8,7 +8,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 import mlbfgs_core as core
-from mlbfgs_core.adapter import StepEnd, part
+from mlbfgs_core.adapter import DiagonalRoot, Leaf, StepEnd, part
 
 __all__ = ["NumpyKernels"]
 
@@ -26,6 +26,10 @@ class NumpyKernels(core.Kernels):
         finite = np.isfinite(x)
         return x if finite.all() else np.where(finite, x, 0.0)
 
+    def masked(self, x: Array, keep: Array) -> Array:
+        """`x`, or zeros."""
+        return x if keep else np.zeros_like(x)
+
     def lerp(self, start: Array, end: Array, weight: Array) -> Array:
         """``start + weight * (end - start)``."""
         change = end - start
@@ -42,17 +46,31 @@ class NumpyKernels(core.Kernels):
     def average(
         self, mean: Array, value: Array, weight: Array, keep: Array, *, squared: bool = False
     ) -> Array:
-        """``M += weight * (x - M)``."""
+        """``M += weight * (x - M)``; only a gradient's square is averaged, and one that is kept is finite."""
         for tile in self.tiles(mean) if keep else ():
-            old, x = part(mean, tile), self.finite(self.cast(part(value, tile), mean.dtype))
-            change = x * x - old if squared else x - old
+            old, x = part(mean, tile), self.cast(part(value, tile), mean.dtype)
+            change = (x * x if squared else self.finite(x)) - old
             change *= weight
             old += change
         return mean
 
-    def difference(self, now: Array, before: Array, valid: Array) -> Array:
-        """``now - before``."""
-        return now - before if valid else np.zeros_like(now)
+    def combine(self, history: Array, z: Array, coefficients: Array, gamma: Array) -> Array:
+        """``gamma z + B^T c``."""
+        d = self.weighted(coefficients, self.rows(history, z.dtype), z)
+        d += gamma * z
+        return d
+
+    def pair(self, leaf: Leaf, tile: Any, valid: Array) -> tuple[Array, Array]:
+        """A tile of the next pair, with few temporary arrays: the system takes back the memory of many at
+        once, and what it then gives anew costs more than the arithmetic."""
+        if not isinstance(leaf.root, DiagonalRoot):
+            return super().pair(leaf, tile, valid)
+        means, root = leaf.means, leaf.root.at(self, tile).root
+        s = self.difference(part(means.params, tile), part(means.prev_params, tile), valid)
+        s /= root
+        y = self.difference(part(means.grads, tile), part(means.prev_grads, tile), valid)
+        y *= root
+        return s, y
 
     def apply(
         self, param: Array, update: Array, buffer: Array | None, end: StepEnd, keep: Array

@@ -98,11 +98,14 @@ class Leaf(NamedTuple):
 
     indices: tuple[int, ...]
     members: tuple[Member, ...]
+    plain: bool
+    """Whether there are several, all of them plain."""
 
     @classmethod
     def of(cls, members: Sequence[Member], indices: Sequence[int]) -> Leaf:
         """Of the members at these indices."""
-        return cls(tuple(indices), tuple(members[i] for i in indices))
+        own = tuple(members[i] for i in indices)
+        return cls(tuple(indices), own, len(own) > 1 and all(member.plain for member in own))
 
     @property
     def is_view(self) -> bool:
@@ -119,8 +122,11 @@ class Leaf(NamedTuple):
 
     def gather(self, arrays: Sequence[Array]) -> Array:
         """One array per member (or several: more axes in front) as a flat one."""
+        xp = array_namespace(arrays[0])
+        if self.plain and arrays[0].ndim == len(self.members[0].shape):
+            return xp.concat(arrays, axis=None)
         flats = [member.flat(array) for member, array in zip(self.members, arrays, strict=True)]
-        return flats[0] if len(flats) == 1 else array_namespace(*flats).concat(flats, axis=-1)
+        return flats[0] if len(flats) == 1 else xp.concat(flats, axis=-1)
 
     def cut(self, flat: Array) -> list[Array]:
         """Each member's part of a flat array, itself flat; views."""

@@ -282,7 +282,7 @@ class Unit:
         """Let the state say what the next step is to do."""
         if self._flags is None:
             self._flags = self.backend.flags()
-        scaled = adapter.is_scaled(self._state)[None]
+        scaled = adapter.is_scaled(self._state, self.backend.xp)[None]
         self._flags.send(self.backend.xp.concat([self._method.upcoming(self._state), scaled]))
         self._sent = True
 
