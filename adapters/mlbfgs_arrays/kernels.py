@@ -20,6 +20,9 @@ class NumpyKernels(core.Kernels):
 
     def __init__(self) -> None:
         super().__init__(xp)
+        # The C library returns free memory to the system, from which it comes back page by page, at a higher
+        # cost than that of the arithmetic; but no more than twice the largest array that it has seen freed.
+        np.empty(16 * self.tile)
 
     def finite(self, x: Array) -> Array:
         """`x` with zeros for what is not finite; itself where there is no such value."""
@@ -61,8 +64,7 @@ class NumpyKernels(core.Kernels):
         return d
 
     def pair(self, leaf: Leaf, tile: Any, valid: Array) -> tuple[Array, Array]:
-        """A tile of the next pair, with few temporary arrays: the system takes back the memory of many at
-        once, and what it then gives anew costs more than the arithmetic."""
+        """A tile of the next pair, with few temporary arrays."""
         if not isinstance(leaf.root, DiagonalRoot):
             return super().pair(leaf, tile, valid)
         means, root = leaf.means, leaf.root.at(self, tile).root
@@ -71,6 +73,30 @@ class NumpyKernels(core.Kernels):
         y = self.difference(part(means.grads, tile), part(means.prev_grads, tile), valid)
         y *= root
         return s, y
+
+    def push(
+        self, history: Array, slot: Array, pair: tuple[Array, Array], keep: Array, z: Array | None
+    ) -> tuple[Array, Array]:
+        """Store a pair, and form the inner products of the rows there."""
+        place, m = int(slot[0]), history.shape[1]
+        if keep:
+            history[0, place], history[1, place] = pair
+        rows = self.rows(history, pair[0].dtype)
+        new = rows[place], rows[place + m]
+        products = [self.times(rows, row) for row in new]
+        products.append(
+            np.zeros_like(products[0][:2]) if z is None else np.stack([self.dot(row, z) for row in new])
+        )
+        return history, np.concatenate(products)
+
+    def rotate(self, now: Array, before: Array, turn: Array, *, restart: bool) -> tuple[Array, Array]:
+        """This window's average becomes the previous one."""
+        for tile in self.tiles(now) if turn else ():
+            own = part(now, tile)
+            self.store(before, tile, own)
+            if restart:
+                own.fill(0.0)
+        return now, before
 
     def apply(
         self, param: Array, update: Array, buffer: Array | None, end: StepEnd, keep: Array
