@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
 
     config: core.Config
     numbers: dict[str, Any]
-    parts: list[tuple[core.State, list[Array] | None, Groups]]
+    parts: list[tuple[core.State, Sequence[Array] | None, Groups]]
     """For each unit what `Unit.restore` takes."""
 
 
@@ -117,7 +117,7 @@ def decode(given: Mapping[str, Any], units: Sequence[Unit]) -> Loaded:
 
 def _part(
     number: int, unit: Unit, config: core.Config, given: Mapping[str, Any], buffers: bool
-) -> tuple[core.State, list[Array] | None, Groups]:
+) -> tuple[core.State, Sequence[Array] | None, Groups]:
     """What `Unit.restore` takes."""
     blocks = _listed(given, f"unit{number}/blocks")
     if [sorted(block) for block in blocks] != [sorted(block) for block in _named(unit, unit.blocks)]:

@@ -110,7 +110,7 @@ class CupyKernels(core.Kernels):
         """Inner products of the next pair."""
         if not _is_formed(leaf.root):
             return super().next_products(leaf, valid)
-        x, defines = leaf.means.params, {}
+        x, defines = leaf.means.params, dict[str, Any]()
         inputs = self._pair(leaf, valid, defines)
         scales = self._parts(2, x, x.dtype)
         outputs = {"T s_scale": scales[0, ...], "T y_scale": scales[1, ...]}
@@ -129,7 +129,7 @@ class CupyKernels(core.Kernels):
         """Store the next pair at a slot of the ring, and form the inner products of the rows there."""
         if not _is_formed(leaf.root):
             return super().push_next(leaf, slot, damping, flags, z)
-        history, x, defines = leaf.history, leaf.means.params, {}
+        history, x, defines = leaf.history, leaf.means.params, dict[str, Any]()
         m = history.shape[1]
         inputs = self._pair(leaf, flags[0], defines)
         inputs |= {"T y_weight": damping[0], "T s_weight": damping[1], "T inverse_norm": damping[2]}

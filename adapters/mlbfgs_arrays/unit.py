@@ -40,6 +40,8 @@ class Unit:
         Indices of members.
     """
 
+    _method: core.Method
+
     def __init__(self, backend: Backend, config: core.Config, members: Sequence[Member], blocks: Blocks):
         self.backend = backend
         self.members = tuple(members)
