@@ -40,16 +40,23 @@ class NumpyKernels(core.Kernels):
         change += start
         return change
 
-    def diagonal(self, v: Array, entering: tuple[Array, Array] | None, floor: Array, exponent: Any) -> Array:
-        """``(v + floor) ** -exponent`` of a mean of squares, with one temporary array."""
+    def diagonal(
+        self,
+        v: Array,
+        entering: tuple[Array, Array] | None,
+        floor: Array,
+        exponent: Any,
+        out: Array | None = None,
+    ) -> Array:
+        """``(v + floor) ** -exponent`` of a mean of squares, in place."""
         roots = square_roots(exponent)
         if roots is None:
             return super().diagonal(v, entering, floor, exponent)
         if entering is None:
-            x = v + floor
+            x = np.add(v, floor, out=out)
         else:
             value, weight = entering
-            x = value * value
+            x = np.multiply(value, value, out=out)
             x -= v
             x *= weight
             x += v
