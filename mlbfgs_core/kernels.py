@@ -245,13 +245,12 @@ class Kernels:
     ) -> Array:
         """``M += weight * (x - M)`` for a value (or its square) where `keep` (0-d); reads 2 values, writes 1.
 
-        Consumes the mean. What is not finite enters as zero, so that it does not spoil the others' pairs;
-        where not `keep`, nothing enters, whatever the value holds.
+        Consumes the mean. A value that is not finite enters as zero, so that it does not spoil the others'
+        pairs; of squares all are finite where `keep`. Where not, nothing enters, whatever the value holds.
         """
         for tile in self.tiles(mean):
             old, x = part(mean, tile), self.cast(part(value, tile), mean.dtype)
-            x = self.finite(x)
-            x = x * x if squared else x
+            x = x * x if squared else self.finite(x)
             mean = self.store(mean, tile, self.leaf_xp.where(keep, self.lerp(old, x, weight), old))
         return mean
 
