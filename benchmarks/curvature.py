@@ -1,7 +1,7 @@
 """Draw the curvature that mL-BFGS finds in a network while it trains, and compare it with the exact one.
 
-Run ``python benchmarks/curvature.py``. It needs the extras "diagnostics" and "torch", scikit-learn, and about
-a minute; it writes figures to docs/_static and tables to docs/_generated.
+Run ``python3 -m nox -s bench -- curvature``. It takes about a minute, and writes figures to docs/_static and
+tables to docs/_generated.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train real models with mL-BFGS and with the usual alternatives, and say which one won.
 
-Run ``python -m benchmarks.demo``. It needs the packages of the extra "demo" and a few minutes.
+Run ``python3 -m nox -s bench -- demo``. It takes a few minutes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`preset="fit"` at constant rates: least squares without noise, and a quadratic with persistent noise.
 
-``python -m benchmarks.fit`` prints the tables of docs/settings.md in about two minutes.
+``python3 -m nox -s bench -- fit`` prints the tables of docs/settings.md in about two minutes.
 """
 
 from __future__ import annotations

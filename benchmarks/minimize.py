@@ -12,7 +12,7 @@ The time of an iteration includes that of SciPy's `rosen` and its gradient, whic
 the methods themselves take. The two methods take turns, and the shortest of several runs counts, since other
 work on the machine only adds to it.
 
-Run ``python -m benchmarks.minimize`` in the root of the repository.
+Run ``python3 -m nox -s bench -- minimize``.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ AdamW take turns. The model (`benchmarks/scaling_model.py`) says what a step kee
 must agree exactly; times are predicted from the speed of copying, of one small operation and of one small
 all-reduce, all of them measured in the same run with as many processes.
 
-``python -m benchmarks.scaling --write`` puts tables and plot in docs/scaling.md.
+``python3 -m nox -s bench -- scaling --write`` puts tables and plot in docs/scaling.md.
 """
 
 from __future__ import annotations

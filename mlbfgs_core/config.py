@@ -191,15 +191,15 @@ class Config:
     Notes
     -----
     Difference from the paper: the cosine floor, the shrinkage, the adaptive schedule, interval means, the
-    fixed root mean square and the preconditioner are not in it; ``preset="paper"`` and ``preset="formulas"``
-    have none of them. The paper's formulas leave ``beta``, ``T``, the damping and the step length open.
-    "paper" takes what the three recipes have in common that the authors published with their code, for ResNet-18 and
-    DeiT on CIFAR-100 and ResNet-50 on ImageNet: ``T = 50``, ``beta = 0.999``, damping ``(0.01, 1.5, 0.99)``,
-    10 pairs, a direction of length 1 over all blocks, heavy-ball momentum 0.9 and a learning rate of 0.1.
-    Their runs add a cosine schedule down to 1e-4 and a weight decay of 2e-4 (DeiT: 5e-4) as a term of the
-    gradient; their code's second average, over the pairs, and its own form of the first are left out.
-    "formulas" leaves the direction as it is; its values of ``T``, ``beta`` and the damping are this library's
-    choice.
+    fixed root mean square and the preconditioner are not in it; ``preset="paper"`` and
+    ``preset="formulas"`` have none of them. The paper's formulas leave ``beta``, ``T``, the damping and the
+    step length open. "paper" takes what the three recipes have in common that the authors published with
+    their code, for ResNet-18 and DeiT on CIFAR-100 and ResNet-50 on ImageNet: ``T = 50``, ``beta = 0.999``,
+    damping ``(0.01, 1.5, 0.99)``, 10 pairs, a direction of length 1 over all blocks, heavy-ball momentum
+    0.9 and a learning rate of 0.1. Their runs add a cosine schedule down to 1e-4 and a weight decay of 2e-4
+    (DeiT: 5e-4) as a term of the gradient; their code's second average, over the pairs, and its own form of
+    the first are left out. "formulas" leaves the direction as it is; its values of ``T``, ``beta`` and the
+    damping are this library's choice.
 
     References
     ----------

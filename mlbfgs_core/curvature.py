@@ -77,7 +77,7 @@ def inverse_hessian(
         for i, (dtype, root) in enumerate(zip(dtypes, call.roots(state, dtypes), strict=True))
     ]
     always, one = xp.ones_like(state.accepted), xp.ones_like(state.grad_scale)
-    white, sums = zip(
+    roots, sums = zip(
         *(call.kernels.whiten(leaf, v, None, one) for leaf, v in zip(leaves, vectors, strict=True)),
         strict=True,
     )
@@ -89,10 +89,10 @@ def inverse_hessian(
         c = xp.zeros_like(gamma)[:, None]
     block_of = {i: number for number, block in enumerate(call.blocks) for i in block}
     products = []
-    for i, (leaf, v, z) in enumerate(zip(leaves, vectors, white, strict=True)):
+    for i, (leaf, v, root) in enumerate(zip(leaves, vectors, roots, strict=True)):
         own = block_of[i]
         weights = call.scalar(c[own, :], leaf.dtype), call.scalar(gamma[own], leaf.dtype)
-        products.append(call.kernels.direct(leaf, v, z, weights, always)[0])
+        products.append(call.kernels.direct(leaf._replace(root=root), v, weights, always)[0])
     return products
 
 

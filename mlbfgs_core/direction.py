@@ -89,7 +89,7 @@ def _combine(
                 continue
             leaf = call.leaf(state, index, dtype, seen.roots[index])
             weights = call.scalar(c[number, :], dtype), call.scalar(gamma[number], dtype)
-            update[index], squares[index] = call.kernels.direct(leaf, grad, seen.white[index], weights, keep)
+            update[index], squares[index] = call.kernels.direct(leaf, grad, weights, keep)
     return update, squares
 
 

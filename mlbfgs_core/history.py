@@ -44,7 +44,7 @@ def refresh(call: Call, state: State, seen: Observation | None, due: Array) -> t
                 slot,
                 tuple(call.scalar(factor, dtype) for factor in factors),
                 (valid(call, state, leaf), kept),
-                None if seen is None else _whitened(call, seen, leaf),
+                None if seen is None else seen.grads[leaf],
             )
     sums = call.reduce(call.block_sums(grams))
 
@@ -83,12 +83,6 @@ def refresh(call: Call, state: State, seen: Observation | None, due: Array) -> t
         delta=xp.where(keep, damping.delta, state.delta),
     )
     return turn_window(call, state, kernels.after(due, sums)), rows
-
-
-def _whitened(call: Call, seen: Observation, leaf: int) -> Array | None:
-    """``z`` of a leaf, in the dtype of its averages; None without a gradient."""
-    white, grad = seen.white[leaf], seen.grads[leaf]
-    return call.kernels.cast(grad, seen.dtypes[leaf]) if white is None and grad is not None else white
 
 
 def _replace_row(gram: Array, column: Array, chosen: Array, xp: Any) -> Array:

@@ -18,7 +18,7 @@ from array_api_compat import is_array_api_obj, is_array_api_strict_namespace, is
 from .preconditioner.root import Root
 from .two_loop import repeat
 
-__all__ = ["Array", "Kernels", "Leaf", "Means", "PairTile", "StepEnd", "part"]
+__all__ = ["Array", "Kernels", "Leaf", "Means", "PairTile", "StepEnd", "part", "square_roots"]
 
 Array = Any
 Tile = tuple[Any, ...] | None
@@ -68,6 +68,12 @@ class StepEnd(NamedTuple):
     weight_decay: Any
     """Decoupled."""
     nesterov: bool
+
+
+def square_roots(exponent: Any) -> int | None:
+    """How many square roots make a power (none at all for the first), or None where they don't."""
+    halvings = -math.log2(exponent) if isinstance(exponent, float) and exponent > 0 else 0.5
+    return int(halvings) if halvings.is_integer() and halvings >= 0 else None
 
 
 def part(array: Array, tile: Tile, axes: int = 0) -> Array:
@@ -167,16 +173,31 @@ class Kernels:
         return self.leaf_xp.where(self.leaf_xp.isfinite(x), x, 0.0)
 
     def masked(self, x: Array, keep: Array) -> Array:
-        """`x` where `keep` (0-d), else zeros; may be `x` itself."""
+        """`x` with zeros where `keep` (0-d) is false, whatever it holds there; consumes it."""
         return self.leaf_xp.where(keep, x, 0.0)
+
+    def product(self, x: Array, y: Array) -> Array:
+        """``x * y``, a new array, which the next call may reuse."""
+        return x * y
+
+    def difference(self, x: Array, y: Array) -> Array:
+        """``x - y``, a new array, which the next call may reuse."""
+        return x - y
 
     def lerp(self, start: Array, end: Array, weight: Array) -> Array:
         """``start + weight * (end - start)`` with a 0-d weight; consumes neither."""
         return start + weight * (end - start)
 
-    def inverse_root(self, x: Array, count: int) -> Array:
-        """One over a positive array's square root, which is taken `count` times; may consume the array."""
-        for _ in range(count):
+    def diagonal(self, v: Array, entering: tuple[Array, Array] | None, floor: Array, exponent: Any) -> Array:
+        """``(v + floor) ** -exponent`` of a mean of squares, in which the square of a value is entered first
+        where ``(value, weight)`` is given; by square roots where they suffice, which is far cheaper."""
+        if entering is not None:
+            v = self.lerp(v, entering[0] * entering[0], entering[1])
+        x = v + floor
+        roots = square_roots(exponent)
+        if roots is None:
+            return x**-exponent
+        for _ in range(roots):
             x = self.leaf_xp.sqrt(x)
         return 1.0 / x
 
@@ -225,10 +246,6 @@ class Kernels:
             x = x * x if squared else x
             mean = self.store(mean, tile, self.leaf_xp.where(keep, self.lerp(old, x, weight), old))
         return mean
-
-    def difference(self, now: Array, before: Array, valid: Array) -> Array:
-        """``now - before``, zero where `valid` (0-d) is false; the caller may write to it. Moves 3 values."""
-        return self.masked(now - before, valid)
 
     def pair_products(self, s: Array, y: Array) -> PairTile:
         """Inner products of a pair, which it consumes; reads 2 values."""
@@ -301,46 +318,47 @@ class Kernels:
 
     def whiten(
         self, leaf: Leaf, grad: Array, mean: Array | None, scatter_weight: Array
-    ) -> tuple[Array | None, list[Array]]:
-        """``z = R g``, and the sums that a step needs of it: reads 2m + 1 values (+ 1 scatter, + those of
-        `R`), writes 1.
+    ) -> tuple[Root, list[Array]]:
+        """Project ``z = R g`` on the stored rows: reads 2m + 1 values (+ 1 scatter, + those of `R`, of which
+        it may write 1).
 
         Returns
         -------
-        z : array or None
-            None where `R` leaves the gradient as it is.
+        root : Root
+            `R`, with what it keeps for the other passes of this step.
         sums : list of arrays
             The rows' inner products with `z` (2m,), where there are any; ``|g|^2``; ``|z|^2`` where `z` is
             not `g`; and ``scatter_weight * |R (g - mean)|^2`` where a mean is given.
         """
-        white: Array | None = None
+        kept: Array | None = None
         total: list[Array] = []
         for tile in self._tiles(grad, leaf.root):
             g = self.cast(part(grad, tile), leaf.dtype)
             root = leaf.root.at(self, tile, g)
-            z = root.whiten(g)
+            z = root.white(g)
             sums = [] if leaf.history is None else [self.project(part(leaf.history, tile, 2), z)]
             sums += [self.dot(g, g)] if z is g else [self.dot(g, g), self.dot(z, z)]
             if mean is not None:
-                off = root.whiten(g - part(mean, tile))
+                off = root.whiten(self.difference(g, part(mean, tile)))
                 sums.append(self.dot(off, off) * scatter_weight)
             total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
-            if z is not g:
-                white = self.scratch(leaf.number, grad, leaf.dtype) if white is None else white
-                white = self.store(white, tile, z)
-        return white, total
+            if root.kept is not None:
+                kept = self.scratch(leaf.number, grad, leaf.dtype) if kept is None else kept
+                kept = self.store(kept, tile, root.kept)
+        return leaf.root if kept is None else leaf.root.keeping(kept), total
 
     def direct(
-        self, leaf: Leaf, grad: Array, white: Array | None, weights: tuple[Array, Array], keep: Array
+        self, leaf: Leaf, grad: Array, weights: tuple[Array, Array], keep: Array
     ) -> tuple[Array, Array]:
         """``d = R^T (gamma z + B^T c)`` with ``(c, gamma) = weights``, zero where `keep` (0-d) is false, and
-        ``|d|^2``; reads 2m + 1 values (+ those of `R`), writes 1. Consumes `white`."""
+        ``|d|^2``; reads 2m + 1 values (+ those of `R`), writes 1. Consumes what the root has kept."""
         coefficients, gamma = weights
-        update = self.scratch(leaf.number, grad, leaf.dtype) if white is None else white
+        kept = leaf.root.kept
+        update = self.scratch(leaf.number, grad, leaf.dtype) if kept is None else kept
         total = None
         for tile in self._tiles(grad, leaf.root):
-            z = self.cast(part(grad, tile), leaf.dtype) if white is None else part(white, tile)
             root = leaf.root.at(self, tile)
+            z = root.white(self.cast(part(grad, tile), leaf.dtype))
             if leaf.history is None:
                 d = gamma * z
             else:
@@ -355,8 +373,8 @@ class Kernels:
         """A tile of the next pair, ``s' = R^-T s`` and ``y' = R y``, zero where `valid` (0-d) is false; the
         caller may write to it. Moves 6 values (+ those of `R`)."""
         means, root = leaf.means, leaf.root.at(self, tile)
-        s = self.difference(part(means.params, tile), part(means.prev_params, tile), valid)
-        y = self.difference(part(means.grads, tile), part(means.prev_grads, tile), valid)
+        s = self.masked(part(means.params, tile) - part(means.prev_params, tile), valid)
+        y = self.masked(part(means.grads, tile) - part(means.prev_grads, tile), valid)
         return root.dual(s), root.whiten(y)
 
     def next_products(self, leaf: Leaf, valid: Array) -> list[PairTile]:
@@ -367,20 +385,28 @@ class Kernels:
         ]
 
     def push_next(
-        self, leaf: Leaf, slot: Array, damping: tuple[Array, Array, Array], flags: tuple[Array, Array], z: Any
+        self,
+        leaf: Leaf,
+        slot: Array,
+        damping: tuple[Array, ...],
+        flags: tuple[Array, Array],
+        grad: Array | None,
     ) -> tuple[Array, Array]:
-        """`push` the next pair as ``(s, a y + b s) / c`` with ``(a, b, 1 / c) = damping``.
+        """`push` the next pair as ``(s, a y + b s) / c`` with ``(a, b, 1 / c) = damping``, and the gradient's
+        `z`.
 
         `flags` (0-d each) are whether the pair is valid, and whether it is kept.
         """
         history, total = leaf.history, None
         for tile in self._tiles(leaf.means.params, leaf.root):
             s, y = self.pair(leaf, tile, flags[0])
-            s, y = s * damping[2], y * damping[2]
-            new = s, damping[0] * y + damping[1] * s
-            own, sums = self.push(
-                part(history, tile, 2), slot, new, flags[1], None if z is None else part(z, tile)
-            )
+            s *= damping[2]
+            y *= damping[2]
+            z = None
+            if grad is not None:
+                z = leaf.root.at(self, tile).white(self.cast(part(grad, tile), leaf.dtype))
+            pair = s, damping[0] * y + damping[1] * s
+            own, sums = self.push(part(history, tile, 2), slot, pair, flags[1], z)
             history = history if self.in_place else own
             total = sums if total is None else total + sums
         return history, total

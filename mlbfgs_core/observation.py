@@ -39,12 +39,10 @@ class Observation(NamedTuple):
     """0-d: the state's `grad_scale`, which the very first gradient decides."""
     grads: tuple[Array | None, ...]
     """The gradients times `scale`, or as they were given where that is known to be 1."""
-    white: tuple[Array | None, ...]
-    """``z = R g`` of each leaf; None where it is the gradient. The step consumes it."""
     weights: Weights
     roots: tuple[Any, ...]
-    """The `Root` of each leaf, which its gradient has not entered yet; None for a leaf without a gradient
-    where the parameters are not known."""
+    """The `Root` of each leaf, which its gradient has not entered yet, with what it keeps for this step,
+    which consumes it; None for a leaf without a gradient where the parameters are not known."""
     dtypes: tuple[Any, ...]
     """Of each leaf's averages; None where its root is."""
 
@@ -58,7 +56,7 @@ def project(
     observed: bool = False,
     when_scaled: When = None,
 ) -> Observation:
-    """Whiten and project a gradient; `observed`: it is in the averages already."""
+    """Whiten a gradient and project it; `observed`: it is in the averages already."""
     config, kernels, xp = call.config, call.kernels, call.xp
     scale = state.grad_scale
     dtypes = call.dtypes(grads if params is None else params)
@@ -74,14 +72,13 @@ def project(
     weights = weights_of(call, state, grads)
     roots = call.roots(state, dtypes, weights=None if observed else weights.square)
     clips = config.step_length == "clip"
-    white: list[Array | None] = [None] * len(grads)
     parts: list[Array | None] = [None] * len(grads)
     for number, (grad, dtype) in enumerate(zip(grads, dtypes, strict=True)):
         if grad is None:
             continue
         leaf = call.leaf(state, number, dtype, roots[number])
         mean = state.mean_grads[number] if config.is_adaptive else None
-        white[number], sums = kernels.whiten(leaf, grad, mean, call.scalar(1.0 - weights.mean[number], dtype))
+        roots[number], sums = kernels.whiten(leaf, grad, mean, call.scalar(1.0 - weights.mean[number], dtype))
         if clips:
             sums = [*sums, *param_squares(call, _needed(params), number, dtype)]
         sums = [kernels.to_coefficients(x, call.dtype) for x in sums]
@@ -99,7 +96,6 @@ def project(
         diverges=diverges(call, state, sums[:, rows]),
         scale=scale,
         grads=tuple(grads),
-        white=tuple(white),
         weights=weights,
         roots=tuple(roots),
         dtypes=tuple(dtypes),

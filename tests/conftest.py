@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from importlib import import_module
 from importlib.metadata import version
 
@@ -33,6 +34,16 @@ NAMESPACES = {
 }
 BACKENDS = {}
 """The namespaces that `--backends` names; no other is imported."""
+DOCTESTS = {
+    "mlbfgs_arrays": {"numpy"},
+    "mlbfgs_core": {"numpy"},
+    "mlbfgs_diagnostics": {"numpy", "torch", "jax"},
+    "mlbfgs_jax": {"jax"},
+    "mlbfgs_scipy": {"numpy"},
+    "mlbfgs_torch": {"torch"},
+}
+"""The backends that the examples in a package's docstrings need."""
+MARK_OF_MODULE = re.compile(r"^pytestmark = pytest\.mark\.backends\((.*)\)$", re.MULTILINE)
 
 
 def _backends(text):
@@ -54,7 +65,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "backends(name, ...): the test needs these backends")
     for name in config.getoption("backends"):
         try:
             BACKENDS[name] = import_module(NAMESPACES[name])
@@ -69,7 +79,31 @@ def pytest_report_header():
     return "backends: " + ", ".join(f"{name} {version(name)}" for name in BACKENDS)
 
 
+class Absent(pytest.File):
+    """A test module that is not imported, because a backend that it needs may not be installed."""
+
+    def collect(self):
+        pytest.skip(f"{self.path.name} needs {', '.join(sorted(_needs_of_module(self.path)))}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path, parent):
+    collectors = yield
+    absent = file_path.suffix == ".py" and not _needs_of_module(file_path) <= BACKENDS.keys()
+    return [Absent.from_parent(parent, path=file_path)] if absent else collectors
+
+
+def _needs_of_module(path):
+    """The backends that a module's mark names; it is read from the text, since an import could fail."""
+    found = MARK_OF_MODULE.search(path.read_text(encoding="utf-8"))
+    return set(re.findall(r"\w+", found[1])) if found else set()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if any(_backend(item) in mark.args for mark in item.iter_markers("slow_on")):
+            item.add_marker("slow")
     groups = {True: [], False: []}
     for item in items:
         groups[_needs(item) <= BACKENDS.keys()].append(item)
@@ -78,15 +112,19 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _needs(item):
-    """The backends of a test: those of its marks, and the one of its `xp`."""
+    """The backends of a test: those of its marks, the one of its `xp`, or those of a doctest's package."""
     marked = {name for mark in item.iter_markers("backends") for name in mark.args}
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return marked | ({params["xp"]} if "xp" in params else set())
+    return marked | ({_backend(item)} - {None}) | DOCTESTS.get(item.path.parent.name, set())
 
 
-@pytest.fixture(params=NAMESPACES)
+def _backend(item):
+    """The name of a test's `xp`."""
+    return item.callspec.params.get("xp") if hasattr(item, "callspec") else None
+
+
+@pytest.fixture(scope="module", params=NAMESPACES)
 def xp(request):
-    """Each backend in turn; under JAX the functions of `mlbfgs_core` run jitted."""
+    """Each backend in turn; under JAX the functions of `mlbfgs_core` run jitted, once traced for a module."""
     namespace = BACKENDS[request.param]
     with patch_lazy_xp_functions(request, xp=namespace):
         yield namespace

@@ -57,8 +57,8 @@ class CupyKernels(core.Kernels):
 
     def whiten(
         self, leaf: Leaf, grad: Array, mean: Array | None, scatter_weight: Array
-    ) -> tuple[Array | None, list[Array]]:
-        """``z = R g``, and the sums that a step needs of it."""
+    ) -> tuple[Root, list[Array]]:
+        """The sums of ``z = R g``."""
         if not _is_formed(leaf.root):
             return super().whiten(leaf, grad, mean, scatter_weight)
         rows, history = _rows(leaf, grad)
@@ -66,9 +66,10 @@ class CupyKernels(core.Kernels):
         defines: dict[str, Any] = {"ROWS": rows}
         inputs = {"raw H history": history, "raw G grad": grad, **_sizes(grad, sums)}
         outputs = {"raw T sums": sums, "T last": sums[-1, ...]}
-        white = None
-        if isinstance(leaf.root, DiagonalRoot):
-            white = outputs["raw T white"] = self.scratch(leaf.number, grad, leaf.dtype)
+        root = leaf.root
+        if isinstance(root, DiagonalRoot):
+            outputs["raw T kept"] = self.scratch(leaf.number, grad, leaf.dtype)
+            root = root.keeping(outputs["raw T kept"])
             weight, floor = leaf.root.weight, leaf.root.floor
             inputs["T weight"] = self.xp.zeros_like(floor) if weight is None else weight
             self._with_root(leaf.root, defines, inputs)
@@ -78,23 +79,25 @@ class CupyKernels(core.Kernels):
         self._run("whiten", defines, inputs, outputs)
         total = self.xp.sum(sums, axis=1)
         result = [] if leaf.history is None else [total[:rows]]
-        result += [total[rows, ...]] if white is None else [total[rows, ...], total[rows + 1, ...]]
-        return white, result if mean is None else [*result, total[rows + 2, ...] * scatter_weight]
+        result += [total[rows, ...]] if root.kept is None else [total[rows, ...], total[rows + 1, ...]]
+        return root, result if mean is None else [*result, total[rows + 2, ...] * scatter_weight]
 
     def direct(
-        self, leaf: Leaf, grad: Array, white: Array | None, weights: tuple[Array, Array], keep: Array
+        self, leaf: Leaf, grad: Array, weights: tuple[Array, Array], keep: Array
     ) -> tuple[Array, Array]:
         """``d = R^T (gamma z + B^T c)`` and ``|d|^2``."""
         if not _is_formed(leaf.root):
-            return super().direct(leaf, grad, white, weights, keep)
+            return super().direct(leaf, grad, weights, keep)
         rows, history = _rows(leaf, grad)
         squares = self._parts(1, grad, leaf.dtype)
-        source = grad if white is None else white
-        update = self.scratch(leaf.number, grad, leaf.dtype) if white is None else white
-        inputs = {"raw H history": history, "raw G white": source, "raw T coefficients": weights[0]}
+        kept = leaf.root.at(self, None).kept
+        update = self.scratch(leaf.number, grad, leaf.dtype) if kept is None else kept
+        inputs = {"raw H history": history, "raw G grad": grad, "raw T coefficients": weights[0]}
         inputs |= {"T gamma": weights[1], "bool keep": keep, **_sizes(grad, squares)}
         defines: dict[str, Any] = {"ROWS": rows}
-        self._with_root(leaf.root, defines, inputs)
+        if kept is not None:
+            inputs["raw T kept"] = kept
+            defines["DIAGONAL"] = 1
         self._run("direct", defines, inputs, {"raw T update": update, "T square": squares[0, ...]})
         return update, self.xp.sum(squares)
 
@@ -124,11 +127,16 @@ class CupyKernels(core.Kernels):
         return [PairTile(scales[0, ...], scales[1, ...], sums[0, ...], sums[1, ...], sums[2, ...])]
 
     def push_next(
-        self, leaf: Leaf, slot: Array, damping: tuple[Array, Array, Array], flags: tuple[Array, Array], z: Any
+        self,
+        leaf: Leaf,
+        slot: Array,
+        damping: tuple[Array, ...],
+        flags: tuple[Array, Array],
+        grad: Array | None,
     ) -> tuple[Array, Array]:
         """Store the next pair at a slot of the ring, and form the inner products of the rows there."""
         if not _is_formed(leaf.root):
-            return super().push_next(leaf, slot, damping, flags, z)
+            return super().push_next(leaf, slot, damping, flags, grad)
         history, x, defines = leaf.history, leaf.means.params, dict[str, Any]()
         m = history.shape[1]
         inputs = self._pair(leaf, flags[0], defines)
@@ -140,7 +148,11 @@ class CupyKernels(core.Kernels):
         rows = history.reshape((2 * m, -1))
         new = self.cast(rows[self.xp.concat([slot, slot + m]), ...], leaf.dtype)
         products = [self.times(rows, new[0, ...]), self.times(rows, new[1, ...])]
-        products.append(self.xp.zeros_like(products[0][:2]) if z is None else self.times(new, z))
+        if grad is None:
+            products.append(self.xp.zeros_like(products[0][:2]))
+        else:
+            z = leaf.root.at(self, None).white(self.cast(grad, leaf.dtype))
+            products.append(self.times(new, z))
         return history, self.xp.concat(products)
 
     def rotate(self, now: Array, before: Array, turn: Array, *, restart: bool) -> tuple[Array, Array]:

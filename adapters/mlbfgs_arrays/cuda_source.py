@@ -25,8 +25,8 @@ _WHITEN = """
 #ifdef DIAGONAL
         const T v = exp_avg_sq[k];
         const T r = ROOT(v + weight * (g * g - v) + least);
+        kept[k] = r;
         z *= r;
-        white[k] = z;
         white_square += z * z;
 #endif
 #ifdef SCATTER
@@ -67,7 +67,11 @@ _TIMES = """
 _DIRECT = """
     T total = 0;
     OWN_VALUES {
-        const T z = static_cast<T>(white[k]);
+        T z = static_cast<T>(grad[k]);
+#ifdef DIAGONAL
+        const T r = kept[k];
+        z *= r;
+#endif
         T d = 0;
         #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
@@ -75,7 +79,7 @@ _DIRECT = """
         }
         d += gamma * z;
 #ifdef DIAGONAL
-        d *= ROOT(exp_avg_sq[k] + least);
+        d *= r;
 #endif
         d = keep ? d : T(0);
         update[k] = d;

@@ -8,7 +8,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 import mlbfgs_core as core
-from mlbfgs_core.adapter import DiagonalRoot, Leaf, StepEnd, part
+from mlbfgs_core.adapter import StepEnd, part, square_roots
 
 __all__ = ["NumpyKernels"]
 
@@ -40,9 +40,21 @@ class NumpyKernels(core.Kernels):
         change += start
         return change
 
-    def inverse_root(self, x: Array, count: int) -> Array:
-        """One over a root, in place of the array."""
-        for _ in range(count):
+    def diagonal(self, v: Array, entering: tuple[Array, Array] | None, floor: Array, exponent: Any) -> Array:
+        """``(v + floor) ** -exponent`` of a mean of squares, with one temporary array."""
+        roots = square_roots(exponent)
+        if roots is None:
+            return super().diagonal(v, entering, floor, exponent)
+        if entering is None:
+            x = v + floor
+        else:
+            value, weight = entering
+            x = value * value
+            x -= v
+            x *= weight
+            x += v
+            x += floor
+        for _ in range(roots):
             np.sqrt(x, out=x)
         return np.divide(1.0, x, out=x)
 
@@ -66,17 +78,6 @@ class NumpyKernels(core.Kernels):
         d = self.weighted(coefficients, self.rows(history, z.dtype), z)
         d += gamma * z
         return d
-
-    def pair(self, leaf: Leaf, tile: Any, valid: Array) -> tuple[Array, Array]:
-        """A tile of the next pair, with few temporary arrays."""
-        if not isinstance(leaf.root, DiagonalRoot):
-            return super().pair(leaf, tile, valid)
-        means, root = leaf.means, leaf.root.at(self, tile).root
-        s = self.difference(part(means.params, tile), part(means.prev_params, tile), valid)
-        s /= root
-        y = self.difference(part(means.grads, tile), part(means.prev_grads, tile), valid)
-        y *= root
-        return s, y
 
     def push(
         self, history: Array, slot: Array, pair: tuple[Array, Array], keep: Array, z: Array | None

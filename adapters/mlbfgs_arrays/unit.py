@@ -9,11 +9,11 @@ import numpy as np
 
 import mlbfgs_core as core
 from mlbfgs_core import adapter
-from mlbfgs_core.adapter import LEAF_COUNTS, Blocks
+from mlbfgs_core.adapter import LEAF_COUNTS, Blocks, pack
 
 from .arguments import check_writable
 from .backends import Backend, CudaFlags, HostFlags, as_numpy
-from .layout import Array, Leaf, Member, pack, real
+from .layout import Array, Leaf, Member, real
 
 __all__ = ["Unit", "Work"]
 
@@ -50,7 +50,7 @@ class Unit:
         self._momentum: list[Array] | None = None
         self._flags: HostFlags | CudaFlags | None = None
         self._sent = False
-        self._lay(pack(members, blocks, [member.array.dtype for member in members], backend.small))
+        self._lay(self._packed([member.array.dtype for member in members]))
         with backend.on():
             self._state = self._method.init([leaf.like() for leaf in self._leaves])
 
@@ -180,7 +180,7 @@ class Unit:
             if groups is None:
                 counts = zip(*(getattr(state, name).tolist() for name in LEAF_COUNTS), strict=True)
                 kinds = [(m.array.dtype, own) for m, own in zip(self.members, counts, strict=True)]
-                groups = pack(self.members, self.blocks, kinds, backend.small)
+                groups = self._packed(kinds)
             self._lay(groups)
             numbers = {name: backend.asarray(x).copy() for name, x in adapter.coefficients(state).items()}
             first = [leaf.indices[0] for leaf in self._leaves]
@@ -216,10 +216,18 @@ class Unit:
             for member, value in zip(self.members, snapshot.params, strict=True):
                 real(member.array)[...] = self.backend.asarray(value)
 
+    def _packed(self, kinds: Sequence[Any]) -> list[tuple[int, ...]]:
+        """Groups of members for the leaves: small ones of a kind lie together."""
+        sizes = [member.size for member in self.members]
+        own = [
+            None if size > self.backend.small else kind for size, kind in zip(sizes, kinds, strict=True)
+        ]
+        return pack(sizes, own, self.blocks)[0]
+
     def _lay(self, groups: Sequence[tuple[int, ...]]) -> None:
         """Form a leaf of each group, and the method for the blocks of leaves."""
         block_of = {index: number for number, block in enumerate(self.blocks) for index in block}
-        self._leaves = [Leaf.of(self.members, group) for group in groups]
+        self._leaves = [Leaf(self.members, group) for group in groups]
         numbers = [block_of[group[0]] for group in groups]
         blocks = tuple(
             tuple(i for i, own in enumerate(numbers) if own == number) for number in range(len(self.blocks))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
@@ -12,12 +11,11 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.config import as_number, check_real
-from mlbfgs_core.state import LEAF_DTYPES
+from mlbfgs_core.adapter import LEAF_DTYPES, LEAF_NAMES, RENAMED, SETTINGS, as_number, check_real, layout
 
 from . import sharding
 from .leaves import real_shape
-from .numbers import ADDED_SINCE, ROWS, widths
+from .rows import ADDED_SINCE, ROWS, history_size_of, is_known, widths
 
 __all__ = [
     "ADDED",
@@ -31,18 +29,23 @@ __all__ = [
     "config_of",
     "make_plain",
     "match_names",
+    "of_today",
     "settings_of",
 ]
 
-SETTINGS = tuple(field.name for field in fields(core.Config))
-"""Names of the core's settings."""
 NUMBERS = ("lr", "momentum", "weight_decay")
-"""Names of the numbers that a group has beside its settings."""
+"""Names of the numbers that a group has in addition to its settings."""
 _NUMBERS_AND_SETTINGS = (*NUMBERS, *SETTINGS)
 SWITCHES = {"nesterov": False, "maximize": False, "decoupled_weight_decay": True, "capturable": False}
 """Options that are on or off, with what they are in a state dict that does not know them."""
 ADDED = {"shrinkage": 1.0}
 """Settings that older versions did not have, with what they did."""
+_TOGETHER = tuple(
+    entry.name
+    for entry in layout(core.Config(preconditioner="none"), [torch.empty(0, device="meta")], ((0,),))
+    if entry.leaf is not None
+)
+"""Names of the arrays of which a parameter has all or none: those that pairs need."""
 _DTYPES = (
     *(getattr(torch, name) for name in LEAF_DTYPES),
     torch.complex32,
@@ -121,41 +124,63 @@ def check_groups(groups: Iterable[dict[str, Any]]) -> None:
             raise ValueError(msg)
 
 
+def of_today(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict in which settings and arrays that an older version has written have their names of today;
+    the one that is given stays as it is."""
+    groups = [_group_of_today(group) for group in state_dict["param_groups"]]
+    state = {
+        key: {RENAMED.get(name, name): value for name, value in entry.items()}
+        if isinstance(entry, Mapping)
+        else entry
+        for key, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "param_groups": groups, "state": state}
+
+
+def _group_of_today(group: dict[str, Any]) -> dict[str, Any]:
+    group = {name: value for name, value in group.items() if name != "preset"}
+    if "metric_power" not in group:
+        return group
+    power = group.pop("metric_power")
+    group["preconditioner"] = "none" if power == 0 else "diagonal"
+    group["preconditioner_power"] = power or 1.0
+    group["preconditioner_beta"] = group.pop("metric_beta")
+    return group
+
+
 def check_entry(entry: Any, param: Tensor, name: str) -> None:
     """Raise ValueError unless a parameter's part of a state can be that of this parameter."""
     if not isinstance(entry, Mapping):
         msg = f"`state_dict` must hold a dictionary for {name!r}, got {type(entry).__name__}"
         raise ValueError(msg)
-    arrays = (*core.LEAF_ARRAYS, "momentum_buffer")
-    for part in (*arrays, *ROWS):
-        if (
-            part in entry
-            and not isinstance(entry[part], Tensor)
-            and not (part in ROWS and _numbers(entry[part]))
-        ):
-            msg = f"`state_dict` must hold a tensor as {part!r} of {name!r}, got {type(entry[part]).__name__}"
-            raise ValueError(msg)
-    for part in arrays:
-        if part not in entry:
+    for part in (*LEAF_NAMES, "momentum_buffer", *ROWS):
+        value = entry.get(part)
+        if part not in entry or isinstance(value, Tensor) or (part in ROWS and _numbers(value)):
             continue
-        shape, got = real_shape(param), tuple(entry[part].shape)
-        if (got[2:] if part == "history" and len(got) > 1 else got) != shape:
-            got = got[2:] if part == "history" else got
+        msg = f"`state_dict` must hold a tensor as {part!r} of {name!r}, got {type(value).__name__}"
+        raise ValueError(msg)
+    arrays = [part for part in (*LEAF_NAMES, "momentum_buffer") if part in entry]
+    shape = real_shape(param)
+    for part in arrays:
+        got = tuple(entry[part].shape)
+        got = got[2:] if part == "history" and len(got) > 1 else got
+        if got != shape:
             msg = f"`state_dict` must hold a {part!r} of the parameter's shape {shape}, got {got}"
             raise ValueError(msg)
         if sharding.is_sharded(param) and not sharding.is_sharded(entry[part]):
             rule = "sharded like its parameter (see torch.distributed.checkpoint.state_dict)"
             msg = f"`state_dict` must hold a {part!r} {rule}, got a plain tensor of shape {got}"
             raise ValueError(msg)
-    found = [part for part in core.LEAF_ARRAYS if part in entry]
-    if not found:
+    arrays = [part for part in arrays if part != "momentum_buffer"]
+    if not arrays and not is_known(entry):
         return
-    # Whether there is a metric is a matter of the settings, which come with the state.
-    needed = [part for part in (*core.LEAF_ARRAYS, *ROWS) if part != "moment"]
-    if missing := [part for part in needed if part not in entry]:
-        msg = f"`state_dict` must hold {missing[0]!r} beside a {found[0]!r}, got {sorted(entry)} for {name!r}"
+    # Which arrays there are is a matter of the settings, which come with the state; but some come together.
+    together = set(_TOGETHER) if arrays and set(_TOGETHER) & set(arrays) else set()
+    if missing := [part for part in (*_TOGETHER, *ROWS) if part in {*together, *ROWS} - entry.keys()]:
+        told = arrays[0] if arrays else ROWS[0]
+        msg = f"`state_dict` must hold {missing[0]!r} beside a {told!r}, got {sorted(entry)} for {name!r}"
         raise ValueError(msg)
-    for part, width in widths(entry["history"].shape[1]).items():
+    for part, width in widths(history_size_of(entry)).items():
         got = tuple(torch.as_tensor(entry[part]).shape)
         if got not in ((width,), (width - ADDED_SINCE[part],)):
             msg = f"`state_dict` must hold {part!r} of the shape {(width,)}, got {got} for {name!r}"

@@ -14,11 +14,19 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import Blocks
-from mlbfgs_core.state import LEAF_COUNTS, dtype_name
+from mlbfgs_core.adapter import (
+    LEAF_COUNTS,
+    LEAF_NAMES,
+    Blocks,
+    accumulation_dtype,
+    dtype_name,
+    layout,
+    leaf_arrays,
+    with_leaf_arrays,
+)
 
-from .leaves import Leaf, Member, Memory
-from .numbers import PER_BLOCK, PER_UNIT, Rows, counts_and_label, unpack
+from .leaves import Leaf, Member, Memory, as_real
+from .rows import PER_BLOCK, PER_UNIT, Rows, counts_and_label, is_known, unpack
 from .sharding import like_param, local
 
 __all__ = ["Bound", "agreed", "bind", "coefficients", "forget_misfits"]
@@ -70,7 +78,7 @@ def forget_misfits(
             if "momentum_buffer" in entry and local(entry["momentum_buffer"]).shape != member.shape:
                 del entry["momentum_buffer"]
     blocks = [
-        (config, [member for member in block if "history" in memory.get(member.param, ())])
+        (config, [member for member in block if is_known(memory.get(member.param, {}))])
         for config, own in parts
         for block in own
     ]
@@ -135,43 +143,42 @@ def bind(
     params = [[member.param for member in leaf.members] for leaf in leaves] + [[] for _ in absent]
     like = [*(leaf.like() for leaf in leaves), *absent]
     # A parameter alone keeps the memory that it has.
-    alone = [len(leaf.members) == 1 and "history" in memory[leaf.members[0].param] for leaf in leaves]
+    alone = [len(leaf.members) == 1 and is_known(memory[leaf.members[0].param]) for leaf in leaves]
     # Empty leaves in their places, since all leaves decide the dtype of coefficients.
     new = [x[:0] if own else x for x, own in zip(like, [*alone, *(False for _ in absent)], strict=True)]
-    fresh = core.init(config, new, xp=xp)
-    names = [name for name in core.LEAF_ARRAYS if getattr(fresh, name)]
-    values: dict[str, Any] = {name: [] for name in core.LEAF_ARRAYS}
-    arrays = {name: iter(getattr(fresh, name)) for name in names}
+    fresh = core.Method(config).init(new, xp=xp)
+    arrays: dict[str, list[Any]] = {name: list(own) for name, own in leaf_arrays(fresh).items()}
     momentum: list[Tensor | None] = []
-    for leaf, own in zip(leaves, alone, strict=True):
+    for i, (leaf, own) in enumerate(zip(leaves, alone, strict=True)):
         entries = [memory[member.param] for member in leaf.members]
-        for name in names:
-            array = next(arrays[name])
+        for name, of_leaves in arrays.items():
             if own:
                 kept = leaf.gather([local(entries[0][name])])
-                array = kept.to(array.device, array.dtype).contiguous()  # the run may have been moved
+                # The run may have been moved.
+                of_leaves[i] = kept.to(of_leaves[i].device, of_leaves[i].dtype).contiguous()
             else:
-                _copy_known(name, leaf, entries, array)
-            values[name].append(array)
+                _copy_known(name, leaf, entries, of_leaves[i])
         momentum.append(None)
         if leaf.group["momentum"] != 0 or any("momentum_buffer" in entry for entry in entries):
-            momentum[-1] = torch.zeros_like(values["mean_params"][-1])
+            dtype = getattr(torch, accumulation_dtype(like[i]))
+            momentum[-1] = torch.zeros(like[i].shape, dtype=dtype, device=like[i].device)
             _copy_known("momentum_buffer", leaf, entries, momentum[-1])
-    for name in core.LEAF_ARRAYS:
-        values[name] = (*values[name], *arrays.get(name, ()))
-    values.update(coefficients(fresh, params, blocks, memory))
+    values = coefficients(fresh, params, blocks, memory)
     values.update({} if known is None else {name: value.clone() for name, value in known.items()})
     values["size"] = torch.tensor(sizes, dtype=values["gamma"].dtype, device=values["gamma"].device)
-    state = core.State(**values)
+    state = with_leaf_arrays(
+        fresh._replace(**values), {name: tuple(of_leaves) for name, of_leaves in arrays.items()}
+    )
     rows = Rows(state, blocks, first_label)
     for i, leaf in enumerate(leaves):
-        views = {name: leaf.spread(getattr(state, name)[i]) for name in names}
+        views = {name: leaf.spread(of_leaves[i]) for name, of_leaves in arrays.items()}
         if momentum[i] is not None:
             views["momentum_buffer"] = leaf.spread(momentum[i])
         for place, member in enumerate(leaf.members):
             entry = memory[member.param]
             for name, view in views.items():
-                entry[name] = like_param(view[place], member.param, 2 if name == "history" else 0)
+                own = view[place]
+                entry[name] = like_param(own, member.param, own.ndim - len(member.shape))
             entry.update(rows.of(i))
     return Bound(state, rows, momentum)
 
@@ -179,12 +186,12 @@ def bind(
 def coefficients(
     fresh: core.State, params: Sequence[Sequence[Tensor]], blocks: Blocks, memory: Memory
 ) -> dict[str, Tensor]:
-    """The fields of a state that are not parameter-sized, but for the size, from the first parameter of
-    each leaf, block or of all that carries them; else as in a fresh state. `params` gives each leaf's."""
+    """The coefficients of a state, except the size, from the first parameter of each leaf, block or of all
+    that carries them; else as in a fresh state. `params` gives each leaf's."""
 
     def carried(carriers: Sequence[Tensor]) -> Mapping[str, Tensor]:
         entries = (memory.get(param, {}) for param in carriers)
-        return next((unpack(entry) for entry in entries if "history" in entry), {})
+        return next((unpack(entry) for entry in entries if is_known(entry)), {})
 
     def joined(name: str, owners: Sequence[Mapping[str, Tensor]]) -> Tensor:
         default = getattr(fresh, name)[0]
@@ -209,11 +216,11 @@ def agreed(
     gather: Callable[[Any], list[Any]],
 ) -> dict[str, Tensor]:
     """The coefficients of blocks and of the whole, from the first process that carries them."""
-    fresh = core.init(config, [torch.empty(0, dtype=dtype)], xp=xp)
+    fresh = core.Method(config).init([torch.empty(0, dtype=dtype)], xp=xp)
 
     def carried(members: Sequence[Member], names: Sequence[str]) -> dict[str, Tensor] | None:
         entries = (memory.get(member.param, {}) for member in members)
-        found = next((unpack(entry) for entry in entries if "history" in entry), None)
+        found = next((unpack(entry) for entry in entries if is_known(entry)), None)
         return None if found is None else {name: found[name].cpu() for name in names}
 
     everyone = [member for block in blocks for member in block]
@@ -237,13 +244,18 @@ def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: 
 
 def _change(config: core.Config, member: Member, entry: dict[str, Any]) -> str | None:
     """What keeps a parameter's memory from being continued."""
-    history = local(entry["history"])
-    if history.shape[2:] != member.shape:
-        return f"the shape of {member.name!r} has changed from {tuple(history.shape[2:])} to {member.shape}"
-    dtype = config.history_dtype or dtype_name(entry["mean_params"])
-    fits = (
-        history.shape[:2] == (2, config.history_size)
-        and dtype_name(history) == dtype
-        and ("moment" in entry) == config.uses_metric
+    like = torch.empty(member.shape, dtype=as_real(member.values.detach()).dtype, device="meta")
+    wanted = {own.name: own for own in layout(config, [like], ((0,),)) if own.leaf is not None}
+    held = {name: local(entry[name]) for name in LEAF_NAMES if name in entry}
+    for name, value in held.items():
+        lead = len(wanted[name].shape) - len(member.shape) if name in wanted else 0
+        shape = tuple(value.shape[lead:])
+        if shape != member.shape:
+            return f"the shape of {member.name!r} has changed from {shape} to {member.shape}"
+    # Averages follow their parameter to another dtype, and so does a history for which none is set.
+    fits = set(held) == set(wanted) and all(
+        tuple(value.shape) == wanted[name].shape for name, value in held.items()
     )
+    if fits and "history" in held:
+        fits = dtype_name(held["history"]) == (config.history_dtype or dtype_name(held["mean_params"]))
     return None if fits else f"the settings of {member.name!r} have changed"

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import Blocks
+from mlbfgs_core.adapter import Blocks, leaf_arrays, with_leaf_arrays
+from mlbfgs_core.adapter import coefficients as coefficients_of
 
 from .binding import coefficients
 from .leaves import Member, Memory, as_real, real_shape
-from .numbers import Rows
+from .rows import Rows
 from .sharding import is_sharded, local, placed
 
 __all__ = ["contribution", "outline", "restore", "take", "whole"]
@@ -35,22 +36,26 @@ def take(
     Parameters that never had a gradient count as fresh ones, and take no memory.
     """
     like = [torch.empty(m.whole, dtype=as_real(m.values.detach()).dtype, device="meta") for m in members]
-    template = core.init(config, like, blocks, xp=xp)
-    fresh = core.init(config, [torch.empty(0, dtype=tensor.dtype) for tensor in like], xp=xp)
+    template = core.Method(config, blocks).init(like, xp=xp)
+    fresh = core.Method(config).init([torch.empty(0, dtype=tensor.dtype) for tensor in like], xp=xp)
     values: dict[str, Any] = dict(coefficients(fresh, [[m.param] for m in members], blocks, memory))
     values["size"] = torch.tensor(
         [float(sum(math.prod(members[i].whole) for i in block)) for block in blocks],
         dtype=values["gamma"].dtype,
     )
     values = {name: _to_numpy(value) for name, value in values.items()}
-    for name in core.LEAF_ARRAYS:
-        pairs = zip(members, getattr(template, name), strict=bool(getattr(template, name)))
-        values[name] = tuple(read(memory.get(m.param, {}).get(name, tensor)) for m, tensor in pairs)
+    arrays = {
+        name: tuple(
+            read(memory.get(member.param, {}).get(name, tensor))
+            for member, tensor in zip(members, tensors, strict=True)
+        )
+        for name, tensors in leaf_arrays(template).items()
+    }
     buffers = [memory.get(member.param, {}).get("momentum_buffer") for member in members]
     return core.Snapshot(
         names=tuple(member.name for member in members),
         blocks=blocks,
-        state=core.State(**values),
+        state=with_leaf_arrays(template._replace(**values), arrays),
         params=tuple(read(member.param) for member in members),
         momentum=tuple(None if buffer is None else read(buffer) for buffer in buffers),
     )
@@ -60,21 +65,18 @@ def restore(
     snapshot: core.Snapshot, members: Sequence[Member], first_label: int
 ) -> Iterator[tuple[Member, Tensor, dict[str, Any]]]:
     """Each parameter, its new value as reals, and its new dictionary; nothing is written yet."""
-    numbers = {
-        name: value if name in core.LEAF_ARRAYS else torch.from_numpy(np.array(value))
-        for name, value in snapshot.state._asdict().items()
-    }
-    state = core.State(**numbers)
+    numbers = coefficients_of(snapshot.state).items()
+    state = snapshot.state._replace(**{name: torch.from_numpy(np.array(value)) for name, value in numbers})
     used = snapshot.state.leaf_steps > 0
     if not used.any() and snapshot.state.skipped > 0:
-        used = ~used  # somebody has to carry the count
+        used = ~used  # the count of skipped steps must stand in some parameter's dictionary
     rows = Rows(state, snapshot.blocks, first_label)
     for i, (member, buffer) in enumerate(zip(members, snapshot.momentum, strict=True)):
         device, entry = member.param.device, {}
         if used[i]:
-            arrays = {name: getattr(state, name)[i] for name in core.LEAF_ARRAYS if getattr(state, name)}
+            arrays = {name: own[i] for name, own in leaf_arrays(state).items()}
             entry = {
-                name: _placed(array, member.param, 2 if name == "history" else 0)
+                name: _placed(array, member.param, array.ndim - len(member.whole))
                 for name, array in arrays.items()
             }
             entry.update({name: row.to(device, copy=True) for name, row in rows.of(i).items()})

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlbfgs_core.kernels import Means, Metric, PairTile, Projection, square_roots
+from mlbfgs_core.adapter import DiagonalRoot, Leaf, PairTile, Root, StepEnd, square_roots
 
 from .kernels import TorchKernels
 
@@ -54,9 +54,9 @@ def _finite(x):
 
 
 @triton.jit
-def _project(
-    history, stride, grad, mean, moment, weight, floor, root, sums, n,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, METRIC: tl.constexpr, WEIGHTED: tl.constexpr,
+def _whiten(
+    history, stride, grad, mean, exp_avg_sq, weight, floor, kept, sums, n,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHTED: tl.constexpr,
     SCATTER: tl.constexpr, ROOTS: tl.constexpr, EXPONENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T = sums.dtype.element_ty
@@ -67,32 +67,32 @@ def _project(
         k = start + tl.arange(0, BLOCK)
         own = k < n
         g = tl.load(grad + k, own, 0.0).to(T)
-        scaled = g
+        z = g
         total += tl.where(number == ROWS, tl.sum(g * g), 0.0)
-        if METRIC:
-            v = tl.load(moment + k, own, 0.0)
+        if DIAGONAL:
+            v = tl.load(exp_avg_sq + k, own, 0.0)
             if WEIGHTED:
                 v += tl.load(weight) * (g * g - v)
             q = _inverse_power(v + tl.load(floor), ROOTS, EXPONENT)
-            tl.store(root + k, q, own)
-            scaled = g * q
-            total += tl.where(number == ROWS + 1, tl.sum(scaled * scaled), 0.0)
+            z = g * q
+            tl.store(kept + k, q, own)
+            total += tl.where(number == ROWS + 1, tl.sum(z * z), 0.0)
         if SCATTER:
             off = g - tl.load(mean + k, own, 0.0)
-            if METRIC:
+            if DIAGONAL:
                 off *= q
             total += tl.where(number == ROWS + 2, tl.sum(off * off), 0.0)
         for row in tl.static_range(ROWS):
             h = tl.load(history + tl.full((), row, tl.int64) * stride + k, own, 0.0).to(T)
-            total += tl.where(number == row, tl.sum(h * scaled), 0.0)
+            total += tl.where(number == row, tl.sum(h * z), 0.0)
         start += tl.num_programs(0) * BLOCK
     tl.store(sums + number * tl.num_programs(0) + tl.program_id(0), total, number < ROWS + 3)
 
 
 @triton.jit
-def _combine(
-    history, stride, grad, coefficients, gamma, root, keep, update, sums, n,
-    ROWS: tl.constexpr, METRIC: tl.constexpr, BLOCK: tl.constexpr,
+def _direct(
+    history, stride, grad, coefficients, gamma, kept, keep, update, sums, n,
+    ROWS: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T = sums.dtype.element_ty
     total = tl.zeros((1,), T)
@@ -100,16 +100,16 @@ def _combine(
     while start < n:
         k = start + tl.arange(0, BLOCK)
         own = k < n
-        g = tl.load(grad + k, own, 0.0).to(T)
-        if METRIC:
-            q = tl.load(root + k, own, 0.0)
-            g *= q
+        z = tl.load(grad + k, own, 0.0).to(T)
+        if DIAGONAL:
+            q = tl.load(kept + k, own, 0.0)
+            z *= q
         d = tl.zeros((BLOCK,), T)
         for row in tl.static_range(ROWS):
             h = tl.load(history + tl.full((), row, tl.int64) * stride + k, own, 0.0).to(T)
             d += tl.load(coefficients + row) * h
-        d += tl.load(gamma) * g
-        if METRIC:
+        d += tl.load(gamma) * z
+        if DIAGONAL:
             d *= q
         d = tl.where(own & tl.load(keep), d, 0.0)
         tl.store(update + k, d, own)
@@ -119,26 +119,31 @@ def _combine(
 
 
 @triton.jit
-def _pair(now_p, now_g, prev_p, prev_g, root, valid, k, own, METRIC: tl.constexpr):
-    """A block of ``s`` and ``y``."""
-    own &= tl.load(valid)
-    s = tl.load(now_p + k, own, 0.0) - tl.load(prev_p + k, own, 0.0)
-    y = tl.load(now_g + k, own, 0.0) - tl.load(prev_g + k, own, 0.0)
-    if METRIC:
-        q = tl.load(root + k, own, 1.0)
+def _pair(
+    now_p, now_g, prev_p, prev_g, diagonal, valid, k, own, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """A block of the next pair, whitened."""
+    there = own & tl.load(valid)
+    s = tl.load(now_p + k, there, 0.0) - tl.load(prev_p + k, there, 0.0)
+    y = tl.load(now_g + k, there, 0.0) - tl.load(prev_g + k, there, 0.0)
+    if DIAGONAL:
+        q = tl.load(diagonal + k, own, 1.0)
         s = s / q
         y = y * q
     return s, y
 
 
 @triton.jit
-def _largest(now_p, now_g, prev_p, prev_g, root, valid, most, n, METRIC: tl.constexpr, BLOCK: tl.constexpr):
+def _largest(
+    now_p, now_g, prev_p, prev_g, diagonal, valid, most, n,
+    DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     T = most.dtype.element_ty
     s_most, y_most = tl.zeros((1,), T), tl.zeros((1,), T)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     while start < n:
         k = start + tl.arange(0, BLOCK)
-        s, y = _pair(now_p, now_g, prev_p, prev_g, root, valid, k, k < n, METRIC)
+        s, y = _pair(now_p, now_g, prev_p, prev_g, diagonal, valid, k, k < n, DIAGONAL)
         s_most = tl.maximum(s_most, tl.max(tl.abs(s)))
         y_most = tl.maximum(y_most, tl.max(tl.abs(y)))
         start += tl.num_programs(0) * BLOCK
@@ -149,8 +154,8 @@ def _largest(now_p, now_g, prev_p, prev_g, root, valid, most, n, METRIC: tl.cons
 
 @triton.jit
 def _pair_products(
-    now_p, now_g, prev_p, prev_g, root, valid, scales, sums, n,
-    METRIC: tl.constexpr, BLOCK: tl.constexpr,
+    now_p, now_g, prev_p, prev_g, diagonal, valid, scales, sums, n,
+    DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T = sums.dtype.element_ty
     s_scale, y_scale = tl.load(scales), tl.load(scales + 1)
@@ -160,7 +165,7 @@ def _pair_products(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     while start < n:
         k = start + tl.arange(0, BLOCK)
-        s, y = _pair(now_p, now_g, prev_p, prev_g, root, valid, k, k < n, METRIC)
+        s, y = _pair(now_p, now_g, prev_p, prev_g, diagonal, valid, k, k < n, DIAGONAL)
         s = s / s_scale
         y = y / y_scale
         ss += tl.sum(s * s)
@@ -175,13 +180,13 @@ def _pair_products(
 
 @triton.jit
 def _write_pair(
-    history, stride, slots, slot, now_p, now_g, prev_p, prev_g, root, valid,
-    norm, y_weight, s_weight, keep, n,
-    METRIC: tl.constexpr, BLOCK: tl.constexpr,
+    now_p, now_g, prev_p, prev_g, diagonal, valid,
+    history, stride, slots, slot, norm, y_weight, s_weight, keep, n,
+    DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     own = (k < n) & tl.load(keep)
-    s, y = _pair(now_p, now_g, prev_p, prev_g, root, valid, k, own, METRIC)
+    s, y = _pair(now_p, now_g, prev_p, prev_g, diagonal, valid, k, own, DIAGONAL)
     s *= tl.load(norm)
     y = tl.load(y_weight) * (y * tl.load(norm)) + tl.load(s_weight) * s
     H = history.dtype.element_ty
@@ -192,8 +197,8 @@ def _write_pair(
 
 @triton.jit
 def _gram(
-    history, stride, slots, slot, grad, root, sums, n,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, GRAD: tl.constexpr, METRIC: tl.constexpr, BLOCK: tl.constexpr,
+    history, stride, slots, slot, grad, diagonal, sums, n,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, GRAD: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T = sums.dtype.element_ty
     number = tl.arange(0, WIDTH)
@@ -210,48 +215,40 @@ def _gram(
             total += tl.where(number == row, tl.sum(h * s), 0.0)
             total += tl.where(number == ROWS + row, tl.sum(h * y), 0.0)
         if GRAD:
-            g = tl.load(grad + k, own, 0.0).to(T)
-            if METRIC:
-                g *= tl.load(root + k, own, 0.0)
-            total += tl.where(number == 2 * ROWS, tl.sum(s * g), 0.0)
-            total += tl.where(number == 2 * ROWS + 1, tl.sum(y * g), 0.0)
+            z = tl.load(grad + k, own, 0.0).to(T)
+            if DIAGONAL:
+                z *= tl.load(diagonal + k, own, 0.0)
+            total += tl.where(number == 2 * ROWS, tl.sum(s * z), 0.0)
+            total += tl.where(number == 2 * ROWS + 1, tl.sum(y * z), 0.0)
         start += tl.num_programs(0) * BLOCK
     tl.store(sums + number * tl.num_programs(0) + tl.program_id(0), total, number < 2 * ROWS + 2)
 
 
 @triton.jit
-def _update_means(
-    mean_p, mean_g, moment, param, grad, weight, moment_weight, keep, n,
-    METRIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    T = mean_p.dtype.element_ty
+def _average(mean, value, weight, keep, n, SQUARED: tl.constexpr, BLOCK: tl.constexpr):
+    T = mean.dtype.element_ty
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     own = (k < n) & tl.load(keep)
-    p, g = tl.load(param + k, own, 0.0).to(T), tl.load(grad + k, own, 0.0).to(T)
-    p = tl.where(_finite(p), p, 0.0)
-    old = tl.load(mean_p + k, own, 0.0)
-    tl.store(mean_p + k, old + tl.load(weight) * (p - old), own)
-    old = tl.load(mean_g + k, own, 0.0)
-    tl.store(mean_g + k, old + tl.load(weight) * (g - old), own)
-    if METRIC:
-        old = tl.load(moment + k, own, 0.0)
-        tl.store(moment + k, old + tl.load(moment_weight) * (g * g - old), own)
+    x = tl.load(value + k, own, 0.0).to(T)
+    x = tl.where(_finite(x), x, 0.0)
+    if SQUARED:
+        x = x * x
+    old = tl.load(mean + k, own, 0.0)
+    tl.store(mean + k, old + tl.load(weight) * (x - old), own)
 
 
 @triton.jit
-def _rotate(now_p, now_g, prev_p, prev_g, turn, n, RESTART: tl.constexpr, BLOCK: tl.constexpr):
+def _rotate(now, before, turn, n, RESTART: tl.constexpr, BLOCK: tl.constexpr):
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     own = (k < n) & tl.load(turn)
-    p, g = tl.load(now_p + k, own), tl.load(now_g + k, own)
-    tl.store(prev_p + k, p, own)
-    tl.store(prev_g + k, g, own)
+    x = tl.load(now + k, own)
+    tl.store(before + k, x, own)
     if RESTART:
-        tl.store(now_p + k, tl.zeros_like(p), own)
-        tl.store(now_g + k, tl.zeros_like(g), own)
+        tl.store(now + k, tl.zeros_like(x), own)
 
 
 @triton.jit
-def _descend(
+def _apply(
     param, update, length, buffer, lr, momentum, weight_decay, keep, n,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -275,7 +272,8 @@ def _descend(
 class FusedKernels(TorchKernels):
     """Kernels for leaves that are flat, contiguous tensors on a CUDA GPU.
 
-    Histories of many rows, whose loops Triton would unroll, are left to PyTorch's operations.
+    Passes over a leaf whose root is diagonal or the identity are single ones. Histories of many rows, whose
+    loops Triton would unroll, are left to PyTorch's operations.
 
     Parameters
     ----------
@@ -285,235 +283,182 @@ class FusedKernels(TorchKernels):
     @classmethod
     def check(cls, device: torch.device) -> None:
         """Compile and run the shortest of them, and raise whatever Triton does where it can't."""
-        four = Means(*torch.zeros(4, 1, device=device))
-        cls(device).rotate(four, torch.ones((), dtype=torch.bool, device=device), restart=True)
+        now, before = torch.zeros(2, 1, device=device)
+        cls(device).rotate(now, before, torch.ones((), dtype=torch.bool, device=device), restart=True)
 
-    def _root(self, metric: Metric | None) -> Tensor | None:
-        """The metric's ``q ** -0.5``; None without a metric."""
-        return None if metric is None else metric.inverse_root(self, (...,))
-
-    def project(
-        self,
-        history: Tensor,
-        grad: Tensor,
-        mean_grad: Tensor | None,
-        scatter_weight: Tensor,
-        metric: Metric | None,
-        dtype: torch.dtype,
-    ) -> Projection:
-        """Project a gradient on the stored rows, in one pass."""
-        if not _flat(history, grad) or 2 * history.shape[1] > _ROWS:
-            return super().project(history, grad, mean_grad, scatter_weight, metric, dtype)
-        rows = 2 * history.shape[1]
-        root = None if metric is None else self.scratch(history, grad, dtype)
-        sums = _parts(rows + 3, grad, dtype)
-        weight = None if metric is None else metric.weight
-        exponent = 1.0 if metric is None else metric.power / 4
+    def whiten(
+        self, leaf: Leaf, grad: Tensor, mean: Tensor | None, scatter_weight: Tensor
+    ) -> tuple[Root, list[Tensor]]:
+        """The sums of ``z = R g``, in one pass."""
+        if leaf.history is None or not _is_fused(leaf, leaf.history, grad):
+            return super().whiten(leaf, grad, mean, scatter_weight)
+        rows, root = 2 * leaf.history.shape[1], _diagonal(leaf.root)
+        kept = None if root is None else self.scratch(leaf.number, grad, leaf.dtype)
+        sums = _parts(rows + 3, grad, leaf.dtype)
+        weight, exponent = (None, 1.0) if root is None else (root.weight, root.exponent)
         _launch(
-            _project,
+            _whiten,
             sums.shape[1],
-            history,
-            history.stride(1),
+            leaf.history,
+            leaf.history.stride(1),
             grad,
-            mean_grad,
-            None if metric is None else metric.moment,
+            mean,
+            None if root is None else root.exp_avg_sq,
             weight,
-            None if metric is None else metric.floor,
-            root,
+            None if root is None else root.floor,
+            kept,
             sums,
             grad.shape[0],
             ROWS=rows,
             WIDTH=triton.next_power_of_2(rows + 3),
-            METRIC=metric is not None,
             WEIGHTED=weight is not None,
-            SCATTER=mean_grad is not None,
+            SCATTER=mean is not None,
+            DIAGONAL=root is not None,
             ROOTS=square_roots(exponent),
             EXPONENT=exponent,
         )
         total = sums.sum(1)
-        return Projection(
-            total[:rows],
-            total[rows],
-            None if metric is None else total[rows + 1],
-            None if mean_grad is None else total[rows + 2] * scatter_weight,
-            root,
-        )
+        parts = [total[:rows], total[rows]]
+        parts += [] if root is None else [total[rows + 1]]
+        parts += [] if mean is None else [total[rows + 2] * scatter_weight]
+        return leaf.root if root is None else root.keeping(kept), parts
 
-    def combine(
-        self,
-        history: Tensor,
-        grad: Tensor,
-        coefficients: Tensor,
-        gamma: Tensor,
-        metric: Metric | None,
-        keep: Tensor,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``gamma g + B^T c``, in one pass."""
-        if not _flat(history, grad) or 2 * history.shape[1] > _ROWS:
-            return super().combine(history, grad, coefficients, gamma, metric, keep, dtype)
-        root = self._root(metric)
-        update = self.scratch(history, grad, dtype) if root is None else root
-        squares = _parts(1, grad, dtype)
+    def direct(
+        self, leaf: Leaf, grad: Tensor, weights: tuple[Tensor, Tensor], keep: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``d = R^T (gamma z + B^T c)`` and its square, in one pass."""
+        if leaf.history is None or not _is_fused(leaf, leaf.history, grad):
+            return super().direct(leaf, grad, weights, keep)
+        diagonal = self._diagonal_of(leaf)
+        update = self.scratch(leaf.number, grad, leaf.dtype) if diagonal is None else diagonal
+        squares = _parts(1, grad, leaf.dtype)
         _launch(
-            _combine,
+            _direct,
             squares.shape[1],
-            history,
-            history.stride(1),
+            leaf.history,
+            leaf.history.stride(1),
             grad,
-            coefficients,
-            gamma,
-            root,
+            *weights,
+            diagonal,
             keep,
             update,
             squares,
             grad.shape[0],
-            ROWS=2 * history.shape[1],
-            METRIC=metric is not None,
+            ROWS=2 * leaf.history.shape[1],
+            DIAGONAL=diagonal is not None,
         )
-        return update, None if metric is None else squares.sum()
+        return update, squares.sum()
 
-    def update_means(
-        self,
-        mean_params: Tensor,
-        mean_grads: Tensor,
-        metric: Metric | None,
-        param: Tensor,
-        grad: Tensor,
-        weight: Tensor,
-        keep: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Averages of parameter, gradient and squared gradient, in one pass."""
-        if not _flat(param, grad):
-            return super().update_means(mean_params, mean_grads, metric, param, grad, weight, keep)
-        moment = None if metric is None else metric.moment
-        _launch(
-            _update_means,
-            _blocks(param),
-            mean_params,
-            mean_grads,
-            moment,
-            param,
-            grad,
-            weight,
-            None if metric is None else metric.weight,
-            keep,
-            param.shape[0],
-            METRIC=metric is not None,
-        )
-        return mean_params, mean_grads, moment
+    def _diagonal_of(self, leaf: Leaf) -> Tensor | None:
+        """The diagonal that a root has kept, or forms again; None for the identity."""
+        return None if _diagonal(leaf.root) is None else leaf.root.at(self, None).kept
 
-    def pair_products(self, means: Means, metric: Metric | None, valid: Tensor) -> list[PairTile]:
-        """Inner products of ``s`` and ``y``, in two passes."""
-        x = means.params
-        if not _flat(*means):
-            return super().pair_products(means, metric, valid)
-        given = (*means, self._root(metric), valid)
+    def next_products(self, leaf: Leaf, valid: Tensor) -> list[PairTile]:
+        """Inner products of the next pair, in two passes."""
+        x = leaf.means.params
+        if not _is_fused(leaf, *leaf.means):
+            return super().next_products(leaf, valid)
+        diagonal = self._diagonal_of(leaf)
+        given, is_diagonal = (*leaf.means, diagonal, valid), diagonal is not None
         most, sums = _parts(2, x, x.dtype), _parts(3, x, x.dtype)
-        uses_metric = metric is not None
-        _launch(_largest, most.shape[1], *given, most, x.shape[0], METRIC=uses_metric)
+        _launch(_largest, most.shape[1], *given, most, x.shape[0], DIAGONAL=is_diagonal)
         scales = most.amax(1)
-        _launch(_pair_products, sums.shape[1], *given, scales, sums, x.shape[0], METRIC=uses_metric)
+        _launch(_pair_products, sums.shape[1], *given, scales, sums, x.shape[0], DIAGONAL=is_diagonal)
         return [PairTile(*scales, *sums.sum(1))]
 
-    def write_pair(
+    def push_next(
         self,
-        history: Tensor,
+        leaf: Leaf,
         slot: Tensor,
-        means: Means,
-        metric: Metric | None,
-        valid: Tensor,
-        inverse_norm: Tensor,
-        damping: tuple[Tensor, Tensor],
-        keep: Tensor,
-    ) -> Tensor:
-        """Store a pair at a slot of the ring, in one pass."""
-        if not _flat(history, *means):
-            return super().write_pair(history, slot, means, metric, valid, inverse_norm, damping, keep)
+        damping: tuple[Tensor, ...],
+        flags: tuple[Tensor, Tensor],
+        grad: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Store the next pair at a slot of the ring, and form its inner products, in a pass each."""
+        history, like = leaf.history, leaf.means.params
+        if not _is_fused(leaf, history, like if grad is None else grad, *leaf.means):
+            return super().push_next(leaf, slot, damping, flags, grad)
+        diagonal = self._diagonal_of(leaf)
+        slots, rows = history.shape[1], 2 * history.shape[1]
+        place = history, history.stride(1), slots, slot
+        y_weight, s_weight, norm = damping
         _launch(
             _write_pair,
-            _blocks(means.params),
-            history,
-            history.stride(1),
-            history.shape[1],
-            slot,
-            *means,
-            self._root(metric),
-            valid,
-            inverse_norm,
-            *damping,
-            keep,
-            means.params.shape[0],
-            METRIC=metric is not None,
+            _blocks(like),
+            *leaf.means,
+            diagonal,
+            flags[0],
+            *place,
+            norm,
+            y_weight,
+            s_weight,
+            flags[1],
+            like.shape[0],
+            DIAGONAL=diagonal is not None,
         )
-        return history
-
-    def gram(
-        self, history: Tensor, slot: Tensor, grad: Tensor | None, metric: Metric | None, dtype: torch.dtype
-    ) -> Tensor:
-        """Inner products of the two rows at a slot, in one pass."""
-        rows, leaf = 2 * history.shape[1], history[0, 0]
-        if not _flat(history, leaf if grad is None else grad) or rows > _ROWS:
-            return super().gram(history, slot, grad, metric, dtype)
-        sums = _parts(2 * rows + 2, leaf, dtype)
+        sums = _parts(2 * rows + 2, like, like.dtype)
         _launch(
             _gram,
             sums.shape[1],
-            history,
-            history.stride(1),
-            history.shape[1],
-            slot,
+            *place,
             grad,
-            self._root(metric),
+            diagonal,
             sums,
-            leaf.shape[0],
+            like.shape[0],
             ROWS=rows,
             WIDTH=triton.next_power_of_2(2 * rows + 2),
             GRAD=grad is not None,
-            METRIC=metric is not None,
+            DIAGONAL=diagonal is not None,
         )
-        return sums.sum(1)
+        return history, sums.sum(1)
 
-    def rotate(self, means: Means, turn: Tensor, *, restart: bool) -> Means:
-        """This window's averages become the previous ones, in one pass."""
-        if not _flat(*means):
-            return super().rotate(means, turn, restart=restart)
-        x = means.params
-        _launch(_rotate, _blocks(x), *means, turn, x.shape[0], RESTART=restart)
-        return means
+    def average(
+        self, mean: Tensor, value: Tensor, weight: Tensor, keep: Tensor, *, squared: bool = False
+    ) -> Tensor:
+        """A running mean of a value or of its square, in one pass."""
+        if not _flat(mean, value):
+            return super().average(mean, value, weight, keep, squared=squared)
+        _launch(_average, _blocks(mean), mean, value, weight, keep, mean.shape[0], SQUARED=squared)
+        return mean
 
-    def descend(
-        self,
-        param: Tensor,
-        update: Tensor,
-        length: Tensor,
-        buffer: Tensor | None,
-        lr: float | Tensor,
-        momentum: float,
-        weight_decay: float,
-        keep: Tensor,
-        *,
-        nesterov: bool,
-    ) -> None:
+    def rotate(self, now: Tensor, before: Tensor, turn: Tensor, *, restart: bool) -> tuple[Tensor, Tensor]:
+        """An average becomes the previous one, in one pass."""
+        if not _flat(now, before):
+            return super().rotate(now, before, turn, restart=restart)
+        _launch(_rotate, _blocks(now), now, before, turn, now.shape[0], RESTART=restart)
+        return now, before
+
+    def apply(
+        self, param: Tensor, update: Tensor, buffer: Tensor | None, end: StepEnd, keep: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Momentum, weight decay and learning rate, in one pass."""
         if not _flat(param, update):
-            super().descend(
-                param, update, length, buffer, lr, momentum, weight_decay, keep, nesterov=nesterov
-            )
-            return
+            return super().apply(param, update, buffer, end, keep)
         _launch(
-            _descend,
+            _apply,
             _blocks(param),
             param,
             update,
-            length.to(update.dtype),
+            end.length.to(update.dtype),
             buffer,
-            *(_number(x, update) for x in (lr, momentum, weight_decay)),
+            *(_number(x, update) for x in (end.lr, end.momentum, end.weight_decay)),
             keep,
             param.shape[0],
             MOMENTUM=buffer is not None,
-            NESTEROV=nesterov,
+            NESTEROV=end.nesterov,
         )
+        return param, buffer
+
+
+def _diagonal(root: Root) -> DiagonalRoot | None:
+    """A root that is diagonal; None for the identity."""
+    return root if isinstance(root, DiagonalRoot) else None
+
+
+def _is_fused(leaf: Leaf, *arrays: Tensor) -> bool:
+    """Whether the kernels above can form the root of a leaf and work on these arrays."""
+    known = isinstance(leaf.root, DiagonalRoot) or not leaf.root.arrays
+    return known and 2 * leaf.history.shape[1] <= _ROWS and _flat(*arrays)
 
 
 def _flat(*arrays: Tensor) -> bool:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import array_api_compat.numpy
 import array_api_compat.torch as xp
+import numpy as np
 import torch
+from array_api_compat import device as array_device
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.kernels import Means, Metric, PairTile, Projection, square_roots
+from mlbfgs_core.adapter import Leaf, PairTile, StepEnd, part, square_roots
 
-__all__ = ["TorchKernels"]
+__all__ = ["HostKernels", "TorchKernels", "as_array", "as_tensor", "quiet", "reduced"]
 
 # Values handled at a time: a few such tensors fit the caches of a CPU; a GPU wants whole leaves.
 _TILE = {"cpu": 2**19}
 _DEVICE_TILE = 2**26
-# A product with a tile's rows is a batch of products with parts of so many values: on a CPU twice as fast
-# as one matrix-vector product, whose rows lie far apart; on a GPU work for every processor.
+# A product with a tile's rows is a batch of products with parts of this many values: on a CPU this is twice
+# as fast as one matrix-vector product, whose rows lie far apart; on a GPU it gives every processor work.
 _PART = 2**15
+_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class TorchKernels(core.Kernels):
@@ -39,24 +44,24 @@ class TorchKernels(core.Kernels):
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._views: dict[tuple[str, torch.dtype, torch.Size], Tensor] = {}
 
-    def scratch(self, history: Tensor, leaf: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory for a leaf's root and update, on a CPU the same at every step."""
+    def scratch(self, number: int, leaf: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for a leaf's whitened gradient and update, on a CPU the same at every step."""
         if not self._keeps or torch.compiler.is_compiling():
             return torch.empty_like(leaf, dtype=dtype)
-        kept = self._scratch.get(id(history))
-        if kept is None:
-            kept = self._scratch[id(history)] = torch.empty_like(leaf, dtype=dtype)
+        kept = self._scratch.get(number)
+        if kept is None or kept.shape != leaf.shape or kept.dtype != dtype:
+            kept = self._scratch[number] = torch.empty_like(leaf, dtype=dtype)
         return kept
 
-    def device(self, x: Tensor) -> torch.device:
-        """The device of a tensor."""
-        return x.device
+    def device(self, x: Any) -> Any:
+        """The device of a tensor, or of an array of coefficients."""
+        return x.device if isinstance(x, Tensor) else array_device(x)
 
     def tiles(self, leaf: Tensor) -> Iterator[Any]:
         """Indices of consecutive ranges."""
         size = leaf.shape[0]
         if size <= self.tile or torch.compiler.is_compiling():
-            yield (...,)
+            yield None
             return
         for start in range(0, size, self.tile):
             yield (slice(start, start + self.tile),)
@@ -77,13 +82,47 @@ class TorchKernels(core.Kernels):
             view = self._views[key] = kept[:size].view(like.shape)
         return view
 
-    def rows(self, history: Tensor, tile: Any, dtype: torch.dtype) -> Tensor:
-        """The tile of a history as a matrix of 2m rows, in the history's own dtype."""
-        return history[(slice(None), slice(None), *tile)].flatten(0, 1)
+    def rows(self, history: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tile of a history as a matrix of 2m rows, in the history's own dtype."""
+        return history.flatten(0, 1)
 
     def finite(self, x: Tensor) -> Tensor:
         """`x` with zeros for what is not finite."""
         return _finite(x, out=None)
+
+    def masked(self, x: Tensor, keep: Tensor) -> Tensor:
+        """Zeros for what is not finite, since the factor of a step that is not kept is zero."""
+        return _finite(x, out=x)
+
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        """``x * y``."""
+        return torch.mul(x, y, out=self.buffer("product", x, x.dtype))
+
+    def difference(self, x: Tensor, y: Tensor) -> Tensor:
+        """``x - y``."""
+        return torch.sub(x, y, out=self.buffer("difference", x, x.dtype))
+
+    def lerp(self, start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+        """``start + weight * (end - start)`` with a 0-d weight."""
+        return torch.lerp(start, end, weight)
+
+    def diagonal(
+        self, v: Tensor, entering: tuple[Tensor, Tensor] | None, floor: Tensor, exponent: Any
+    ) -> Tensor:
+        """``(v + floor) ** -exponent`` of a mean of squares."""
+        x = self.buffer("diagonal", v, v.dtype)
+        if entering is None:
+            x = torch.add(v, floor, out=x)
+        else:
+            value, weight = entering
+            x = torch.mul(value, value, out=x)
+            x = torch.lerp(v, x, weight, out=x).add_(floor)
+        roots = square_roots(exponent)
+        if not roots:
+            return x.pow_(-exponent)
+        for _ in range(roots - 1):
+            x.sqrt_()
+        return x.rsqrt_()
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner product, of full precision inside `torch.autocast` too, unlike `matmul`."""
@@ -93,11 +132,6 @@ class TorchKernels(core.Kernels):
         """The largest magnitude, in one pass."""
         low, high = torch.aminmax(x)
         return torch.maximum(high, -low)
-
-    def pick(self, array: Tensor, index: Tensor, axis: int) -> Tensor:
-        """`array` at the positions of an index along an axis."""
-        out = self.buffer("picked", array.narrow(axis, 0, index.shape[0]), array.dtype)
-        return torch.index_select(array, axis, index, out=out)
 
     def times(self, rows: Tensor, x: Tensor) -> Tensor:
         """Inner products of rows of any dtype with a vector, accumulated in the vector's."""
@@ -141,205 +175,99 @@ class TorchKernels(core.Kernels):
             buffer = self.buffer("rows", part, dtype)
             yield own, part.to(dtype) if buffer is None else buffer.copy_(part)
 
-    def inverse_power(self, x: Tensor, exponent: Any) -> Tensor:
-        """``x ** -exponent``; consumes `x`."""
-        roots = square_roots(exponent)
-        if not roots:
-            return x.pow_(-exponent)
-        for _ in range(roots - 1):
-            x.sqrt_()
-        return x.rsqrt_()
+    def combine(self, history: Tensor, z: Tensor, coefficients: Tensor, gamma: Tensor) -> Tensor:
+        """``gamma z + B^T c``."""
+        d = self.weighted(coefficients, self.rows(history, z.dtype), z, self.buffer("combined", z, z.dtype))
+        return d.addcmul_(z, gamma)
 
-    def project(
-        self,
-        history: Tensor,
-        grad: Tensor,
-        mean_grad: Tensor | None,
-        scatter_weight: Tensor,
-        metric: Metric | None,
-        dtype: torch.dtype,
-    ) -> Projection:
-        """Project a gradient on the stored rows."""
-        roots = None if metric is None else self.scratch(history, grad, dtype)
-        total: list[Tensor] = []
-        for tile in self.tiles(grad):
-            scaled = g = grad[tile].to(dtype)
-            rest = [torch.dot(g, g)]
-            if metric is not None:
-                root, scaled = roots[tile], torch.mul(g, g, out=self.buffer("scaled", g, dtype))
-                if metric.weight is None:
-                    root.copy_(metric.moment[tile])
-                else:
-                    torch.lerp(metric.moment[tile], scaled, metric.weight, out=root)
-                self.inverse_power(root.add_(metric.floor), metric.power / 4)
-                scaled = torch.mul(g, root, out=scaled)
-                rest.append(torch.dot(scaled, scaled))
-            if mean_grad is not None:
-                off = torch.sub(g, mean_grad[tile], out=self.buffer("off", g, dtype))
-                off = off if metric is None else off.mul_(root)
-                rest.append(torch.dot(off, off) * scatter_weight)
-            parts = [self.times(self.rows(history, tile, dtype), scaled), *rest]
-            total = [one + other for one, other in zip(total, parts, strict=True)] if total else parts
-        sums = iter(total[1:])
-        return Projection(
-            total[0],
-            next(sums),
-            None if metric is None else next(sums),
-            None if mean_grad is None else next(sums),
-            roots,
-        )
-
-    def update_means(
-        self,
-        mean_params: Tensor,
-        mean_grads: Tensor,
-        metric: Metric | None,
-        param: Tensor,
-        grad: Tensor,
-        weight: Tensor,
-        keep: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Averages of parameter, gradient and squared gradient."""
+    def average(
+        self, mean: Tensor, value: Tensor, weight: Tensor, keep: Tensor, *, squared: bool = False
+    ) -> Tensor:
+        """``M += weight * (x - M)`` for a value or its square where `keep`."""
         # Weights of zero instead of a choice by element, which is slow; finite values, since 0 * nan
         # is nan.
-        dtype = mean_params.dtype
-        kept = keep.to(dtype)
+        kept = keep.to(mean.dtype)
         weight = weight * kept
-        moment_weight = None if metric is None else metric.weight * kept
-        for tile in self.tiles(param):
-            value = self._clean(param[tile], dtype)
-            mean_params[tile].lerp_(value, weight)
-            value = self._clean(grad[tile], dtype).mul_(kept)
-            mean_grads[tile].lerp_(value, weight)
-            if metric is not None:
-                metric.moment[tile].lerp_(value.square_(), moment_weight)
-        return mean_params, mean_grads, None if metric is None else metric.moment
+        for tile in self.tiles(mean):
+            x = self._clean(part(value, tile), mean.dtype)
+            if squared:  # a square that overflows is not finite any more
+                x = x.mul_(kept).square_()
+            part(mean, tile).lerp_(x, weight)
+        return mean
 
-    def pair(self, means: Means, metric: Metric | None, tile: Any, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """A tile of ``s`` and ``y``."""
-        dtype = means.params.dtype
-        now, before = means.params[tile], means.prev_params[tile]
-        s = torch.sub(now, before, out=self.buffer("scaled", now, dtype)).mul_(valid)
-        now, before = means.grads[tile], means.prev_grads[tile]
-        y = torch.sub(now, before, out=self.buffer("off", now, dtype)).mul_(valid)
-        if metric is not None:
-            root = metric.inverse_root(self, tile)
-            s, y = s.div_(root), y.mul_(root)
-        return s, y
+    def pair(self, leaf: Leaf, tile: Any, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """A tile of the next pair, whitened."""
+        means, root = leaf.means, leaf.root.at(self, tile)
+        differences = []
+        for name, now, before in (
+            ("s", means.params, means.prev_params),
+            ("y", means.grads, means.prev_grads),
+        ):
+            x = part(now, tile)
+            x = torch.sub(x, part(before, tile), out=self.buffer(name, x, x.dtype))
+            differences.append(x.mul_(valid))
+        return root.dual(differences[0]), root.whiten(differences[1])
 
-    def pair_products(self, means: Means, metric: Metric | None, valid: Tensor) -> list[PairTile]:
-        """Inner products of ``s`` and ``y``, tile by tile."""
-        if means.params.shape[0] == 0:
-            return super().pair_products(means, metric, valid)
-        products = []
-        for tile in self.tiles(means.params):
-            s, y = self.pair(means, metric, tile, valid)
-            scales = self.largest(s), self.largest(y)
-            for x, scale in zip((s, y), scales, strict=True):
-                x.div_(scale + (scale == 0))
-            products.append(PairTile(*scales, torch.dot(s, s), torch.dot(s, y), torch.dot(y, y)))
-        return products
+    def pair_products(self, s: Tensor, y: Tensor) -> PairTile:
+        """Inner products of a pair."""
+        if s.shape[0] == 0:
+            return super().pair_products(s, y)
+        scales = self.largest(s), self.largest(y)
+        for x, scale in zip((s, y), scales, strict=True):
+            x.div_(scale + (scale == 0))
+        return PairTile(*scales, torch.dot(s, s), torch.dot(s, y), torch.dot(y, y))
 
-    def write_pair(
-        self,
-        history: Tensor,
-        slot: Tensor,
-        means: Means,
-        metric: Metric | None,
-        valid: Tensor,
-        inverse_norm: Tensor,
-        damping: tuple[Tensor, Tensor],
-        keep: Tensor,
-    ) -> Tensor:
-        """Store a pair at a slot of the ring."""
+    def push(
+        self, history: Tensor, slot: Tensor, pair: tuple[Tensor, Tensor], keep: Tensor, z: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Store a pair at a slot of the ring, and form the inner products of the rows there."""
+        dtype, rows = pair[0].dtype, self.rows(history, history.dtype)
         places = torch.cat([slot, slot + history.shape[1]])
         kept = keep.to(history.dtype)
-        for tile in self.tiles(means.params):
-            s, y = self.pair(means, metric, tile, valid)
-            s = s.mul_(inverse_norm)
-            y = y.mul_(inverse_norm * damping[0]).addcmul_(s, damping[1])
-            rows = self.rows(history, tile, history.dtype)
-            stored = self.pick(rows, places, 0)
-            for old, new in zip(stored, (s, y), strict=True):
-                old.lerp_(_finite(new, out=new).to(old.dtype), kept)
-            rows.index_copy_(0, places, stored)
-        return history
+        stored = torch.index_select(rows, 0, places)
+        for old, new in zip(stored, pair, strict=True):
+            old.lerp_(_finite(new, out=None).to(old.dtype), kept)
+        rows.index_copy_(0, places, stored)
+        new = stored.to(dtype)
+        products = [self.times(rows, new[0]), self.times(rows, new[1])]
+        products.append(torch.zeros_like(products[0][:2]) if z is None else self.times(new, z))
+        return history, torch.cat(products)
 
-    def rotate(self, means: Means, turn: Tensor, *, restart: bool) -> Means:
-        """This window's averages become the previous ones."""
-        turned = turn.to(means.params.dtype)
-        for tile in self.tiles(means.params):
-            for now, before in ((means.params, means.prev_params), (means.grads, means.prev_grads)):
-                before[tile].lerp_(now[tile], turned)
-                if restart:
-                    now[tile].mul_(1 - turned)
-        return means
+    def rotate(self, now: Tensor, before: Tensor, turn: Tensor, *, restart: bool) -> tuple[Tensor, Tensor]:
+        """An average becomes the previous one."""
+        turned = turn.to(now.dtype)
+        for tile in self.tiles(now):
+            own = part(now, tile)
+            part(before, tile).lerp_(own, turned)
+            if restart:
+                own.mul_(1 - turned)
+        return now, before
 
-    def combine(
-        self,
-        history: Tensor,
-        grad: Tensor,
-        coefficients: Tensor,
-        gamma: Tensor,
-        metric: Metric | None,
-        keep: Tensor,
-        dtype: torch.dtype,
+    def apply(
+        self, param: Tensor, update: Tensor, buffer: Tensor | None, end: StepEnd, keep: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """``gamma g + B^T c``."""
-        square: Tensor | None = None
-        update = None if metric is None else metric.kept
-        update = self.scratch(history, grad, dtype) if update is None else update
-        for tile in self.tiles(grad):
-            g, own = grad[tile].to(dtype), update[tile]
-            rows, out = self.rows(history, tile, dtype), self.buffer("off", g, dtype)
-            d = self.weighted(coefficients, rows, g, out)
-            if metric is None:
-                torch.addcmul(d, g, gamma, out=own)
-            else:
-                root = metric.inverse_root(self, tile)
-                d.addcmul_(torch.mul(g, root, out=self.buffer("scaled", g, dtype)), gamma)
-                torch.mul(d, root, out=own)
-            _finite(own, out=own)
-            if metric is not None:
-                part = torch.dot(own, own)
-                square = part if square is None else square + part
-        return update, square
-
-    def descend(
-        self,
-        param: Tensor,
-        update: Tensor,
-        length: Any,
-        buffer: Tensor | None,
-        lr: float | Tensor,
-        momentum: float,
-        weight_decay: float,
-        keep: Any,
-        *,
-        nesterov: bool,
-    ) -> None:
-        """Momentum, decoupled weight decay and learning rate where `keep`; writes to the parameter and the
-        buffer, and consumes the update. Moves 5 values."""
+        """Momentum, decoupled weight decay and learning rate where `keep`."""
         dtype = update.dtype
         if isinstance(keep, Tensor):
-            accepted, length, rate = keep.to(dtype), length.to(dtype), _number(lr)
+            accepted, length, rate = keep.to(dtype), end.length.to(dtype), _number(end.lr)
         else:
-            accepted, length, rate = float(keep), float(length), float(lr)
+            accepted, length, rate = float(keep), float(end.length), float(end.lr)
         rate = accepted * rate
-        decay = 1 - rate * weight_decay if weight_decay != 0 else None
-        carry = None if buffer is None else 1 + accepted * (momentum - 1)
+        decay = 1 - rate * end.weight_decay if end.weight_decay != 0 else None
+        carry = None if buffer is None else 1 + accepted * (end.momentum - 1)
         weight = rate * length if buffer is None else rate
         for tile in self.tiles(update):
-            change = update[tile]
+            change, own = part(update, tile), part(param, tile)
             if buffer is not None:
-                carried = _add(buffer[tile].mul_(carry), change, length)
-                change = change.mul_(length).add_(carried, alpha=momentum) if nesterov else carried
-            value = param[tile].to(dtype)  # rounded once, at the end
+                carried = _add(part(buffer, tile).mul_(carry), change, length)
+                change = change.mul_(length).add_(carried, alpha=end.momentum) if end.nesterov else carried
+            value = own.to(dtype)  # rounded once, at the end
             if decay is not None:
                 value.mul_(decay)
             _add(value, change, weight, sign=-1)
             if param.dtype != dtype:
-                param[tile].copy_(value)
+                own.copy_(value)
+        return param, buffer
 
     def _clean(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A copy in a dtype with zeros for what is not finite."""
@@ -359,3 +287,49 @@ def _add(x: Tensor, y: Tensor, weight: float | Tensor, sign: int = 1) -> Tensor:
 
 def _number(value: float | Tensor) -> float | Tensor:
     return value.reshape(()) if isinstance(value, Tensor) else value
+
+
+class HostKernels(TorchKernels):
+    """Kernels of a CPU's tensors whose coefficients are NumPy arrays, in the same memory.
+
+    A step works on some hundred numbers one after the other; NumPy spends a fraction of a microsecond on each
+    such operation, PyTorch several.
+
+    Parameters
+    ----------
+    device : torch.device
+        Of type "cpu".
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.xp = array_api_compat.numpy
+
+    def to_leaf(self, x: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """A coefficient as a tensor."""
+        return as_tensor(x) if dtype is None else torch.from_numpy(np.asarray(x, _DTYPES[dtype]))
+
+    def to_coefficients(self, x: Any, dtype: Any) -> Any:
+        """A sum as an array."""
+        x = as_array(x)
+        return x if x.dtype == dtype else x.astype(dtype)
+
+
+def as_tensor(x: Any) -> Tensor:
+    """A NumPy array or number as a tensor, in the same memory; a tensor as it is."""
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x))
+
+
+def as_array(x: Any) -> Any:
+    """A tensor on the CPU as an array in the same memory; an array as it is."""
+    return x.numpy() if isinstance(x, Tensor) else x
+
+
+def quiet() -> AbstractContextManager[Any]:
+    """Neither a warning about a gradient that is not finite nor an exception in the middle of a step."""
+    return nullcontext() if torch.compiler.is_compiling() else np.errstate(all="ignore")
+
+
+def reduced(reduce: Callable[[Tensor], Tensor] | None) -> Callable[[Any], Any] | None:
+    """A sum over processes for arrays."""
+    return None if reduce is None else lambda values: as_array(reduce(as_tensor(values)))

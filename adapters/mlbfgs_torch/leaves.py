@@ -9,25 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from mlbfgs_core.blocks import Blocks
+from mlbfgs_core.adapter import Blocks, FlatLeaf, pack
 
-from .numbers import counts_and_label
+from .rows import counts_and_label, is_known
 from .sharding import is_sharded, local, matching
 
 __all__ = ["Leaf", "Member", "Memory", "as_real", "place", "plan_leaves", "real_shape"]
 
 Memory = dict[Tensor, dict[str, Any]]
 
-# Parameters of fewer values are laid side by side, in leaves of at most so many values.
+# Parameters of fewer values are laid side by side.
 _SMALL = {"cpu": 2**16}
 _DEVICE_SMALL = 2**23
-_LARGEST_PACK = 2**26
 
 
 @dataclass(frozen=True, eq=False)  # a property of a named tuple cannot be traced by older compilers
@@ -117,24 +117,23 @@ class Member:
         return spread.permute((*range(lead), *(lead + axis for axis in inverse)))
 
 
-@dataclass(frozen=True, eq=False)
-class Leaf:
-    """One leaf of the core: parameters of one group, block and dtype, side by side."""
+class Leaf(FlatLeaf[Member]):
+    """One leaf of the core: parameters of one group, block and dtype, side by side.
 
-    members: tuple[Member, ...]
-    plain: bool
-    """Whether all members are real, lie in the order of their axes, and have values as they are read."""
-    lazy: bool
-    """Whether some member is."""
+    Parameters
+    ----------
+    members : sequence of Member
+    """
 
-    @classmethod
-    def of(cls, members: Sequence[Member]) -> Leaf:
-        """Of these members, in this order."""
-        plain = (
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__(members)
+        self.plain = all(
             m.order == tuple(range(len(m.shape))) and not m.param.is_complex() and not m.lazy and m.size > 0
             for m in members
         )
-        return cls(tuple(members), all(plain), any(m.lazy for m in members))
+        """Whether all members are real, lie in the order of their axes, and have values as they are read."""
+        self.lazy = any(m.lazy for m in members)
+        """Whether some member is."""
 
     @property
     def group(self) -> dict[str, Any]:
@@ -152,18 +151,45 @@ class Leaf:
         """What part of its inner products this process adds."""
         return self.members[0].share
 
-    @property
-    def is_view(self) -> bool:
-        """Whether `gather` of the parameters is their own memory."""
-        return len(self.members) == 1 and self.members[0].dense
-
     def params(self) -> list[Tensor]:
         """The parameters' values."""
-        return [member.values for member in self.members]
+        return self._whole if self._whole is not None else [member.values for member in self.members]
+
+    @cached_property
+    def _whole(self) -> list[Tensor] | None:
+        """The parameters, where their values are these themselves."""
+        if any(member.sharded for member in self.members):
+            return None
+        return [member.param for member in self.members]
+
+    @cached_property
+    def _room(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """Memory for the flat values of small parameters, and views of it in their shapes."""
+        flat = torch.empty_like(self.gather(self.params()))
+        return flat, self.spread(flat)
+
+    def flat_params(self) -> Tensor:
+        """The parameters' values as a flat tensor, in their own memory if it `is_view`.
+
+        On a CPU the memory is the same at every step, since views of it take longer to make than small
+        parameters to copy.
+        """
+        if self.is_view or not self.plain or not self._keeps_room:
+            return self.gather(self.params()).detach()
+        flat, views = self._room
+        torch._foreach_copy_(views, self.params())
+        return flat
+
+    @property
+    def _keeps_room(self) -> bool:
+        return self.members[0].param.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def write(self, flat: Tensor) -> None:
         """Give the parameters the values of a flat tensor; nothing to do where it is their memory."""
         if self.is_view:
+            return
+        if self.plain and self._keeps_room and flat is self._room[0]:
+            torch._foreach_copy_(self.params(), self._room[1])
             return
         parts = self.spread(flat)
         if self.lazy:
@@ -177,15 +203,17 @@ class Leaf:
         """One tensor per member (or several: more axes in front) as a flat one."""
         if self.plain and len(tensors) > 1 and tensors[0].ndim == len(self.members[0].shape):
             return _flatten_dense_tensors(tensors)
-        flats = [member.flat(tensor) for member, tensor in zip(self.members, tensors, strict=True)]
-        return flats[0] if len(flats) == 1 else torch.cat(flats)
+        return super().gather(tensors)
+
+    def joined(self, flats: Sequence[Tensor]) -> Tensor:
+        """Flat tensors behind one another."""
+        return torch.cat(flats, dim=-1)
 
     def spread(self, flat: Tensor) -> Sequence[Tensor]:
         """Views of a flat tensor (or several: more axes in front) in the members' shapes."""
         if self.plain and flat.ndim == 1:
             return _unflatten_dense_tensors(flat, self.params())
-        parts = flat.split([member.size for member in self.members], dim=-1)
-        return [member.shaped(part) for member, part in zip(self.members, parts, strict=True)]
+        return super().spread(flat)
 
 
 def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tuple[tuple[Leaf, ...], Blocks]:
@@ -194,30 +222,23 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
     Members share a leaf if they are small and have been observed equally often; whoever has a gradient
     on this step does not share with who has none.
     """
-    known = [m.param for m in members if "history" in memory.get(m.param, ())]
+    known = [m.param for m in members if is_known(memory.get(m.param, {}))]
     found = counts_and_label([memory[param] for param in known])
     counts = {param: numbers for param, (numbers, _) in zip(known, found, strict=True)}
-    leaves: list[Leaf] = []
-    leaf_blocks = []
-    for block in blocks:
-        packs: dict[Any, list[list[Member]]] = {}
-        filled: dict[Any, int] = {}
-        for index in block:
-            member = members[index]
-            kind: tuple[Any, ...] = (id(member.group), member.param.dtype, counts.get(member.param))
-            kind += (member.param.grad is None, member.share)
-            if member.size > _small(member.param):
-                kind = (index,)
-            pack = packs.setdefault(kind, [[]])
-            if filled.get(kind, 0) + member.size > _LARGEST_PACK and pack[-1]:
-                pack.append([])
-                filled[kind] = 0
-            pack[-1].append(member)
-            filled[kind] = filled.get(kind, 0) + member.size
-        made = [Leaf.of(part) for pack in packs.values() for part in pack]
-        leaf_blocks.append(tuple(range(len(leaves), len(leaves) + len(made))))
-        leaves += made
-    return tuple(leaves), tuple(leaf_blocks)
+    kinds = [
+        None
+        if member.size > _small(member.param)
+        else (
+            id(member.group),
+            member.param.dtype,
+            counts.get(member.param),
+            member.param.grad is None,
+            member.share,
+        )
+        for member in members
+    ]
+    groups, leaf_blocks = pack([member.size for member in members], kinds, blocks)
+    return tuple(Leaf([members[i] for i in group]) for group in groups), leaf_blocks
 
 
 def as_real(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlbfgs_core.overlap import Place, find_overlap
+from mlbfgs_core.adapter import Place, find_overlap
 
 from .sharding import local
 

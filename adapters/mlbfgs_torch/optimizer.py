@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import BlockSpec
+from mlbfgs_core import adapter
+from mlbfgs_core.adapter import SETTINGS, BlockSpec
 
 from . import sharding
 from .arguments import (
     ADDED,
-    SETTINGS,
     SWITCHES,
     check_entry,
     check_groups,
@@ -28,11 +28,12 @@ from .arguments import (
     config_of,
     make_plain,
     match_names,
+    of_today,
     settings_of,
 )
 from .binding import forget_misfits
 from .checkpoint import contribution, outline, restore, take, whole
-from .host import as_tensor, quiet
+from .kernels import as_tensor, quiet
 from .leaves import Member, place
 from .memory import check_memory
 from .owners import divide, gather
@@ -77,8 +78,10 @@ class MLBFGS(Optimizer):
         the owner's rank ("rank0.param2") where none are given. Sharded parameters (`DTensor`) and
         replicated ones need no group. Owned parameters take memory from the first step on, with or
         without a gradient: leave frozen ones out.
-    **settings
-        Settings of `mlbfgs_core.Config` by name: `history_size`, `update_every`, `preset`, ...
+    preset : {"default", "paper", "formulas", "lbfgs", "fit"} or None
+        Which settings there are where none are given; see `mlbfgs_core.Config`.
+    history_size, ..., history_dtype
+        The settings of the method, as `mlbfgs_core.Config` explains them.
 
     Raises
     ------
@@ -93,8 +96,8 @@ class MLBFGS(Optimizer):
     parameters count as pairs of reals. Memory: ``(2 * history_size + 6) * 4`` bytes per float32
     parameter with default settings and momentum (`mlbfgs_core.plan_memory` gives the exact figure
     without the momentum's array), and 4 more during a step, on a CPU also between steps. No step waits
-    for a GPU, but for the first after loading a state or after the set of parameters with gradients has
-    changed. Changing `history_size`, `history_dtype`, the blocks or a parameter's shape in mid-run makes it
+    for a GPU, except the first after loading a state or after the set of parameters with gradients has
+    changed. Changing `history_size`, `history_dtype`, the blocks or a parameter's shape during a run makes it
     forget its curvature, with a warning; to another dtype or device the state follows its parameter.
 
     The state of a `DTensor` is sharded like it, and inner products are summed over its mesh: one all-reduce
@@ -118,6 +121,7 @@ class MLBFGS(Optimizer):
     _step_supports_amp_scaling = True
     """`torch.amp.GradScaler` hands over its scale and what it found, and leaves the gradients."""
 
+    @adapter.with_preset
     def __init__(
         self,
         params: ParamsT,
@@ -125,24 +129,40 @@ class MLBFGS(Optimizer):
         momentum: float | None = None,
         weight_decay: float = 0.0,
         *,
+        preset: adapter.Preset | None = None,
+        history_size: int = 5,
+        update_every: int = 50,
+        adaptive: bool = True,
+        check_every: int = 2,
+        signal_to_noise: float = 4.0,
+        noise_floor: float = 4.0,
+        beta: float | None = None,
+        min_cosine: float = 0.2,
+        shrinkage: float = 0.25,
+        damping: tuple[float, float, float] | None = None,
+        step_length: adapter.StepLength = "rms",
+        clip_factor: float = 2.0,
+        preconditioner: adapter.PreconditionerName = "diagonal",
+        preconditioner_power: float = 1.0,
+        preconditioner_beta: float = 0.99,
+        history_dtype: str | None = None,
         blocks: BlockSpec = "all",
         nesterov: bool | None = None,
         maximize: bool = False,
         decoupled_weight_decay: bool = True,
         capturable: bool = False,
         shard_group: Any = None,
-        **settings: Unpack[core.Settings],
     ) -> None:
-        config = core.Config(**settings)
+        config = core.Config(**adapter.settings_in(locals()))
         defaults: dict[str, Any] = {
-            "lr": core.default_rate(config.step_length) if lr is None else lr,
-            "momentum": core.preset_momentum(config.preset) if momentum is None else momentum,
+            "lr": adapter.default_rate(config.step_length) if lr is None else lr,
+            "momentum": adapter.preset_momentum(preset) if momentum is None else momentum,
             "weight_decay": weight_decay,
-            "nesterov": core.preset_nesterov(config.preset) if nesterov is None else nesterov,
+            "nesterov": adapter.preset_nesterov(preset) if nesterov is None else nesterov,
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
             "capturable": capturable,
-            **{name: getattr(config, name) for name in SETTINGS},
+            **vars(config),
         }
         defaults |= check_hyperparameters(defaults)
         self._blocks = blocks
@@ -168,12 +188,14 @@ class MLBFGS(Optimizer):
             none of the optimizer's settings.
         """
         own = {name: param_group[name] for name in SETTINGS if name in param_group}
-        inherited = {} if "preset" in own else {name: self.defaults[name] for name in SETTINGS}
-        config = core.Config(**{**inherited, **own})
-        group = {**param_group, **{name: getattr(config, name) for name in SETTINGS}}
-        if "preset" in own:
-            group.setdefault("momentum", core.preset_momentum(config.preset))
-            group.setdefault("nesterov", core.preset_nesterov(config.preset))
+        group = dict(param_group)
+        if "preset" in group:
+            preset = group.pop("preset")
+            group |= vars(core.Config(preset=preset, **own))
+            group.setdefault("momentum", adapter.preset_momentum(preset))
+            group.setdefault("nesterov", adapter.preset_nesterov(preset))
+        else:
+            group |= vars(core.Config(**{**{name: self.defaults[name] for name in SETTINGS}, **own}))
         numbers = check_hyperparameters({**self.defaults, **group})
         group.update({name: number for name, number in numbers.items() if name in group})
         params = group["params"]
@@ -221,25 +243,19 @@ class MLBFGS(Optimizer):
             calls = [unit.call() for unit, _, _ in work]
             flags = [unit.asked(state) for (unit, _, _), (state, _) in zip(work, calls, strict=True)]
             seen = [
-                core.project(unit.config, state, params, grads, **way, when_scaled=scaled)
-                for (unit, params, grads), (state, way), (*_, scaled) in zip(work, calls, flags, strict=True)
+                method.project(state, params, grads, when_scaled=scaled)
+                for (_, params, grads), (state, method), (*_, scaled) in zip(work, calls, flags, strict=True)
             ]
-            for (unit, params, grads), (before, way), (check, due, _), own in zip(
+            for (unit, params, grads), (before, method), (check, due, _), own in zip(
                 work, calls, flags, seen, strict=True
             ):
                 finite, idle = self._verdict(seen, own.finite)
-                update, factor, state = core.unscaled_step(
-                    unit.config,
-                    before,
-                    params,
-                    grads,
-                    **way,
-                    when_check=check,
-                    when_due=due,
-                    observation=own._replace(finite=finite),
+                observed = own._replace(finite=finite)
+                update, factor, state = method.unscaled_step(
+                    before, params, grads, when_check=check, when_due=due, observed=observed
                 )
                 if idle is not None:
-                    xp = way["kernels"].xp
+                    xp = method.kernels.xp
                     state = state._replace(
                         skipped=xp.where(idle, before.skipped, state.skipped),
                         accepted=xp.where(idle, before.accepted, state.accepted),
@@ -260,7 +276,7 @@ class MLBFGS(Optimizer):
         """A short name for each block of each record in `diagnostics`, from the parameters' names."""
         self._init_group()
         parts = [unit.part for unit in self._units]
-        return [core.block_names([m.name for m in part.members], part.blocks) for part in parts]
+        return [adapter.block_names([m.name for m in part.members], part.blocks) for part in parts]
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -268,7 +284,7 @@ class MLBFGS(Optimizer):
 
         Notes
         -----
-        Tensors are the optimizer's own, but for copies of those that lie in memory among others or in
+        Tensors are the optimizer's own, except copies of those that lie in memory among others or in
         another order: the history of small parameters, all of small shards and of channels-last ones.
         """
         for group in self.param_groups:
@@ -297,12 +313,14 @@ class MLBFGS(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         names = {param: name for name, param, _ in self._named()}
 
-        def capture(_: Optimizer, final: dict[str, Any]) -> None:
+        def capture(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            final = of_today(final)
             check_groups(final["param_groups"])
             loaded.update(final)
             keys = [key for group in final["param_groups"] for key in group["params"]]
             for key, param in zip(keys, params, strict=False):  # the base class compares the numbers
                 check_entry(final["state"].get(key, {}), param, names[param])
+            return final
 
         # The base class casts state to the parameter's dtype. Take what it was given, after every
         # hook, and put the uncast tensors in place.
@@ -515,7 +533,7 @@ class MLBFGS(Optimizer):
             units.append(Unit(part, self.state, sum(len(unit.blocks) for unit in units), numbers))
         self._units = units
 
-    def _verdict(self, seen: Sequence[core.Observation], own: Any) -> tuple[Any, Any]:
+    def _verdict(self, seen: Sequence[adapter.Observation], own: Any) -> tuple[Any, Any]:
         """Whether the step is accepted; and, with a learning rate of 0, whether it is none at all (else
         None); of the kind of `own`, a unit's own verdict.
 

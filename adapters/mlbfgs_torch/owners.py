@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import BlockSpec
-from mlbfgs_core.state import accumulation_dtype
+from mlbfgs_core.adapter import BlockSpec, accumulation_dtype
 
 from .leaves import Member, as_real
 from .units import Partition

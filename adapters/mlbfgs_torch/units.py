@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import Blocks
+from mlbfgs_core.adapter import Blocks, StepEnd, is_scaled
 
 from . import sharding
 from .arguments import check_gradient
 from .binding import agreed, bind
-from .host import HostKernels, reduced
-from .kernels import TorchKernels
+from .kernels import HostKernels, TorchKernels, reduced
 from .leaves import Leaf, Member, Memory, plan_leaves
-from .numbers import PER_BLOCK, PER_UNIT
+from .rows import PER_BLOCK, PER_UNIT, is_known
 
 __all__ = ["HOSTS", "Partition", "Unit"]
 
@@ -46,7 +45,7 @@ class Partition(NamedTuple):
     def of(
         cls, config: core.Config, device: torch.device, members: list[Member], blocks: Blocks, group: Any
     ) -> Partition:
-        """Of parameters that this process knows all of."""
+        """A partition whose parameters are all known to this process."""
         sizes = tuple(float(sum(math.prod(members[i].whole) for i in block)) for block in blocks)
         return cls(config, device, members, blocks, sizes, None, group)
 
@@ -75,7 +74,7 @@ class Partition(NamedTuple):
         kept = [
             i
             for i, m in enumerate(self.members)
-            if m.param.grad is not None or "history" in memory.get(m.param, ())
+            if m.param.grad is not None or is_known(memory.get(m.param, {}))
         ]
         if len(kept) == len(self.members):
             return self
@@ -118,12 +117,13 @@ class Unit:
         )
         self._device = part.device
         self._plain_kernels = TorchKernels(self._device)
-        self._host_kernels = HostKernels(self._plain_kernels)
-        self._views = [(member.param, memory[member.param]["history"]) for member in part.members]
+        self._host_kernels = HostKernels(self._device) if self._device.type in HOSTS else None
+        self._rows = [(member.param, memory[member.param]["counters"]) for member in part.members]
         self.flags: _Flags | None = None
         shares = [*(leaf.share for leaf in self.leaves), *(1.0 for _ in self._absent)]
         self._shares = None if all(share == 1.0 for share in shares) else shares
         self._reduce = sharding.reduction(part.group, part.reduce_device)
+        self._on_host = self._method(self._host_kernels, reduced(self._reduce))
 
     @property
     def state(self) -> core.State:
@@ -137,16 +137,15 @@ class Unit:
             return self._plain_kernels
         return fused_kernels(self._device) or self._plain_kernels
 
-    def call(self) -> tuple[core.State, dict[str, Any]]:
-        """The state for one step, and the arguments with which the core is called; coefficients are those of
-        NumPy where it can work on them, and nothing is captured or compiled."""
-        host = self._device.type in HOSTS and not self._captured()
-        return self._bound.host_state if host else self.state, {
-            "blocks": self.blocks,
-            "kernels": self._host_kernels if host else self.kernels,
-            "reduce": reduced(self._reduce) if host else self._reduce,
-            "shares": self._shares,
-        }
+    def call(self) -> tuple[core.State, core.Method]:
+        """The state for one step, and the method; coefficients are those of NumPy where it can work on them,
+        and nothing is captured or compiled."""
+        if self._host_kernels is None or self._captured():
+            return self.state, self._method(self.kernels, self._reduce)
+        return self._bound.host_state, self._on_host
+
+    def _method(self, kernels: TorchKernels, reduce: Any) -> core.Method:
+        return core.Method(self.config, self.blocks, kernels, reduce, self._shares)
 
     def _captured(self) -> bool:
         """Whether a step is recorded, to be made again without this code."""
@@ -159,7 +158,7 @@ class Unit:
 
     def is_bound(self, memory: Memory) -> bool:
         """Whether the dictionaries still hold this unit's arrays, not others put in their place."""
-        return all(memory.get(param, {}).get("history") is view for param, view in self._views)
+        return all(memory.get(param, {}).get("counters") is row for param, row in self._rows)
 
     def splits(self) -> bool:
         """Whether some, but not all, parameters of a leaf have a gradient."""
@@ -167,7 +166,7 @@ class Unit:
 
     def params(self) -> list[Tensor]:
         """The parameters' values; for a leaf that is a view, in the parameter's own memory."""
-        return [*(leaf.gather(leaf.params()).detach() for leaf in self.leaves), *self._absent]
+        return [*(leaf.flat_params() for leaf in self.leaves), *self._absent]
 
     def grads(self, scale: Tensor | None) -> list[Tensor | None]:
         """The gradients, or None, divided by a scale: never written to, where they are the user's own."""
@@ -183,13 +182,13 @@ class Unit:
             return None, None, None
         if not isinstance(state.gamma, Tensor):
             self.flags = None
-            check, due = core.upcoming(self.config, state)
-            return bool(check), bool(due), bool(core.is_scaled(state))
+            check, due = self._on_host.upcoming(state)
+            return bool(check), bool(due), bool(is_scaled(state))
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             msg = "MLBFGS needs `capturable`=True for a step captured in a CUDA graph, got False"
             raise RuntimeError(msg)
         if self.flags is None:
-            self.flags = _Flags(self.config, self.state)
+            self.flags = _Flags(core.Method(self.config), self.state)
         return self.flags.read()
 
     def remember(self, state: core.State) -> None:
@@ -216,17 +215,14 @@ class Unit:
             if direction is None:
                 continue
             group = leaf.group
-            kernels.descend(
-                flat,
-                direction,
-                factor,
-                buffer,
-                group["lr"],
-                group["momentum"],
-                group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
-                finite,
+            end = StepEnd(
+                length=factor,
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
                 nesterov=group["nesterov"],
             )
+            kernels.apply(flat, direction, buffer, end, finite)
             leaf.write(flat)
 
 
@@ -251,8 +247,8 @@ def fused_kernels(device: torch.device) -> TorchKernels | None:
 class _Flags:
     """What the next step is to do, copied from the device without waiting for it."""
 
-    def __init__(self, config: core.Config, state: core.State) -> None:
-        self._config = config
+    def __init__(self, method: core.Method, state: core.State) -> None:
+        self._method = method
         device = state.gamma.device
         self._host = torch.empty(3, dtype=torch.bool, pin_memory=device.type == "cuda")
         self._event = torch.cuda.Event() if device.type == "cuda" else None
@@ -260,7 +256,7 @@ class _Flags:
 
     def send(self, state: core.State) -> None:
         """Start copying what the state asks the next step to do."""
-        flags = torch.cat([core.upcoming(self._config, state), core.is_scaled(state)[None]])
+        flags = torch.cat([self._method.upcoming(state), is_scaled(state)[None]])
         self._host.copy_(flags, non_blocking=True)
         if self._event is not None:
             self._event.record()

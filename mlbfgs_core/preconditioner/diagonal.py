@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +9,7 @@ if TYPE_CHECKING:
     from ..config import Config
     from ..kernels import Kernels
 
-__all__ = ["Diagonal", "DiagonalRoot", "square_roots"]
+__all__ = ["Diagonal", "DiagonalRoot"]
 
 Array = Any
 
@@ -49,6 +48,8 @@ class DiagonalRoot(NamedTuple):
     """0-d."""
     exponent: Any
     """``p / 4``."""
+    kept: Array | None = None
+    """The diagonal itself, of the leaf's shape."""
 
     @property
     def elementwise(self) -> bool:
@@ -60,17 +61,17 @@ class DiagonalRoot(NamedTuple):
         """The mean of squares."""
         return {"exp_avg_sq": self.exp_avg_sq}
 
+    def keeping(self, kept: Array) -> DiagonalRoot:
+        """The same with its diagonal."""
+        return self._replace(kept=kept)
+
     def at(self, kernels: Kernels, tile: Any, grad: Array | None = None) -> _Scaling:
         """`R` at a tile; reads 1 value."""
+        if self.kept is not None:
+            return _Scaling(kernels, self.kept if tile is None else self.kept[tile])
         v = self.exp_avg_sq if tile is None else self.exp_avg_sq[tile]
-        if grad is not None and self.weight is not None:
-            v = kernels.lerp(v, grad * grad, self.weight)
-        return _Scaling(self.power_of(kernels, v + self.floor))
-
-    def power_of(self, kernels: Kernels, x: Array) -> Array:
-        """``x ** -exponent``, by square roots where they suffice (far cheaper); may consume `x`."""
-        roots = square_roots(self.exponent)
-        return x**-self.exponent if roots is None else kernels.inverse_root(x, roots)
+        entering = None if grad is None or self.weight is None else (grad, self.weight)
+        return _Scaling(kernels, kernels.diagonal(v, entering, self.floor, self.exponent))
 
     def update(self, kernels: Kernels, grad: Array, keep: Array) -> DiagonalRoot:
         """Enter the gradient's square; reads 2 values, writes 1."""
@@ -83,22 +84,24 @@ class DiagonalRoot(NamedTuple):
 class _Scaling(NamedTuple):
     """A diagonal of a tile."""
 
-    root: Array
+    kernels: Kernels
+    kept: Array
+
+    def white(self, grad: Array) -> Array:
+        """``R g``."""
+        return self.kernels.product(grad, self.kept)
 
     def whiten(self, x: Array) -> Array:
         """``R x``."""
-        return x * self.root
+        x *= self.kept
+        return x
 
     def dual(self, x: Array) -> Array:
         """``R^-1 x``."""
-        return x / self.root
+        x /= self.kept
+        return x
 
     def back(self, x: Array) -> Array:
         """``R x``: it is symmetric."""
-        return x * self.root
-
-
-def square_roots(exponent: Any) -> int | None:
-    """How many square roots make a power (none at all for the first), or None where they don't."""
-    halvings = -math.log2(exponent) if isinstance(exponent, float) and exponent > 0 else 0.5
-    return int(halvings) if halvings.is_integer() and halvings >= 0 else None
+        x *= self.kept
+        return x

@@ -36,6 +36,15 @@ class Identity:
         """None."""
         return {}
 
+    @property
+    def kept(self) -> None:
+        """Nothing."""
+        return None
+
+    def keeping(self, kept: Array) -> Identity:
+        """Itself."""
+        return self
+
     def at(self, kernels: Kernels, tile: Any, grad: Array | None = None) -> Identity:
         """Itself."""
         return self
@@ -48,4 +57,4 @@ class Identity:
         """`x`."""
         return x
 
-    dual = back = whiten
+    white = dual = back = whiten

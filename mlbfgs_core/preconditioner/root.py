@@ -15,19 +15,28 @@ Array = Any
 
 
 class TileRoot(Protocol):
-    """`R` on a tile of a leaf, or on all of it. Arrays are of the leaf's shape and its averages' dtype; what
-    is returned is a new array, or the one that was given where `R` leaves it as it is."""
+    """`R` on a tile of a leaf, or on all of it. Arrays are of the leaf's shape and its averages' dtype."""
+
+    @property
+    def kept(self) -> Array | None:
+        """What `Root.keeping` is to be handed of this tile, of its shape; None where there is nothing."""
+        ...
+
+    def white(self, grad: Array) -> Array:
+        """``R g`` of this step's gradient: a new array, or the gradient where `R` leaves it as it is."""
+        ...
 
     def whiten(self, x: Array) -> Array:
-        """``R x``, for gradients and their differences."""
+        """``R x``, for differences of gradients; consumes `x`."""
         ...
 
     def dual(self, x: Array) -> Array:
-        """``R^-T x``, for differences of parameters, so that ``dual(s) . whiten(y) = s . y``."""
+        """``R^-T x``, for differences of parameters, so that ``dual(s) . whiten(y) = s . y``; consumes
+        `x`."""
         ...
 
     def back(self, x: Array) -> Array:
-        """``R^T x``, for directions."""
+        """``R^T x``, for directions; consumes `x`."""
         ...
 
 
@@ -45,11 +54,21 @@ class Root(Protocol):
         """What the state remembers of it, by names."""
         ...
 
+    @property
+    def kept(self) -> Array | None:
+        """What `keeping` was handed."""
+        ...
+
     def at(self, kernels: Kernels, tile: Any, grad: Array | None = None) -> TileRoot:
         """`R` at a tile, which is None for a leaf that is not `elementwise`.
 
         With a gradient of that tile: as `R` will be once the gradient has been entered by `update`.
         """
+        ...
+
+    def keeping(self, kept: Array) -> Root:
+        """The same with what its tiles have `kept`, an array of the leaf's shape, for the rest of the step,
+        whose last pass writes the update over it."""
         ...
 
     def update(self, kernels: Kernels, grad: Array, keep: Array) -> Root:

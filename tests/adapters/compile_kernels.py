@@ -20,7 +20,7 @@ DTYPES = [  # of averages, and of gradients, parameters and history
     ("fp32", "bf16"),
     ("fp64", "fp64"),
 ]
-SHORT = ("history", "grad", "param")
+SHORT = ("history", "grad", "param", "value", "z")
 FLAGS = ("keep", "valid", "turn")
 NUMBERS = ("stride", "slots", "n")
 CONSTANTS = {"ROWS": 10, "WIDTH": 32, "EXPONENT": 0.175, "BLOCK": fused._BLOCK}

@@ -19,6 +19,8 @@ from mlbfgs_arrays.backends import Host
 from mlbfgs_core import adapter
 from mlbfgs_core.reference import Reference
 
+pytestmark = pytest.mark.backends("numpy")
+
 FAST = {"check_every": 1, "history_size": 4}
 SETTINGS = {
     "default": {},

@@ -22,6 +22,8 @@ from mlbfgs_core import overlap
 from mlbfgs_core.overlap import find_overlap
 from tests.adapters.test_arrays import FAST, Problem, contents
 
+pytestmark = pytest.mark.backends("numpy")
+
 # Memory.
 
 MATRIX, VECTOR, CUBE = np.ones((4, 5)), np.ones(12), np.ones((3, 4, 5), "float32")

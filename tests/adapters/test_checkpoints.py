@@ -19,6 +19,8 @@ from tests.adapters.test_same_trajectory import DECAY, MOMENTUM, NAMES, RATE, SE
 from tests.drivers import DRIVERS
 from tests.helpers import to_numpy
 
+pytestmark = pytest.mark.backends("numpy", "torch", "jax")
+
 STEPS = 200
 CASES = [
     ("default", "all", "float64", 1e-10),

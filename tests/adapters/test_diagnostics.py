@@ -30,6 +30,8 @@ from tests.drivers import ArrayDriver, JaxDriver, TorchDriver
 from tests.helpers import PLAIN, curvature_pairs, spd, state_after, to_numpy
 from tests.strategies import generators
 
+pytestmark = pytest.mark.backends("numpy", "torch", "jax")
+
 lazy_xp_function(core.curvatures)
 lazy_xp_modules = [core]
 

@@ -15,6 +15,8 @@ from mlbfgs_jax import mlbfgs
 from mlbfgs_torch import MLBFGS
 from tests.helpers import to_numpy
 
+pytestmark = pytest.mark.backends("numpy", "torch", "jax")
+
 STEPS, RATE, MOMENTUM, DECAY = 200, 0.004, 0.9, 0.1
 NAMES = ("hidden.weight", "hidden.bias", "out.weight", "out.bias")
 SETTINGS = {
@@ -90,7 +92,7 @@ def run_jax(settings, blocks, dtype):
     return [params[name] for name in NAMES], int(state[0].pairs[0])
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "blocks"), [*((name, "all") for name in SETTINGS), ("default", "layer"), ("fit", "layer")]
 )

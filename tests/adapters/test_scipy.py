@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import sys
 import warnings
@@ -20,6 +19,8 @@ from mlbfgs_scipy.curvature import Curvature
 from mlbfgs_scipy.objective import Objective
 from mlbfgs_scipy.textbook import Textbook, is_textbook
 from tests.helpers import arrays_of, relative, spd
+
+pytestmark = pytest.mark.backends("numpy")
 
 
 def solve(fun, x0, *, jac=True, **arguments):
@@ -1047,54 +1048,3 @@ def test_outcomes_have_the_statuses_of_scipy_and_say_what_to_try():
     for outcome in Outcome:
         assert outcome.success == (outcome.status == 0)
         assert outcome.status in (0, 99) or any(word in outcome.message for word in ("try", "start where"))
-
-
-# Against L-BFGS-B on the problems of Moré, Garbow and Hillstrom.
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """The benchmark's module, whose problems take their gradients from JAX."""
-    return importlib.import_module("benchmarks.minimize")
-
-
-@pytest.fixture(scope="module")
-def comparisons(benchmark):
-    small = itertools.islice(benchmark.problems(), 20)
-    with np.errstate(all="ignore"):
-        return {problem.name: benchmark.compare(problem) for problem in small if problem.name != "Meyer"}
-
-
-@pytest.mark.backends("jax")
-def test_minima_of_lbfgsb_take_at_most_a_fifth_more_evaluations(benchmark, comparisons):
-    assert len(comparisons) == 19
-    for name, comparison in comparisons.items():
-        assert benchmark.reaches(comparison.ours, comparison.theirs), name
-        assert comparison.ours.success, name
-    assert np.median([comparison.gradient_ratio for comparison in comparisons.values()]) <= 1.2
-    assert np.median([comparison.value_ratio for comparison in comparisons.values()]) <= 1.2
-
-
-@pytest.mark.backends("jax")
-def test_residuals_have_the_published_minima(benchmark):
-    for problem in benchmark.PROBLEMS:
-        assert any(
-            least_squares(problem) == pytest.approx(least, rel=5e-6, abs=1e-12) for least in problem.minima
-        ), problem.name
-
-
-def least_squares(problem):
-    """The sum of squares that SciPy's Levenberg-Marquardt method ends with."""
-    import jax
-
-    both = jax.jit(lambda x: (problem.residuals(x), jax.jacfwd(problem.residuals)(x)))
-    found = optimize.least_squares(
-        lambda x: np.asarray(both(x)[0]),
-        problem.start,
-        jac=lambda x: np.asarray(both(x)[1]),
-        method="lm",
-        xtol=1e-15,
-        ftol=1e-15,
-        gtol=1e-15,
-    )
-    return 2 * found.cost

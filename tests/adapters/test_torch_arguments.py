@@ -20,6 +20,8 @@ import mlbfgs_core as core
 from mlbfgs_torch import MLBFGS
 from tests.trainers.helpers import FAST, assert_same, make_data, make_model, train, weights
 
+pytestmark = pytest.mark.backends("torch")
+
 NUMBERS = {"lr": 0.0625, "momentum": 0.75, "weight_decay": 0.25}
 """Exact in half precision."""
 
@@ -43,7 +45,7 @@ def test_numbers_of_numpy_serve_as_those_of_python(kind, nesterov, coefficients)
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.asarray], ids=repr)
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_numbers_of_numpy_may_be_assigned_in_mid_run(kind, decoupled, coefficients):
+def test_numbers_of_numpy_may_be_assigned_during_a_run(kind, decoupled, coefficients):
     runs = []
     for make in (float, kind):
         model, data = make_model(), make_data(12)
@@ -106,7 +108,7 @@ def make_params():
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("start", [0, 5], ids=["before the first step", "in mid-run"])
+@pytest.mark.parametrize("start", [0, 5], ids=["before the first step", "during a run"])
 @pytest.mark.parametrize("named", [True, False])
 def test_the_parameters_that_move_after_an_edit_of_a_group_are_those_that_adamw_moves(edit, start, named):
     moved = []
@@ -122,7 +124,7 @@ def test_the_parameters_that_move_after_an_edit_of_a_group_are_those_that_adamw_
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("start", [0, 5], ids=["before the first step", "in mid-run"])
+@pytest.mark.parametrize("start", [0, 5], ids=["before the first step", "during a run"])
 @pytest.mark.parametrize("steps", [0, 5], ids=["at once", "later"])
 def test_an_edited_group_is_saved_and_goes_on_with_the_right_names(edit, start, steps, tmp_path):
     params = [*make_params(), nn.Parameter(torch.ones(2, dtype=torch.float64))]
@@ -262,7 +264,7 @@ BAD = {
     "an entry that is no mapping": (lambda entry: None, "must hold a dictionary for 'w1', got NoneType"),
     "a dictionary": ({"history": {}}, "must hold a tensor as 'history' of 'w1', got dict"),
     "a number": ({"mean_params": 3.0}, "must hold a tensor as 'mean_params' of 'w1', got float"),
-    "nothing": ({"moment": None}, "must hold a tensor as 'moment' of 'w1', got NoneType"),
+    "nothing": ({"exp_avg_sq": None}, "must hold a tensor as 'exp_avg_sq' of 'w1', got NoneType"),
     "a list of momentum": ({"momentum_buffer": [1.0]}, "tensor as 'momentum_buffer' of 'w1', got list"),
     "a string": ({"coefficients": "1"}, "must hold a tensor as 'coefficients' of 'w1', got str"),
     "an int": ({"counters": 1}, "must hold a tensor as 'counters' of 'w1', got int"),

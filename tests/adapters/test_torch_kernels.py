@@ -20,10 +20,13 @@ import torch
 from torch import nn
 
 import mlbfgs_core as core
-from mlbfgs_core.kernels import Means, Metric
+from mlbfgs_core.adapter import DiagonalRoot, Leaf, Means, StepEnd
+from mlbfgs_core.preconditioner.identity import Identity
 from mlbfgs_torch import MLBFGS, units
 from mlbfgs_torch import kernels as fast_kernels
 from mlbfgs_torch.kernels import TorchKernels
+
+pytestmark = pytest.mark.backends("torch")
 
 M = 3
 SIZES = [0, 1, 5, 40, 64, 77, 200]
@@ -58,7 +61,15 @@ def both(request, monkeypatch):
     return plain, fused.FusedKernels(torch.device("cpu"))
 
 
-class Leaf:
+ROOTS = [None, 0.5, 0.7]
+"""Powers of a diagonal preconditioner; None: no preconditioner."""
+
+
+def number(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+class Arrays:
     """Random arrays of one leaf."""
 
     def __init__(self, size, history_dtype=torch.float64):
@@ -70,14 +81,15 @@ class Leaf:
         self.history = draw(2, M).to(history_dtype)
         self.param, self.grad = draw(), draw()
         self.means = Means(*(draw() for _ in range(4)))
-        self.moment = draw().square()
+        self.exp_avg_sq = draw().square()
 
-    def metric(self, power=0.5, weight=0.3, kept=None):
-        if power == 0:
-            return None
-        weight = None if weight is None else torch.tensor(weight, dtype=torch.float64)
-        floor = torch.tensor(1e-3, dtype=torch.float64)
-        return Metric(self.moment, weight, floor, power, kept)
+    def leaf(self, power, weight=None, *, pairs=True):
+        """As a pass takes it."""
+        root = Identity()
+        if power is not None:
+            own = None if weight is None else number(weight)
+            root = DiagonalRoot(self.exp_avg_sq, own, number(1e-3), power / 4)
+        return Leaf(0, torch.float64, *((self.history, self.means) if pairs else (None, None)), root)
 
 
 def same(first, second):
@@ -91,77 +103,70 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("power", [0, 0.5, 0.7])
+@pytest.mark.parametrize("power", ROOTS)
 @pytest.mark.parametrize("weight", [None, 0.3])
-def test_project(both, size, power, weight):
+@pytest.mark.parametrize("pairs", [True, False])
+def test_whiten(both, size, power, weight, pairs):
     results = []
     for kernels in both:
-        leaf = Leaf(size)
-        scatter = torch.tensor(0.4, dtype=torch.float64)
-        results.append(
-            kernels.project(
-                leaf.history, leaf.grad, leaf.means.grads, scatter, leaf.metric(power, weight), torch.float64
-            )
-        )
+        own = Arrays(size)
+        leaf, mean = own.leaf(power, weight, pairs=pairs), own.means.grads if pairs else None
+        root, sums = kernels.whiten(leaf, own.grad, mean, number(0.4))
+        assert (root.kept is None) == (power is None)
+        results.append((root.kept, list(sums)))
     same(*results)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("power", [0, 0.5])
-@pytest.mark.parametrize("keeps_root", [False, True])
+@pytest.mark.parametrize("power", ROOTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_combine(both, size, power, keeps_root, dtype):
+@pytest.mark.parametrize(("pairs", "keeps"), [(True, True), (True, False), (False, True)])
+def test_direct(both, size, power, dtype, pairs, keeps):
     results = []
     for kernels in both:
-        leaf = Leaf(size, dtype)
-        kept = leaf.moment + 0.5 if keeps_root and power else None
-        results.append(
-            kernels.combine(
-                leaf.history,
-                leaf.grad,
-                torch.linspace(-1, 1, 2 * M, dtype=torch.float64),
-                torch.tensor(0.7, dtype=torch.float64),
-                leaf.metric(power, None, kept),
-                torch.tensor(True),
-                torch.float64,
-            )
-        )
+        own = Arrays(size, dtype)
+        grad = own.grad.clone()
+        weights = torch.linspace(-1, 1, 2 * M, dtype=torch.float64), number(0.7)
+        leaf = own.leaf(power, pairs=pairs)
+        if keeps:
+            leaf = leaf._replace(root=leaf.root.keeping(own.exp_avg_sq + 0.5))
+        results.append(kernels.direct(leaf, own.grad, weights, torch.tensor(True)))
+        assert torch.equal(own.grad, grad)  # the user's own
     same(*results)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("power", [0, 0.5])
-def test_update_means(both, size, power):
+@pytest.mark.parametrize("squared", [True, False])
+def test_average(both, size, squared):
     results = []
     for kernels in both:
-        leaf = Leaf(size)
-        weight, keep = torch.tensor(0.2, dtype=torch.float64), torch.tensor(True)
-        arguments = (leaf.means.params, leaf.means.grads, leaf.metric(power), leaf.param, leaf.grad)
-        results.append(kernels.update_means(*arguments, weight, keep))
+        own = Arrays(size)
+        own.param[:1] = float("inf")  # enters as zero
+        results.append(
+            kernels.average(own.means.params, own.param, number(0.2), torch.tensor(True), squared=squared)
+        )
     same(*results)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e300])
-def test_update_means_leaves_everything_where_the_step_is_not_kept(both, bad):
+@pytest.mark.parametrize("squared", [True, False])
+def test_average_leaves_everything_where_the_step_is_not_kept(both, bad, squared):
     for kernels in both:
-        leaf = Leaf(77)
-        leaf.grad[3], leaf.param[70] = bad, bad
-        before = [leaf.means.params.clone(), leaf.means.grads.clone(), leaf.moment.clone()]
-        weight, keep = torch.tensor(0.2, dtype=torch.float64), torch.tensor(False)
-        arguments = (leaf.means.params, leaf.means.grads, leaf.metric(), leaf.param, leaf.grad)
-        for now, old in zip(kernels.update_means(*arguments, weight, keep), before, strict=True):
-            assert torch.equal(now, old)
+        own = Arrays(77)
+        own.grad[3], own.means.grads[3] = bad, -1e300
+        before = own.means.grads.clone()
+        now = kernels.average(own.means.grads, own.grad, number(0.2), torch.tensor(False), squared=squared)
+        assert torch.equal(now, before)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_combine_is_finite_for_a_gradient_that_is_not(both, bad):
+@pytest.mark.parametrize("power", [None, 1.0])
+def test_direct_is_finite_for_a_gradient_that_is_not(both, bad, power):
     for kernels in both:
-        leaf = Leaf(77)
-        leaf.grad[3] = bad
-        coefficients = torch.full((2 * M,), float("nan"), dtype=torch.float64)
-        gamma = torch.tensor(1.0, dtype=torch.float64)
-        keep, metric = torch.tensor(False), leaf.metric(weight=None)
-        update, _ = kernels.combine(leaf.history, leaf.grad, coefficients, gamma, metric, keep, torch.float64)
+        own = Arrays(77)
+        own.grad[3] = bad
+        weights = torch.full((2 * M,), float("nan"), dtype=torch.float64), number(1.0)
+        update, _ = kernels.direct(own.leaf(power), own.grad, weights, torch.tensor(False))
         assert torch.isfinite(update).all()
 
 
@@ -169,40 +174,52 @@ def test_combine_is_finite_for_a_gradient_that_is_not(both, bad):
 @pytest.mark.parametrize("turn", [True, False])
 @pytest.mark.parametrize("restart", [True, False])
 def test_rotate(both, size, turn, restart):
-    results = [kernels.rotate(Leaf(size).means, torch.tensor(turn), restart=restart) for kernels in both]
+    results = []
+    for kernels in both:
+        means = Arrays(size).means
+        results.append(kernels.rotate(means.params, means.prev_params, torch.tensor(turn), restart=restart))
     same(*results)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("power", [0, 0.5])
-@pytest.mark.parametrize("keep", [True, False])
-def test_pairs_and_their_products(both, size, power, keep):
+@pytest.mark.parametrize("power", ROOTS)
+@pytest.mark.parametrize("valid", [True, False])
+def test_products_of_the_next_pair(both, size, power, valid):
     results = []
     for kernels in both:
-        leaf, slot = Leaf(size), torch.tensor([1])
-        metric, valid = leaf.metric(power, None), torch.tensor(True)
-        numbers = [torch.tensor(x, dtype=torch.float64) for x in (0.3, 0.9, 0.2)]
-        history = kernels.write_pair(
-            leaf.history, slot, leaf.means, metric, valid, numbers[0], tuple(numbers[1:]), torch.tensor(keep)
+        parts = kernels.next_products(Arrays(size).leaf(power), torch.tensor(valid))
+        results.append(
+            (
+                sum((part.ss * part.s_scale**2 for part in parts), number(0.0)),
+                sum((part.sy * part.s_scale * part.y_scale for part in parts), number(0.0)),
+                sum((part.yy * part.y_scale**2 for part in parts), number(0.0)),
+            )
         )
-        gram = kernels.gram(history, slot, leaf.grad, metric, torch.float64)
-        bare = kernels.gram(history, slot, None, metric, torch.float64)
-        results.append((history, gram, bare))
-        parts = kernels.pair_products(leaf.means, metric, valid)
-        results[-1] += (
-            sum((part.ss * part.s_scale**2 for part in parts), torch.tensor(0.0, dtype=torch.float64)),
-            sum((part.sy * part.s_scale * part.y_scale for part in parts), torch.tensor(0.0)),
-            sum((part.yy * part.y_scale**2 for part in parts), torch.tensor(0.0)),
-        )
+    same(*results)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("power", ROOTS)
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("projects", [True, False])
+def test_push_next(both, size, power, keep, projects):
+    results = []
+    for kernels in both:
+        own, slot = Arrays(size), torch.tensor([1])
+        damping = tuple(number(x) for x in (0.9, 0.2, 0.3))
+        flags = torch.tensor(True), torch.tensor(keep)
+        grad = own.grad if projects else None
+        history, sums = kernels.push_next(own.leaf(power), slot, damping, flags, grad)
+        results.append((history, sums))
     same(*results)
 
 
 def test_inner_products_of_a_bfloat16_history_are_accumulated_in_float32(both):
     history = torch.ones(2, 1, 4001, dtype=torch.bfloat16)
-    grad = torch.ones(4001)
+    leaf = Leaf(0, torch.float32, history, None, Identity())
     for kernels in both:
-        seen = kernels.project(history, grad, None, torch.tensor(1.0), None, torch.float32)
-        assert seen.rows.tolist() == [4001.0, 4001.0]  # bfloat16 has no 4001
+        _, (rows, _) = kernels.whiten(leaf, torch.ones(4001), None, torch.tensor(1.0))
+        assert rows.tolist() == [4001.0, 4001.0]  # bfloat16 has no 4001
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -210,19 +227,17 @@ def test_inner_products_of_a_bfloat16_history_are_accumulated_in_float32(both):
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("rate", [0.3, torch.tensor(0.3, dtype=torch.float64)], ids=["float", "tensor"])
-def test_descend_is_momentum_with_decoupled_decay_rounded_once(both, dtype, momentum, nesterov, decay, rate):
-    _, kernels = both
-    leaf = Leaf(77)
-    param, update, buffer = leaf.param.to(dtype), leaf.grad.clone(), leaf.means.params.clone()
-    given = None if momentum is None else buffer
-    before = param.double().clone()
-    length, keep = torch.tensor(0.5, dtype=torch.float64), torch.tensor(True)
-    kernels.descend(param, update, length, given, rate, momentum or 0.0, decay, keep, nesterov=nesterov)
-    carried = 0.9 * leaf.means.params + 0.5 * leaf.grad
-    looking_ahead = 0.5 * leaf.grad + 0.9 * carried
-    change = 0.5 * leaf.grad if momentum is None else looking_ahead if nesterov else carried
-    expected = (before * (1 - 0.3 * decay) - 0.3 * change).to(dtype)
-    torch.testing.assert_close(param, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-15)
+def test_the_end_of_a_step_is_the_plain_one(both, dtype, momentum, nesterov, decay, rate):
+    results = []
+    for kernels in both:
+        own = Arrays(77)
+        param, update = own.param.to(dtype), own.grad.clone()
+        buffer = None if momentum is None else own.means.params.clone()
+        end = StepEnd(number(0.5), rate, momentum or 0.0, decay, nesterov)
+        results.append(kernels.apply(param, update, buffer, end, torch.tensor(True)))
+        assert results[-1][0] is param or kernels is both[0]
+    (plain, carried), (fast, buffer) = results
+    torch.testing.assert_close(fast, plain, rtol=2 * torch.finfo(dtype).eps, atol=1e-15)
     if momentum is not None:
         torch.testing.assert_close(buffer, carried, rtol=1e-15, atol=1e-15)
 
@@ -259,26 +274,26 @@ def test_training_is_the_same_with_either_kernels(both, settings, dtypes, bound,
         torch.testing.assert_close(one, other, rtol=bound, atol=bound)
 
 
-def test_descend_leaves_everything_where_the_step_is_not_kept(both):
-    _, kernels = both
-    leaf = Leaf(77)
-    param, buffer = leaf.param.clone(), leaf.means.params.clone()
-    length, keep = torch.tensor(0.0, dtype=torch.float64), torch.tensor(False)
-    kernels.descend(param, leaf.grad, length, buffer, 0.3, 0.9, 0.1, keep, nesterov=True)
-    assert torch.equal(param, leaf.param)
-    assert torch.equal(buffer, leaf.means.params)
+def test_the_end_of_a_step_leaves_everything_where_the_step_is_not_kept(both):
+    for kernels in both:
+        own = Arrays(77)
+        param, buffer = own.param.clone(), own.means.params.clone()
+        end = StepEnd(number(0.0), 0.3, 0.9, 0.1, nesterov=True)
+        param, buffer = kernels.apply(param, own.grad.clone(), buffer, end, torch.tensor(False))
+        assert torch.equal(param, own.param)
+        assert torch.equal(buffer, own.means.params)
 
 
+@pytest.mark.slow
 def test_triton_compiles_every_kernel_for_old_and_new_gpus(tmp_path):
     fused_module()
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, Path(__file__).with_name("compile_kernels.py")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    passes = ["largest", "pair_products", "rotate", "descend", "update_means", "write_pair"]
-    assert sorted(done.stdout.split()) == sorted(
-        f"_{name}" for name in ["project", "combine", "gram", *passes]
-    )
+    sums = ["whiten", "direct", "largest", "pair_products", "gram"]
+    passes = ["rotate", "apply", "average", "write_pair"]
+    assert sorted(done.stdout.split()) == sorted(f"_{name}" for name in (*sums, *passes))
 
 
 # The effect of a failing compiler is tested in `tests/docs/test_faq.py`.

@@ -16,6 +16,8 @@ from mlbfgs_torch import MLBFGS
 from mlbfgs_torch import leaves as torch_leaves
 from tests.trainers.helpers import FAST, assert_same, make_data, make_model, train, weights
 
+pytestmark = pytest.mark.backends("torch")
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHANGES = list(itertools.permutations(DTYPES, 2))
 SETTINGS = [FAST, {"preset": "fit", "update_every": 3}, {"history_dtype": "bfloat16", **FAST}]
@@ -64,7 +66,14 @@ def check_dtypes(optimizer):
     for param, entry in optimizer.state.items():
         history = optimizer.param_groups[0]["history_dtype"]
         own = average_dtype(param.dtype)
-        for name in ("mean_params", "mean_grads", "prev_params", "prev_grads", "moment", "momentum_buffer"):
+        for name in (
+            "mean_params",
+            "mean_grads",
+            "prev_params",
+            "prev_grads",
+            "exp_avg_sq",
+            "momentum_buffer",
+        ):
             assert name not in entry or entry[name].dtype == own
         assert entry["history"].dtype == (getattr(torch, history) if history else own)
         assert entry["counters"].dtype == torch.int32
@@ -298,7 +307,7 @@ def test_real_parameters_that_become_complex_start_anew():
     assert torch.isfinite(param).all()
 
 
-def test_momentum_may_be_switched_on_in_mid_run_and_starts_at_zero():
+def test_momentum_may_be_switched_on_during_a_run_and_starts_at_zero():
     """A step with a fresh buffer goes 1 + momentum times as far with Nesterov momentum."""
     moved = []
     for momentum in (0.0, 0.5):

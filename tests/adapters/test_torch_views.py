@@ -13,6 +13,8 @@ from mlbfgs_torch import MLBFGS
 from mlbfgs_torch.memory import check_memory
 from tests.trainers.helpers import FAST, assert_same
 
+pytestmark = pytest.mark.backends("torch")
+
 LAZY = {
     "conj": lambda z: z.conj(),
     "mH": lambda z: z.mH,
@@ -159,7 +161,7 @@ def test_a_lazily_resolved_view_travels_with_its_run(lazy, tmp_path):
         torch.testing.assert_close(other.detach(), param.detach(), rtol=0, atol=0)
 
 
-def test_a_view_may_be_resolved_in_mid_run():
+def test_a_view_may_be_resolved_during_a_run():
     runs = []
     for resolve in (False, True):
         param = nn.Parameter(base().conj())
@@ -266,7 +268,7 @@ def test_parameters_that_cannot_be_updated_in_place_are_refused_by_name(make):
         MLBFGS([("w", nn.Parameter(make()))])
 
 
-def test_parameters_that_come_to_share_memory_in_mid_run_are_refused_with_nothing_changed():
+def test_parameters_that_come_to_share_memory_during_a_run_are_refused_with_nothing_changed():
     params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))]
     optimizer = MLBFGS(params, lr=0.05, **FAST)
     for param in params:

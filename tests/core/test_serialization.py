@@ -21,6 +21,8 @@ from mlbfgs_core import adapter
 from mlbfgs_core.kernels import Kernels
 from tests.helpers import arrays_of, mapped
 
+pytestmark = pytest.mark.backends("numpy")
+
 NAMES = ("a.weight", "a.bias", "b.weight", "b.bias", "unused.weight")
 SHAPES = ((4, 3), (4,), (2, 4), (), (5, 0))
 SETTINGS = {

@@ -59,6 +59,7 @@ def copied(state, xp):
     return mapped(state, lambda array: xp.asarray(array, copy=True))
 
 
+@pytest.mark.slow_on("array_api_strict")
 @pytest.mark.parametrize("name", SETTINGS)
 @given(rng=generators)
 def test_core_equals_the_reference_step_by_step(xp, name, rng):
@@ -87,6 +88,7 @@ def test_core_equals_the_reference_step_by_step(xp, name, rng):
     assert max(kept) > 0
 
 
+@pytest.mark.slow_on("array_api_strict", "jax")
 @pytest.mark.parametrize("name", ["default", "fit", "paper", "formulas"])
 @given(rng=generators)
 def test_missing_gradients_and_non_finite_parameters_equal_the_reference(xp, name, rng):
@@ -128,6 +130,7 @@ def test_masked_refresh_equals_no_refresh(xp, name, rng):
     assert_states_equal(core.Method(config, blocks=BLOCKS).refresh(state, xp.zeros_like(state.due)), before)
 
 
+@pytest.mark.slow_on("array_api_strict", "jax")
 @pytest.mark.parametrize("name", ["default", "fixed", "lbfgs", "ema, adaptive"])
 @given(rng=generators)
 def test_what_the_host_foresees_equals_the_masked_step(xp, name, rng):
@@ -169,6 +172,7 @@ def test_deciding_on_the_device_equals_the_masked_step(name):
     assert run._cache_size() == 1
 
 
+@pytest.mark.slow_on("array_api_strict")
 @pytest.mark.parametrize("name", ["default", "fit", "paper", "formulas"])
 @given(rng=generators, faults=schedules(20))
 def test_nan_gradients_equal_skipped_steps(xp, name, rng, faults):
@@ -208,6 +212,7 @@ def test_gradient_whose_square_overflows_in_units_of_the_first_one_is_skipped(xp
         assert int(state.skipped) == skipped
 
 
+@pytest.mark.slow_on("array_api_strict", "jax")
 @pytest.mark.parametrize("name", ["default", "lbfgs", "fit"])
 @given(rng=generators)
 def test_leaf_that_never_has_a_gradient_is_as_if_it_were_not_there(xp, name, rng):
@@ -401,6 +406,7 @@ def test_a_step_reduces_once_and_once_more_for_a_length_in_a_metric(settings, pl
     assert 2 * m + 1 <= calls[0][1] <= 2 * m + 5
 
 
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_half_precision_parameters_keep_full_precision_memory(xp, dtype):
     if not hasattr(xp, dtype):
@@ -490,6 +496,7 @@ def test_a_functional_backend_keeps_what_it_was_given():
     assert_states_equal(state, before)
 
 
+@pytest.mark.slow_on("jax")
 def test_an_unscaled_step_is_a_step_up_to_its_factor(xp):
     start, gradient = noisy_quadratic(np.random.default_rng(3), 11, 12)
     for name in ("default", "fit", "paper", "formulas"):

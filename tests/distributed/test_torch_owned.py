@@ -155,7 +155,7 @@ def memory():
     return held, sum(param.nbytes for param in optimizer.optim.state)
 
 
-def test_a_layer_that_is_unfrozen_in_mid_run():
+def test_a_layer_that_is_unfrozen_during_a_run():
     for params in on_ranks(4, frozen):
         assert deviation(params, frozen(alone=True)) < ROUNDING
 

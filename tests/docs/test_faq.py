@@ -18,7 +18,9 @@ from mlbfgs_jax import diagnostics, mlbfgs
 from mlbfgs_jax import load_state as load_state_of_jax
 from mlbfgs_scipy import minimize_mlbfgs
 from mlbfgs_torch import MLBFGS, units
-from tests.core.test_readme import ROOT
+from tests.docs.test_readme import ROOT
+
+pytestmark = pytest.mark.backends("numpy", "torch", "jax")
 
 PROVOKED = {}
 
@@ -94,7 +96,7 @@ def a_gradient_from_before_a_conversion(_):
 
 
 @provokes
-def another_shape_in_mid_run(_):
+def another_shape_during_a_run(_):
     model = torch.nn.Linear(3, 2)
     optimizer = MLBFGS(model.named_parameters())
     model(torch.ones(1, 3)).sum().backward()
@@ -188,7 +190,7 @@ def an_array_of_jax_in_numpy(_):
 
 
 @provokes
-def other_sizes_in_mid_run(_):
+def other_sizes_during_a_run(_):
     optimizer = ArrayMLBFGS(np.ones(3))
     optimizer.config = type(optimizer.config)(history_size=10)
 

@@ -1,4 +1,4 @@
-"""Python blocks of every page run, and print what it shows; a new page is found without being listed."""
+"""The Python blocks of every page run and print what the page shows; new pages are found by themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import pytest
 
 import mlbfgs_core
 import mlbfgs_jax
-from tests.core.test_readme import BLOCK, ROOT
+from tests.docs.test_readme import BLOCK, ROOT
+
+pytestmark = pytest.mark.backends("numpy", "torch", "jax")
 
 DOCS = ROOT / "docs"
 NOT_PAGES = ("_build", "_generated", "auto_gallery")
@@ -31,7 +33,7 @@ RUN_BY = {
             "pytorch.md",
             "scipy.md",
         ),
-        "tests/core/test_readme.py",
+        "tests/docs/test_readme.py",
     ),
     "embedding.md": "tests/embedding/test_page.py",
 }
@@ -90,7 +92,7 @@ def test_each_setting_is_in_the_table_of_settings():
 
 
 def assert_alike(printed, shown):
-    """The same words and integers, and broken numbers to a half: training amplifies a machine's rounding."""
+    """The same words and integers, and decimals within a half: training amplifies a machine's rounding."""
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)
     numbers = [[float(number) for number in NUMBER.findall(text)] for text in (printed, shown)]
     np.testing.assert_allclose(*numbers, rtol=0.5)

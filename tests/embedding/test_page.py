@@ -9,7 +9,7 @@ import torch
 
 import mlbfgs_core as core
 from mlbfgs_arrays import MLBFGS
-from tests.core.test_readme import ROOT, run_blocks
+from tests.docs.test_readme import ROOT, run_blocks
 
 
 @pytest.fixture(scope="module")

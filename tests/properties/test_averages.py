@@ -120,6 +120,7 @@ def test_zero_beta_every_step_is_lbfgs(xp, rng):
         path.append(x)
 
 
+@pytest.mark.slow_on("array_api_strict")
 @AVERAGES
 def test_noise_in_y_falls_as_the_averages_predict(xp, average):
     period, dim, rng = 20, 20_000, np.random.default_rng(0)
@@ -137,6 +138,7 @@ def test_noise_in_y_falls_as_the_averages_predict(xp, average):
     assert variance < 0.5 * 2  # against 2, the noise of a plain difference of gradients
 
 
+@pytest.mark.slow_on("array_api_strict", "jax")
 @AVERAGES
 @pytest.mark.parametrize("power", [0.0, 0.5])
 def test_signal_to_noise_of_pure_noise_is_one(xp, average, power):

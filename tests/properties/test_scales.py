@@ -37,6 +37,7 @@ def scaled_quadratic(loss, scale, dtype):
     return gradient
 
 
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @settings(max_examples=12)
 @given(data=st.data())
@@ -58,6 +59,7 @@ def test_finite_gradients_of_any_scale_give_finite_steps(xp, dtype, data):
             break  # the bare formulas diverge by themselves
 
 
+@pytest.mark.slow_on("array_api_strict")
 @pytest.mark.parametrize("preset", ["default", "fit", "lbfgs"])
 @pytest.mark.parametrize(("dtype", "power"), [("float32", 30), ("float32", -30), ("float64", 200)])
 def test_a_factor_on_the_loss_changes_nothing(xp, preset, dtype, power):
@@ -71,6 +73,7 @@ def test_a_factor_on_the_loss_changes_nothing(xp, preset, dtype, power):
     assert relative(runs[1] - 1, runs[0] - 1) < (2e-2 if dtype == "float32" else 1e-8)
 
 
+@pytest.mark.slow_on("array_api_strict")
 @pytest.mark.parametrize(("dtype", "power"), [("float32", 30), ("float32", -30), ("float64", -200)])
 def test_fit_takes_the_same_steps_for_parameters_of_any_scale(xp, dtype, power):
     ends = []
@@ -93,6 +96,7 @@ def test_fit_ends_at_the_minimum_at_every_scale_of_parameters(scale):
     assert np.max(np.abs(x / np.float32(scale) - 1)) < 2e-6
 
 
+@pytest.mark.slow_on("array_api_strict", "jax")
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("first", [1e-30, 1e-20, 1e-12, 0.0, np.nan])
 def test_a_first_gradient_that_is_not_like_the_others_costs_one_step_at_most(xp, preset, first):
@@ -164,6 +168,7 @@ def test_the_first_direction_of_textbook_l_bfgs_is_not_lost_to_rounding(xp):
         np.testing.assert_allclose(join(update), 0.5, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.3, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize(
     ("dim", "condition", "seed"), [(20, 3500.0, 0), (20, 3500.0, 1), (100, 1e3, 2), (5, 1e4, 3)]
@@ -190,6 +195,7 @@ def test_fit_converges_on_ill_conditioned_least_squares_without_noise(rate, dim,
     assert highest < 1e4 * first
 
 
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_what_is_told_of_curvature_is_in_the_users_units(xp, dtype):
     """Of a loss in other units, by a factor that sets the scale of gradients."""

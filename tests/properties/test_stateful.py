@@ -27,6 +27,8 @@ from mlbfgs_core.reference import Reference
 from tests.drivers import DRIVERS
 from tests.helpers import spd
 
+pytestmark = pytest.mark.backends("numpy", "torch", "jax")
+
 SHAPES = {"a.weight": (3, 2), "a.bias": (2,), "b.scale": ()}
 ADDED = {"c.late": (2,)}
 SETTINGS = {

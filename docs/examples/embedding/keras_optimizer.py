@@ -93,7 +93,13 @@ class MLBFGS(keras.optimizers.Optimizer):
             self._get_variable_index(variable): grad
             for variable, grad in zip(trainable_variables, grads, strict=True)
         }
-        updates, state = core.Method(self.config).step(keras.tree.map_structure(lambda variable: variable.value, self._state), [ops.stop_gradient(variable.value) for variable in self._trainable_variables], [given.get(index) for index in range(len(self._trainable_variables))], when_check=_if, when_due=_if)
+        updates, state = core.Method(self.config).step(
+            keras.tree.map_structure(lambda variable: variable.value, self._state),
+            [ops.stop_gradient(variable.value) for variable in self._trainable_variables],
+            [given.get(index) for index in range(len(self._trainable_variables))],
+            when_check=_if,
+            when_due=_if,
+        )
         keras.tree.map_structure(_keep, self._state, state)
         for variable in trainable_variables:
             index = self._get_variable_index(variable)

@@ -88,7 +88,13 @@ class MLBFGS(BaseOptimizer):
 
     def _step(self, group: ParamGroup) -> None:
         params = [param.detach() for param in group["params"]]
-        updates, state = core.Method(self.config).step(self._read(group), params, [self._gradient(param) for param in group["params"]], when_check=_if, when_due=_if)
+        updates, state = core.Method(self.config).step(
+            self._read(group),
+            params,
+            [self._gradient(param) for param in group["params"]],
+            when_check=_if,
+            when_due=_if,
+        )
         self._write(group, state)
         if not state.accepted:
             return

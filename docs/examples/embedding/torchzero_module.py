@@ -69,7 +69,9 @@ class MLBFGS(Transform):
         """Precondition the update."""
         params = [param.detach() for param in objective.params]
         state = self._read(states)
-        objective.updates, state = core.Method(self.config, blocks=self.blocks).direction(state, objective.get_updates(), params=params)
+        objective.updates, state = core.Method(self.config, blocks=self.blocks).direction(
+            state, objective.get_updates(), params=params
+        )
         self._write(states, state)
         if not state.accepted:
             objective.stop = objective.skip_update = True

@@ -1,4 +1,4 @@
-"""What the README and the pages of the documentation show runs."""
+"""The code that the README and the pages of the documentation show runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+
+pytestmark = pytest.mark.backends("numpy", "torch", "jax")
 
 ROOT = Path(__file__).parents[2]
 BLOCK = runpy.run_path(str(ROOT / "docs" / "write_outputs.py"))["BLOCK"]

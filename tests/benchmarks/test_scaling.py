@@ -9,8 +9,7 @@ import pytest
 import mlbfgs_core as core
 from benchmarks import scaling
 from benchmarks import scaling_model as model
-
-from .processes import on_ranks
+from tests.distributed.processes import on_ranks
 
 SHAPES = [(300, 450), (7, 5), (11,), (1,), (450, 150)]
 """Two large parameters, of which shards are small; most are divided by no number of processes."""
@@ -27,7 +26,7 @@ HALF = 2
 def everything():
     """For each layout and setting, what one process keeps and sends.
 
-    Not for owners of blocks: blocks that others own have empty leaves too.
+    Except for blocks under ZeRO, where blocks that other processes own have empty leaves too.
     """
     return {
         (layout, name): scaling.counted(layout, SHAPES, 6, settings)

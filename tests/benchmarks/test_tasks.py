@@ -211,14 +211,14 @@ def test_a_run_that_is_killed_while_it_writes_leaves_no_file_of_that_name(tmp_pa
 
 
 def write(folder, task, contestant, finals, curve=(1.0, 1.0)):
-    """Runs at three rates whose last losses are given, log-linear to a loss and a step in between."""
+    """Runs at three rates with the given last losses; `curve` is a loss and where in the run it is."""
     centre = CONTESTANTS[contestant].centre
     for exponent, final in zip(range(centre - 1, centre + 2), finals, strict=True):
         write_run(folder, Key(task, contestant, exponent, 0), final, curve)
 
 
 def write_run(folder, key, final, curve=(1.0, 1.0)):
-    """One of them."""
+    """One of these runs."""
     (middle, part), steps = curve, TASKS[key.task].steps
     record = {
         "steps": [0, round(part * steps), steps] if part < 1 else [0, steps],
@@ -336,7 +336,7 @@ def test_goals_are_counted_from_the_files(tmp_path):
         times = {name: {"seconds": 1.5 if name == "mlbfgs" else 1.0, "optimizer": 0.5} for name in names}
         identity = {name: runs.identity(task, name) for name in names}
         runs.write_json(tmp_path / task / "timing.json", {"identity": identity, "times": times})
-    # Planned for 70 % of the steps, one of those that end at 0.9 does so too: as soon, but not in less time.
+    # A run planned for 70 % of the steps also ends at 0.9: with fewer steps, but in no less time.
     write_run(tmp_path, Key(BASE[6], "mlbfgs", CONTESTANTS["mlbfgs"].centre - 1, 0, 70), 0.9)
     results = Results(plan, tmp_path)
     found = {entry.task: entry for entry in reaches(results)}

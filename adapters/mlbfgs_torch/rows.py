@@ -15,9 +15,20 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.state import LEAF_COUNTS, layout
+from mlbfgs_core.adapter import LEAF_COUNTS, layout
 
-__all__ = ["ADDED_SINCE", "PER_BLOCK", "PER_UNIT", "ROWS", "Rows", "counts_and_label", "unpack", "widths"]
+__all__ = [
+    "ADDED_SINCE",
+    "PER_BLOCK",
+    "PER_UNIT",
+    "ROWS",
+    "Rows",
+    "counts_and_label",
+    "history_size_of",
+    "is_known",
+    "unpack",
+    "widths",
+]
 
 Array = Any
 
@@ -56,8 +67,9 @@ def _layout(history_size: int) -> _Layout:
     kinds: dict[bool, list[_Field]] = {True: [], False: []}
     ends = {True: 0, False: 0}
     leaf = torch.empty(0, device="meta")
-    fields = [field for field in layout(config, [leaf], ((0,),)) if field[1] is None and field[0] != "size"]
-    for name, _, shape, dtype in [*fields, ("block", None, (1,), "int32")]:
+    entries = [entry for entry in layout(config, [leaf], ((0,),)) if entry.leaf is None]
+    fields = [(entry.name, entry.shape, entry.dtype) for entry in entries if entry.name != "size"]
+    for name, shape, dtype in [*fields, ("block", (1,), "int32")]:
         scope = "leaf" if name in (*LEAF_COUNTS, "block") else "block" if shape else "unit"
         real, tail = dtype.startswith("float"), tuple(shape[1:])
         columns = slice(ends[real], ends[real] + math.prod(tail))
@@ -85,11 +97,22 @@ def widths(history_size: int) -> dict[str, int]:
     return {name: part[-1].columns.stop for name, part in _layout(history_size)._asdict().items()}
 
 
+def is_known(entry: Mapping[str, Any]) -> bool:
+    """Whether a parameter's dictionary holds a state, not momentum alone."""
+    return "counters" in entry
+
+
+def history_size_of(entry: Mapping[str, Any]) -> int:
+    """For how many pairs there is room in a parameter's dictionary."""
+    return entry["history"].shape[1] if "history" in entry else 0
+
+
 def unpack(entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All numbers of a parameter's dictionary by their names; views, but for flags."""
-    parts = _layout(entry["history"].shape[1])
+    """All numbers of a parameter's dictionary by their names; views, except flags."""
+    size = history_size_of(entry)
+    parts = _layout(size)
     rows = {name: torch.as_tensor(entry[name]) for name in parts._fields}
-    for name, width in widths(entry["history"].shape[1]).items():
+    for name, width in widths(size).items():
         rows[name] = torch.nn.functional.pad(rows[name], (0, width - rows[name].shape[0]), value=1)
     return {field.name: field.read(rows[name]) for name, part in parts._asdict().items() for field in part}
 
@@ -117,7 +140,7 @@ class Rows:
     """
 
     def __init__(self, state: core.State, blocks: Sequence[Sequence[int]], first_label: int) -> None:
-        device, count = state.gamma.device, len(state.history)
+        device, count = state.gamma.device, len(state.leaf_steps)
         self._layout = _layout(state.row_noise.shape[1])
         self._block_of = [0] * count
         for number, block in enumerate(blocks):
@@ -175,7 +198,7 @@ class Rows:
                 value = value.expand(count)
             elif field.scope == "block" and value.shape[0] != count:
                 value = value[self._own]
-            yield value.reshape(count, -1)
+            yield value.reshape(count, math.prod(field.shape))
 
 
 class _Reader:
@@ -193,7 +216,7 @@ class _Reader:
         self._views: dict[str, Array] | None = None
 
     def read(self) -> dict[str, Array]:
-        """The fields, which are views but for flags and the counters of several blocks."""
+        """The fields, which are views, except flags and the counters of several blocks."""
         if torch.compiler.is_compiling():
             return self._read(self._fields)
         if self._views is None:
@@ -225,7 +248,7 @@ class _Reader:
             if field.scope == "block" and not field.real and self._several:
                 value = value[own]
             if field.shape:
-                value = value.reshape((len(value), -1))
+                value = value.reshape((len(value), math.prod(field.shape)))
             else:
                 value = value if field.scope == "unit" else value[:, None]
             self._rows(field)[:, field.columns] = value

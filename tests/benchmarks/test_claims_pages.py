@@ -1,4 +1,4 @@
-"""What the pages on the paper's claims say, where no other test says it already."""
+"""Statements of the pages on the paper's claims that no other test makes."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import pytest
 import mlbfgs
 
 NAMES = ("arrays", "core", "diagnostics", "jax", "scipy", "torch")
+NEEDS = {"diagnostics": ("numpy", "torch", "jax"), "jax": ("jax",), "torch": ("torch",)}
 
 
 def run(code):
@@ -27,7 +28,9 @@ def test_importing_the_namespace_imports_no_framework():
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.backends(*NEEDS.get(name, ()))) for name in NAMES]
+)
 def test_short_name_has_what_the_package_has(name):
     short, package = getattr(mlbfgs, name), importlib.import_module(f"mlbfgs_{name}")
     assert short.__all__ == package.__all__
