@@ -65,6 +65,10 @@ class NumpyKernels(core.Kernels):
             np.sqrt(x, out=x)
         return np.divide(1.0, x, out=x)
 
+    def largest(self, x: Array) -> Array:
+        """The largest magnitude, without an array of magnitudes."""
+        return np.maximum(np.max(x), -np.min(x))
+
     def average(
         self, mean: Array, value: Array, weight: Array, keep: Array, *, squared: bool = False
     ) -> Array:

@@ -105,8 +105,12 @@ def test_the_inverse_hessian_is_dense_bfgs_that_starts_from_the_preconditioner(x
     config = settings(name, power)
     state, pairs = fed(config, rng, xp), curvature_pairs(rng, M + 2, DIM, condition=10.0)
     R, gradient = root_matrix(config, state, xp), rng.normal(size=DIM)
-    for count in range(1, len(pairs) + 1):  # until the ring has been written over
-        state = state_after(config, pairs[count - 1 : count], xp, [SHAPE], start=state)
+    for before, count in (
+        (0, 1),
+        (1, M),
+        (M, M + 2),
+    ):  # one pair, a full ring, one that has been written over
+        state = state_after(config, pairs[before:count], xp, [SHAPE], start=state)
         s, y = pairs[count - 1]
         gamma = s @ y / np.sum((R @ y) ** 2)
         expected = bfgs_inverse_hessian(pairs[:count][-M:], gamma * R.T @ R, DIM)
