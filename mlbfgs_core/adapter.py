@@ -2,7 +2,16 @@
 
 from .blocks import Blocks, BlockSpec, one_block, validate_blocks
 from .call import When
-from .config import SETTINGS, as_number, check_real, is_zero, settings_in, with_preset
+from .config import (
+    SETTINGS,
+    PreconditionerName,
+    StepLength,
+    as_number,
+    check_real,
+    is_zero,
+    settings_in,
+    with_preset,
+)
 from .diagnostics import block_names
 from .kernels import Leaf, Means, PairTile, StepEnd, part
 from .observation import Observation
@@ -11,7 +20,7 @@ from .preconditioner import Preconditioner, Root, TileRoot
 from .preconditioner.diagonal import DiagonalRoot, square_roots
 from .presets import Preset, default_rate, preset_momentum, preset_nesterov
 from .scales import is_scaled
-from .snapshot import coefficients
+from .snapshot import coefficients, settings_of
 from .state import (
     LEAF_COUNTS,
     LEAF_DTYPES,
@@ -42,9 +51,11 @@ __all__ = [
     "PairTile",
     "Place",
     "Preconditioner",
+    "PreconditionerName",
     "Preset",
     "Root",
     "StepEnd",
+    "StepLength",
     "TileRoot",
     "When",
     "accumulation_dtype",
@@ -65,6 +76,7 @@ __all__ = [
     "preset_momentum",
     "preset_nesterov",
     "settings_in",
+    "settings_of",
     "square_roots",
     "two_loop",
     "validate_blocks",
