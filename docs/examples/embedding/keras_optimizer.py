@@ -98,7 +98,9 @@ class MLBFGS(keras.optimizers.Optimizer):
             when_check=_if,
             when_due=_if,
         )
-        keras.tree.map_structure(_keep, self._state, state)
+        # Keras has put a dict of its own in the place of the state's.
+        for own, value in zip(keras.tree.flatten(self._state), keras.tree.flatten(state), strict=True):
+            _keep(own, value)
         for variable in trainable_variables:
             index = self._get_variable_index(variable)
             self._move(variable, updates[index], index, learning_rate, state.accepted)
