@@ -425,15 +425,13 @@ class _Tree(NamedTuple):
 
         Shapes and dtypes of a state never change, so it cannot follow parameters whose own have changed.
         """
-        for tree in adapter.leaf_arrays(state).values():
-            own = named_leaves(tree)
-            if list(own) != self.names:
-                here, there = set(self.names), set(own)
-                rule = "must be the tree that `init` has seen"
-                told = f"without {sorted(there - here)[:3]} and with {sorted(here - there)[:3]} in addition"
-                msg = f"`params` {rule}, got one {told}"
-                raise ValueError(msg)
-            break
+        arrays = next(iter(adapter.leaf_arrays(state).values()), None)
+        if arrays is not None and (held := list(named_leaves(arrays))) != self.names:
+            here, there = set(self.names), set(held)
+            rule = "must be the tree that `init` has seen"
+            told = f"without {sorted(there - here)[:3]} and with {sorted(here - there)[:3]} in addition"
+            msg = f"`params` {rule}, got one {told}"
+            raise ValueError(msg)
         if self.leaves:
             check_params(self.names, self.given, self.unfolded(state), config)
         for name, given, leaf, grad in zip(self.names, self.given, self.leaves, grads, strict=True):
