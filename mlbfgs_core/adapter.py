@@ -20,7 +20,7 @@ from .preconditioner import Preconditioner, Root, TileRoot
 from .preconditioner.diagonal import DiagonalRoot
 from .presets import Preset, default_rate, preset_momentum, preset_nesterov
 from .scales import is_scaled
-from .snapshot import coefficients
+from .snapshot import coefficients, settings_of
 from .state import (
     LEAF_COUNTS,
     LEAF_DTYPES,
@@ -76,6 +76,7 @@ __all__ = [
     "preset_momentum",
     "preset_nesterov",
     "settings_in",
+    "settings_of",
     "square_roots",
     "two_loop",
     "validate_blocks",

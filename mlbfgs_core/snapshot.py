@@ -11,6 +11,7 @@ from .blocks import Blocks, validate_blocks
 from .config import Config
 from .preconditioner import PRECONDITIONERS
 from .state import (
+    COEFFICIENTS,
     LEAF_COUNTS,
     LEAF_DTYPES,
     State,
@@ -217,11 +218,7 @@ def _kind(array: Array) -> tuple[tuple[int, ...], str]:
 
 def coefficients(state: State) -> dict[str, Array]:
     """The arrays of a state that belong to no leaf, and the counts of leaves, by their names."""
-    return {
-        name: value
-        for name, value in zip(state._fields, state, strict=True)
-        if not isinstance(value, (tuple, dict))
-    }
+    return {name: getattr(state, name) for name in COEFFICIENTS}
 
 
 def shape_settings(history_size: int, history_dtype: str | None, preconditioner: str) -> Config:

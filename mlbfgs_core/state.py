@@ -125,6 +125,8 @@ class State(NamedTuple):
 
 _LEAF_FIELDS = State._fields[:5]
 """Names of the fields that hold an array per leaf, except what the preconditioner remembers."""
+COEFFICIENTS = State._fields[6:]
+"""Names of the fields that hold arrays of coefficients, and counts of leaves."""
 LEAF_COUNTS = State._fields[6:9]
 """Names of the fields that hold one number per leaf."""
 RENAMED = {"moment": "exp_avg_sq", "operator": "middle_matrix"}
@@ -132,9 +134,16 @@ RENAMED = {"moment": "exp_avg_sq", "operator": "middle_matrix"}
 
 
 def leaf_arrays(state: State) -> dict[str, tuple[Array | None, ...]]:
-    """All that is remembered of leaves, by name: for each leaf an array, or None where it has none."""
+    """All that is remembered of leaves, by name: for each leaf an array, or None where it has none.
+
+    An adapter's state may hold trees, whose truth means nothing, in place of the tuples.
+    """
     own = {name: getattr(state, name) for name in _LEAF_FIELDS}
-    return {name: arrays for name, arrays in own.items() if arrays} | state.preconditioner
+    return {name: arrays for name, arrays in own.items() if not _is_empty(arrays)} | state.preconditioner
+
+
+def _is_empty(arrays: Any) -> bool:
+    return isinstance(arrays, tuple) and not arrays
 
 
 def with_leaf_arrays(state: State, arrays: Mapping[str, tuple[Array | None, ...]]) -> State:

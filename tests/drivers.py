@@ -171,13 +171,12 @@ class JaxDriver:
 def _jax_training(blocks, settings):
     """The transformation, every number of which is traced, and its compiled step."""
     static = ("blocks", "mask", "nesterov", *_STATIC)
-    own = {name: value for name, value in settings if name in adapter.SETTINGS}
-    config = core.Config(**own)
-    explicit = {name: getattr(config, name) for name in adapter.SETTINGS if name != "preset"}
+    given = dict(settings)
+    config = core.Config(**{name: given[name] for name in ("preset", *adapter.SETTINGS) if name in given})
+    explicit = {name: getattr(config, name) for name in adapter.SETTINGS}
     explicit = {name: value for name, value in explicit.items() if value is not None}
-    explicit |= {"nesterov": dict(settings).get("nesterov", adapter.preset_nesterov(config.preset))}
     factory = optax.inject_hyperparams(mlbfgs_jax.mlbfgs, static_args=static)
-    tx = factory(0.1, blocks=blocks, **{**dict(settings), **explicit, "preset": None})
+    tx = factory(0.1, blocks=blocks, **{**given, **explicit})
 
     @jax.jit
     def update(grads, state, params):

@@ -14,15 +14,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import BlockSpec
+from mlbfgs_core import adapter
 
-from .transform import MLBFGSState, as_real, check_param, from_real, named_leaves
+from .transform import MLBFGSState, as_real, check_params, from_real, map_leaf_arrays, named_leaves
 
 __all__ = ["load_state", "save_state"]
 
 
 def save_state(
-    path: str | os.PathLike[str], params: optax.Params, state: optax.OptState, *, blocks: BlockSpec = "all"
+    path: str | os.PathLike[str],
+    params: optax.Params,
+    state: optax.OptState,
+    *,
+    blocks: adapter.BlockSpec = "all",
 ) -> None:
     """Write parameters, curvature and momentum to a file that the adapters for other frameworks read too.
 
@@ -67,8 +71,8 @@ def save_state(
     snapshot, traces = _snapshot(params, state, blocks)
     buffers = named_leaves(traces[0].trace) if traces else {}
     momentum = [
-        as_real(buffers[name]).astype(mean.dtype) if name in buffers else None
-        for name, mean in zip(snapshot.names, snapshot.state.mean_params, strict=True)
+        as_real(buffers[name]).astype(adapter.accumulation_dtype(param)) if name in buffers else None
+        for name, param in zip(snapshot.names, snapshot.params, strict=True)
     ]
     whole = snapshot._replace(momentum=tuple(momentum))
     if all(map(_is_here, jax.tree.leaves((whole.state, whole.params, whole.momentum)))):
@@ -78,7 +82,11 @@ def save_state(
 
 
 def load_state(
-    path: str | os.PathLike[str], params: optax.Params, state: optax.OptState, *, blocks: BlockSpec = "all"
+    path: str | os.PathLike[str],
+    params: optax.Params,
+    state: optax.OptState,
+    *,
+    blocks: adapter.BlockSpec = "all",
 ) -> tuple[optax.Params, optax.OptState]:
     """Go on from a file of `save_state`, whichever adapter has written it.
 
@@ -140,18 +148,20 @@ def load_state(
 
 
 def _snapshot(
-    params: optax.Params, state: optax.OptState, blocks: BlockSpec
+    params: optax.Params, state: optax.OptState, blocks: adapter.BlockSpec
 ) -> tuple[core.Snapshot, list[optax.TraceState]]:
     """The run but for the momentum, and the parts of the state that hold that."""
     parts = [part for part in jax.tree.leaves(state, is_leaf=_is_part) if _is_part(part)]
-    found = [part for part in parts if isinstance(part, MLBFGSState)]
+    states = [part for part in parts if isinstance(part, MLBFGSState)]
     traces = [part for part in parts if isinstance(part, optax.TraceState)]
-    if len(found) != 1 or len(traces) > 1:
+    if len(states) != 1 or len(traces) > 1:
         rule = "must hold one MLBFGSState and at most one TraceState"
-        msg = f"`state` {rule}, got {len(found)} and {len(traces)}"
+        msg = f"`state` {rule}, got {len(states)} and {len(traces)}"
         raise ValueError(msg)
-    own = found[0]
-    names = tuple(named_leaves(own.mean_params))
+    own = states[0]
+    # Of a masked optimizer the parameters are not all in the state, which may hold no array of any.
+    trees = [*adapter.leaf_arrays(own).values(), *(trace.trace for trace in traces), params]
+    names = tuple(named_leaves(trees[0]))
     partition = core.partition(names, blocks)
     if len(partition) != own.gamma.shape[0]:
         msg = f"`blocks` must give the state's {own.gamma.shape[0]} blocks, got {len(partition)}"
@@ -161,14 +171,10 @@ def _snapshot(
     if missing:
         msg = f"`params` must hold the parameters of the state, got none of the name {missing[0]!r}"
         raise ValueError(msg)
-    for name, mean in named_leaves(own.mean_params).items():
-        check_param(name, values[name], mean)
-    fields = {
-        name: tuple(named_leaves(value).values()) if name in core.LEAF_ARRAYS else value
-        for name, value in own._asdict().items()
-    }
-    leaves = tuple(as_real(values[name]) for name in names)
-    return core.Snapshot(names, partition, core.State(**fields), leaves, (None,) * len(names)), traces
+    found = [values[name] for name in names]
+    plain = core.State(*map_leaf_arrays(lambda tree: tuple(named_leaves(tree).values()), own))
+    check_params(names, found, plain, adapter.settings_of(plain))
+    return core.Snapshot(names, partition, plain, tuple(map(as_real, found)), (None,) * len(names)), traces
 
 
 def _is_part(node: Any) -> bool:
@@ -187,12 +193,12 @@ def _map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def _state_like(old: MLBFGSState, new: core.State) -> MLBFGSState:
-    fields = {}
-    for name, value in old._asdict().items():
-        leaves, treedef = jax.tree.flatten(value)
-        found = getattr(new, name) if name in core.LEAF_ARRAYS else [getattr(new, name)]
-        fields[name] = treedef.unflatten(map(_placed, leaves, found))
-    return MLBFGSState(**fields)
+    def placed(tree: Any, values: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(tree)
+        return treedef.unflatten(map(_placed, leaves, values))
+
+    numbers = {name: _placed(own, getattr(new, name)) for name, own in adapter.coefficients(old).items()}
+    return map_leaf_arrays(placed, old, new)._replace(**numbers)
 
 
 def _placed(leaf: Any, values: np.ndarray) -> jax.Array:

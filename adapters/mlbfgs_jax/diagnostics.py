@@ -10,7 +10,7 @@ import jax
 import optax
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import BlockSpec
+from mlbfgs_core import adapter
 
 from .transform import MLBFGSState, path_names
 
@@ -58,7 +58,7 @@ def diagnostics(opt_state: optax.OptState) -> list[core.Diagnostics]:
     return [record for state in found for record in _members(state)]
 
 
-def block_names(params: optax.Params, blocks: BlockSpec = "all") -> tuple[str, ...]:
+def block_names(params: optax.Params, blocks: adapter.BlockSpec = "all") -> tuple[str, ...]:
     """A short name for each block of parameters, in the order of the figures in `diagnostics`.
 
     Parameters
@@ -79,7 +79,7 @@ def block_names(params: optax.Params, blocks: BlockSpec = "all") -> tuple[str, .
     ('a', 'c.w')
     """
     names = path_names([path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]])
-    return core.block_names(names, core.partition(names, blocks))
+    return adapter.block_names(names, core.partition(names, blocks))
 
 
 def _is_own(node: Any) -> bool:

@@ -11,7 +11,6 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mlbfgs_core as core
-from mlbfgs_core.kernels import Means, Metric
 
 __all__ = ["JaxKernels"]
 
@@ -53,7 +52,10 @@ class JaxKernels(core.Kernels):
         total = jnp.sum(sums)
         return flag & ((total <= jnp.inf) | jnp.isnan(total))
 
-    def rows(self, history: Array, tile: Any, dtype: Any) -> Array:
+    def scratch(self, number: int, leaf: Any, dtype: Any) -> None:
+        """Nothing: no array can be written to."""
+
+    def rows(self, history: Array, dtype: Any) -> Array:
         """The 2m rows of a history, each of the leaf's shape, in the history's own dtype."""
         return history.reshape(2 * history.shape[1], *history.shape[2:])
 
@@ -84,36 +86,22 @@ class JaxKernels(core.Kernels):
         return sum(coefficients[i] * rows[i].astype(coefficients.dtype) for i in range(rows.shape[0]))
 
     def push(
-        self,
-        history: Array,
-        slot: Array,
-        means: Means,
-        metric: Metric | None,
-        valid: Array,
-        inverse_norm: Array,
-        damping: tuple[Array, Array],
-        keep: Array,
-        grad: Array | None,
+        self, history: Array, slot: Array, pair: tuple[Array, Array], keep: Array, z: Array | None
     ) -> tuple[Array, Array]:
         """Store a pair and form its inner products, these with the history as it was: XLA would copy it
         to read it after it has been written to."""
-        m, dtype = history.shape[1], means.params.dtype
-        new = self.damped_pair(means, metric, (...,), valid, inverse_norm, damping).astype(history.dtype)
+        m, dtype = history.shape[1], pair[0].dtype
         old = lax.dynamic_index_in_dim(history, slot[0], axis=1, keepdims=False)
-        new = jnp.where(keep, new, old)
-        pair = new.astype(dtype)
-        rows, own = self.rows(history, (...,), dtype), jnp.arange(m) == slot[0]
+        new = jnp.where(keep, jnp.stack(pair).astype(history.dtype), old)
+        stored = new.astype(dtype)
+        rows, own = self.rows(history, dtype), jnp.arange(m) == slot[0]
         parts = []
         for i in (0, 1):
             products = jnp.where(
-                own, self.times(pair, pair[i])[:, None], self.times(rows, pair[i]).reshape(2, m)
+                own, self.times(stored, stored[i])[:, None], self.times(rows, stored[i]).reshape(2, m)
             )
             parts.append(products.reshape(-1))
-        if grad is None:
-            parts.append(jnp.zeros(2, dtype))
-        else:
-            scaled = grad if metric is None else grad * metric.inverse_root(self, (...,))
-            parts.append(self.times(pair, scaled))
+        parts.append(jnp.zeros(2, dtype) if z is None else self.times(stored, z))
         sums = jnp.concatenate(parts)
         new = jnp.where(self.after(keep, sums), new, old)
         return lax.dynamic_update_index_in_dim(history, new, slot[0], axis=1), sums

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
-from mlbfgs_core.blocks import Blocks, one_block
+from mlbfgs_core.adapter import Blocks, one_block
 
 __all__ = ["AxisName", "Shards", "axis_names"]
 

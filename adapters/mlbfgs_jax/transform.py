@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, Unpack, get_type_hints
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +14,19 @@ import optax
 from jax import lax
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import Blocks, BlockSpec
-from mlbfgs_core.config import check_real, is_zero
-from mlbfgs_core.state import LEAF_DTYPES, accumulation_dtype, dtype_name
+from mlbfgs_core import adapter
+from mlbfgs_core.adapter import accumulation_dtype, dtype_name
 
 from .kernels import JaxKernels
 from .shards import AxisName, Shards, axis_names
 
 __all__ = ["MLBFGSState", "as_real", "from_real", "mlbfgs", "path_names", "scale_by_mlbfgs"]
 
-_Factory = TypeVar("_Factory", bound=Callable[..., Any])
 _COMPLEX = {"complex64": "float32", "complex128": "float64"}
 
 
 class MLBFGSState(core.State):
-    """The core's state, each of whose parameter-sized fields is a tree like that of the parameters.
+    """The core's state with trees like that of the parameters in place of tuples with an array per leaf.
 
     A leaf of `history` has two axes more than its parameter, in front. A complex parameter counts as a
     real one with a last axis of length 2.
@@ -38,37 +35,37 @@ class MLBFGSState(core.State):
     __slots__ = ()
 
 
-class _FromPreset:
-    """The default of a setting in a signature."""
-
-    def __repr__(self) -> str:
-        return "<from the preset>"
-
-
-_FROM_PRESET = _FromPreset()
-
-
-def _with_named_settings(factory: _Factory) -> _Factory:
-    """Name each setting in a factory's signature, which is all that `optax.inject_hyperparams` hands on,
-    with evaluated annotations, by which optax knows an argument that may be a schedule."""
-    signature = inspect.signature(factory, eval_str=True)
-    own = [parameter for parameter in signature.parameters.values() if parameter.name != "settings"]
-    named = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_FROM_PRESET, annotation=kind)
-        for name, kind in get_type_hints(core.Settings).items()
-    ]
-    factory.__signature__ = signature.replace(parameters=[*own, *named])  # type: ignore[attr-defined]
-    return factory
-
-
-@_with_named_settings
+@adapter.with_preset
 def scale_by_mlbfgs(
-    *, blocks: BlockSpec = "all", axis_name: AxisName | None = None, **settings: Unpack[core.Settings]
+    *,
+    preset: adapter.Preset | None = None,
+    history_size: int = 5,
+    update_every: int = 50,
+    adaptive: bool = True,
+    check_every: int = 2,
+    signal_to_noise: float = 4.0,
+    noise_floor: float = 4.0,
+    beta: float | None = None,
+    min_cosine: float = 0.2,
+    shrinkage: float = 0.25,
+    damping: tuple[float, float, float] | None = None,
+    step_length: adapter.StepLength = "rms",
+    clip_factor: float = 2.0,
+    preconditioner: adapter.PreconditionerName = "diagonal",
+    preconditioner_power: float = 1.0,
+    preconditioner_beta: float = 0.99,
+    history_dtype: str | None = None,
+    blocks: adapter.BlockSpec = "all",
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition gradients by the inverse Hessian of mL-BFGS.
 
     Parameters
     ----------
+    preset : {"default", "paper", "formulas", "lbfgs", "fit"} or None
+        As in `mlbfgs_core.Config`. The settings `history_size` to `history_dtype` are those of
+        `mlbfgs_core.Config`, which explains them; those not given are the preset's. Numbers but
+        `history_size` may be traced.
     blocks : {"all", "layer", "parameter"} or callable
         Which parameters share curvature; a callable maps a parameter's name to a label. A name is the
         path in the tree, joined by dots ("params.Dense_0.kernel").
@@ -77,9 +74,6 @@ def scale_by_mlbfgs(
         products are summed. A parameter that is replicated over some of them counts once. Not for axes
         over which all parameters are replicated and their gradients already summed, and not under `jit`,
         which knows the shardings.
-    **settings
-        Settings of `mlbfgs_core.Config` by name: `history_size`, `update_every`, `preset`, ... All but
-        `history_size`, `adaptive`, `step_length`, `history_dtype` and `preset` may be traced.
 
     Returns
     -------
@@ -127,23 +121,24 @@ def scale_by_mlbfgs(
     >>> bool(loss(x) < 1e-8)
     True
     """
-    return _directions(blocks, axis_name, settings)
+    config = core.Config(**adapter.settings_in(locals()))
+    return _directions(config, blocks, axis_name)
 
 
 def _directions(
-    blocks: BlockSpec, axis_name: AxisName | None, settings: Any, *, wide: bool = False
+    config: core.Config, blocks: adapter.BlockSpec, axis_name: AxisName | None, *, wide: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_mlbfgs`; where `wide`, directions are of the dtype of the averages, not of the gradient."""
-    config, kernels, axes = _config(settings), JaxKernels(), axis_names(axis_name)
+    kernels, axes = JaxKernels(), axis_names(axis_name)
 
     def init(params: optax.Params) -> MLBFGSState:
         tree = _Tree.of(params, blocks)
-        state = core.init(config, tree.leaves or [jnp.zeros(0)], tree.blocks, kernels=kernels)
+        state = core.Method(config, tree.blocks, kernels).init(tree.leaves or [jnp.zeros(0)])
         if axes:
             with contextlib.suppress(NameError):  # outside `shard_map`, where leaves are whole
                 sizes = Shards.over(axes).block_sizes(tree.leaves, tree.blocks)
                 state = state._replace(size=jnp.asarray(sizes, state.size.dtype))
-        return MLBFGSState(*tree.folded(state, config))
+        return tree.folded(state)
 
     # Compiled as a whole, since outside `jit` each `cond` would be compiled anew at every step.
     @partial(jax.jit, inline=True)
@@ -152,7 +147,7 @@ def _directions(
     ) -> tuple[optax.Updates, MLBFGSState]:
         tree = _Tree.of(params, blocks)
         given = tree.gradients(updates)
-        tree.check(state, given)
+        tree.check(state, given, config)
         if all(grad is None for grad in given):
             return updates, state
         grads = [
@@ -161,24 +156,16 @@ def _directions(
         ]
         shards = Shards.over(axes)
         shards.check(tree.names, tree.leaves, grads)
-        directions, after = core.step(
-            _cast(config, state.gamma.dtype),
-            tree.unfolded(state, config),
-            tree.leaves,
-            grads,
-            blocks=tree.blocks,
-            kernels=kernels,
-            reduce=shards.reduce,
-            shares=shards.shares(tree.leaves),
-            when_check=_if,
-            when_due=_if,
-            when_scaled=_if,
+        settings = _cast(config, state.gamma.dtype)
+        method = core.Method(settings, tree.blocks, kernels, shards.reduce, shards.shares(tree.leaves))
+        directions, after = method.step(
+            tree.unfolded(state), tree.leaves, grads, when_check=_if, when_due=_if, when_scaled=_if
         )
         result = [
             None if grad is None else (_paired if wide else from_real)(direction, jnp.asarray(grad))
             for direction, grad in zip(directions, given, strict=True)
         ]
-        return tree.treedef.unflatten(result), MLBFGSState(*tree.folded(after, config))
+        return tree.treedef.unflatten(result), tree.folded(after)
 
     def update(
         updates: optax.Updates,
@@ -195,17 +182,33 @@ def _directions(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@_with_named_settings
+@adapter.with_preset
 def mlbfgs(
     learning_rate: optax.ScalarOrSchedule,
     momentum: float | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
+    preset: adapter.Preset | None = None,
+    history_size: int = 5,
+    update_every: int = 50,
+    adaptive: bool = True,
+    check_every: int = 2,
+    signal_to_noise: float = 4.0,
+    noise_floor: float = 4.0,
+    beta: float | None = None,
+    min_cosine: float = 0.2,
+    shrinkage: float = 0.25,
+    damping: tuple[float, float, float] | None = None,
+    step_length: adapter.StepLength = "rms",
+    clip_factor: float = 2.0,
+    preconditioner: adapter.PreconditionerName = "diagonal",
+    preconditioner_power: float = 1.0,
+    preconditioner_beta: float = 0.99,
+    history_dtype: str | None = None,
+    blocks: adapter.BlockSpec = "all",
+    axis_name: AxisName | None = None,
     nesterov: bool | None = None,
     mask: Any = None,
-    blocks: BlockSpec = "all",
-    axis_name: AxisName | None = None,
-    **settings: Unpack[core.Settings],
 ) -> optax.GradientTransformationExtraArgs:
     """mL-BFGS: quasi-Newton training from momentum-averaged curvature pairs.
 
@@ -218,13 +221,14 @@ def mlbfgs(
         Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
     weight_decay : float or schedule
         Parameters shrink by ``learning_rate * weight_decay`` per step, as in `optax.adamw`.
+    preset, blocks, axis_name
+        As in `scale_by_mlbfgs`. The settings `history_size` to `history_dtype` are those of
+        `mlbfgs_core.Config`, which explains them; those not given are the preset's.
     nesterov : bool, optional
         Whether the momentum looks ahead (Nesterov's), as in `optax.sgd`, or is heavy-ball. The
         default preset looks ahead, the others do not.
     mask : tree of bool or callable, optional
         Which parameters decay, as in `optax.adamw`.
-    blocks, axis_name, **settings
-        As in `scale_by_mlbfgs`.
 
     Returns
     -------
@@ -260,11 +264,11 @@ def mlbfgs(
     >>> [round(float(change), 6) for change in updates["w"]]
     [-0.001, -0.001, -0.001]
     """
-    config = _config(settings)
+    config = core.Config(**adapter.settings_in(locals()))
     if momentum is None:
-        momentum = core.preset_momentum(config.preset)
+        momentum = adapter.preset_momentum(preset)
     if nesterov is None:
-        nesterov = core.preset_nesterov(config.preset)
+        nesterov = adapter.preset_nesterov(preset)
     if not isinstance(nesterov, bool):
         msg = f"`nesterov` must be a bool, got {nesterov!r}"
         raise TypeError(msg)
@@ -273,10 +277,10 @@ def mlbfgs(
     rate = learning_rate if callable(learning_rate) else _number("learning_rate", learning_rate)
     return _guarded(
         optax.chain(
-            _directions(blocks, axis_name, settings, wide=True),
-            optax.identity() if is_zero(decay) else _trace(decay, nesterov=nesterov),
+            _directions(config, blocks, axis_name, wide=True),
+            optax.identity() if adapter.is_zero(decay) else _trace(decay, nesterov=nesterov),
             # A decay of zero would still make a NaN of an infinite parameter.
-            optax.identity() if is_zero(shrinkage) else _decayed_weights(shrinkage, mask),
+            optax.identity() if adapter.is_zero(shrinkage) else _decayed_weights(shrinkage, mask),
             _scale_by_rate(rate),
         )
     )
@@ -379,16 +383,16 @@ class _Tree(NamedTuple):
     given: list[Any]
     """As the user has them."""
     leaves: list[Any]
-    blocks: Blocks | None
+    blocks: adapter.Blocks | None
 
     @classmethod
-    def of(cls, params: optax.Params, blocks: BlockSpec) -> _Tree:
+    def of(cls, params: optax.Params, blocks: adapter.BlockSpec) -> _Tree:
         """Flatten parameters; without any, as in a tree of placeholders, there are no blocks."""
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
         names = path_names([path for path, _ in paths])
         for name, (_, leaf) in zip(names, paths, strict=True):
             dtype = dtype_name(leaf) if hasattr(leaf, "dtype") else type(leaf).__name__
-            if dtype not in (*LEAF_DTYPES, *_COMPLEX):
+            if dtype not in (*adapter.LEAF_DTYPES, *_COMPLEX):
                 rule = "must be floating-point or complex arrays (see optax.masked for the others)"
                 msg = f"`params` {rule}, got {dtype} at {name!r}"
                 raise TypeError(msg)
@@ -412,20 +416,22 @@ class _Tree(NamedTuple):
             msg = f"`updates` {rule}, got {jax.tree.structure(updates)} for {self.treedef}"
             raise ValueError(msg) from error
 
-    def check(self, state: core.State, grads: Sequence[Any | None]) -> None:
+    def check(self, state: MLBFGSState, grads: Sequence[Any | None], config: core.Config) -> None:
         """Raise ValueError unless the state is one of these parameters, and gradients fit them.
 
         Shapes and dtypes of a state never change, so it cannot follow parameters whose own have changed.
         """
-        averages = named_leaves(state.mean_params)
-        if list(averages) != self.names:
-            here, there = set(self.names), set(averages)
-            rule = "must be the tree that `init` has seen"
-            told = f"without {sorted(there - here)[:3]} and with {sorted(here - there)[:3]} in addition"
-            msg = f"`params` {rule}, got one {told}"
-            raise ValueError(msg)
+        for tree in adapter.leaf_arrays(state).values():
+            own = named_leaves(tree)
+            if list(own) != self.names:
+                here, there = set(self.names), set(own)
+                rule = "must be the tree that `init` has seen"
+                told = f"without {sorted(there - here)[:3]} and with {sorted(here - there)[:3]} in addition"
+                msg = f"`params` {rule}, got one {told}"
+                raise ValueError(msg)
+            break
+        check_params(self.names, self.given, self.unfolded(state), config)
         for name, given, leaf, grad in zip(self.names, self.given, self.leaves, grads, strict=True):
-            check_param(name, given, averages[name])
             if grad is None:
                 continue
             real = as_real(grad)
@@ -433,18 +439,22 @@ class _Tree(NamedTuple):
                 msg = f"`updates` must be like the parameter, {_kind(given)}, at {name!r}, got {_kind(grad)}"
                 raise ValueError(msg)
 
-    def folded(self, state: core.State, config: core.Config) -> core.State:
-        """The state with trees in place of lists."""
+    def folded(self, state: core.State) -> MLBFGSState:
+        """The state with trees in place of tuples."""
         count = self.treedef.num_leaves
-        return state._replace(
-            **{name: self.treedef.unflatten(getattr(state, name)[:count]) for name in _leaf_fields(config)}
-        )
+        return MLBFGSState(*map_leaf_arrays(lambda arrays: self.treedef.unflatten(arrays[:count]), state))
 
-    def unfolded(self, state: core.State, config: core.Config) -> core.State:
-        """The state with lists in place of trees."""
-        return state._replace(
-            **{name: tuple(self.treedef.flatten_up_to(getattr(state, name))) for name in _leaf_fields(config)}
-        )
+    def unfolded(self, state: MLBFGSState) -> core.State:
+        """The state with tuples in place of trees."""
+        return core.State(*map_leaf_arrays(lambda tree: tuple(self.treedef.flatten_up_to(tree)), state))
+
+
+def map_leaf_arrays(function: Callable[[Any], Any], state: Any, *others: Any) -> Any:
+    """The state with a function of all leaves' arrays of one kind, and of those of other states."""
+    found = [adapter.leaf_arrays(own) for own in (state, *others)]
+    arrays = {name: function(*(own[name] for own in found)) for name in found[0]}
+    own = {name: arrays.pop(name) for name in state.preconditioner}
+    return state._replace(**arrays, preconditioner=own)
 
 
 def path_names(paths: Sequence[tuple[Any, ...]]) -> list[str]:
@@ -455,27 +465,29 @@ def path_names(paths: Sequence[tuple[Any, ...]]) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path in plain]
 
 
-def _leaf_fields(config: core.Config) -> Sequence[str]:
-    return [name for name in core.LEAF_ARRAYS if name != "moment" or config.uses_metric]
-
-
-def check_param(name: str, param: Any, mean: Any) -> None:
-    """Raise ValueError unless a parameter is like the one of whose values a state holds this average."""
-    leaf = as_real(param)
-    if (tuple(leaf.shape), accumulation_dtype(leaf)) != (tuple(mean.shape), dtype_name(mean)):
-        rule = f"must be as `init` has seen them, with averages in {_kind(mean)} at {name!r}"
-        msg = f"`params` {rule}, got {_kind(param)} (a state cannot change: `init` makes a new one)"
-        raise ValueError(msg)
+def check_params(names: Sequence[str], params: Sequence[Any], state: core.State, config: core.Config) -> None:
+    """Raise ValueError unless parameters are like those of whose values a state holds averages."""
+    held = adapter.leaf_arrays(state)
+    for entry in adapter.layout(config, list(map(as_real, params)), ()):
+        if entry.leaf is None or entry.kind == "history":
+            continue
+        if entry.name not in held:
+            msg = f"`state` must be of these settings, got one without {entry.name!r}"
+            raise ValueError(msg)
+        found = held[entry.name][entry.leaf]
+        if (tuple(found.shape), dtype_name(found)) != (entry.shape, entry.dtype):
+            rule = (
+                f"must be as `init` has seen them, with averages in {_kind(found)} at {names[entry.leaf]!r}"
+            )
+            told = f"{_kind(params[entry.leaf])} (a state cannot change: `init` makes a new one)"
+            msg = f"`params` {rule}, got {told}"
+            raise ValueError(msg)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by their names."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return dict(zip(path_names([path for path, _ in paths]), (leaf for _, leaf in paths), strict=True))
-
-
-def _config(settings: Any) -> core.Config:
-    return core.Config(**{name: value for name, value in settings.items() if value is not _FROM_PRESET})
 
 
 def _cast(config: core.Config, dtype: Any) -> core.Config:
@@ -493,7 +505,7 @@ def _cast(config: core.Config, dtype: Any) -> core.Config:
 
 def _number(name: str, value: Any) -> Any:
     """A checked number, real where it is an array."""
-    value = check_real(name, value)
+    value = adapter.check_real(name, value)
     return _real(value) if isinstance(value, jax.Array) else value
 
 

@@ -336,7 +336,11 @@ def test_map_params_reaches_every_tree_of_the_state():
         transform_non_params=lambda _: PartitionSpec(),
     )
     assert specs[0].history["first"]["kernel"] == PartitionSpec(None, None, "x", "y")
-    assert specs[0].moment["first"]["bias"] == specs[1].trace["first"]["bias"] == PartitionSpec("x")
+    assert (
+        specs[0].preconditioner["exp_avg_sq"]["first"]["bias"]
+        == specs[1].trace["first"]["bias"]
+        == PartitionSpec("x")
+    )
     assert specs[0].gram == PartitionSpec()
 
 

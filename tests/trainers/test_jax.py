@@ -160,7 +160,7 @@ def test_bfloat16_parameters_learn_with_averages_in_float32():
     assert_learned(losses)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
     found = memory(state.opt_state)
-    averages = found.mean_params, found.mean_grads, found.prev_params, found.prev_grads, found.moment
+    averages = found.mean_params, found.mean_grads, found.prev_params, found.prev_grads, found.preconditioner
     momentum = optax.tree_utils.tree_get(state.opt_state, "trace")
     assert {leaf.dtype for leaf in jax.tree.leaves((averages, momentum))} == {jnp.dtype(jnp.float32)}
     assert_quasi_newton(state.opt_state)

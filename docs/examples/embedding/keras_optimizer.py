@@ -55,8 +55,9 @@ class MLBFGS(keras.optimizers.Optimizer):
         rate = adapter.default_rate(config.step_length) if learning_rate is None else learning_rate
         super().__init__(learning_rate=rate, **options)
         self.settings, self.config = dict(settings or {}), config
-        self.momentum = adapter.preset_momentum(self.config.preset) if momentum is None else momentum
-        self.nesterov = adapter.preset_nesterov(self.config.preset) if nesterov is None else nesterov
+        preset = self.settings.get("preset")
+        self.momentum = adapter.preset_momentum(preset) if momentum is None else momentum
+        self.nesterov = adapter.preset_nesterov(preset) if nesterov is None else nesterov
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Create a variable for each array of the state."""
@@ -65,15 +66,12 @@ class MLBFGS(keras.optimizers.Optimizer):
         super().build(variables)
         # Leaves may be abstract: only their shape and dtype are needed.
         start = core.Method(self.config).init(variables, xp=np)
-        # A field has one array, or one for each parameter.
-        self._state = core.State(
-            *(
-                tuple(self._variable(name, array) for array in field)
-                if name in core.LEAF_ARRAYS
-                else self._variable(name, field)
-                for name, field in start._asdict().items()
-            )
-        )
+        arrays = {
+            name: tuple(self._variable(name, array) for array in own)
+            for name, own in adapter.leaf_arrays(start).items()
+        }
+        numbers = {name: self._variable(name, own) for name, own in adapter.coefficients(start).items()}
+        self._state = adapter.with_leaf_arrays(start, arrays)._replace(**numbers)
         self._velocities = self.add_optimizer_variables(variables, "momentum") if self.momentum else []
 
     def _variable(self, name: str, array: np.ndarray) -> keras.Variable:
@@ -93,7 +91,13 @@ class MLBFGS(keras.optimizers.Optimizer):
             self._get_variable_index(variable): grad
             for variable, grad in zip(trainable_variables, grads, strict=True)
         }
-        updates, state = core.Method(self.config).step(keras.tree.map_structure(lambda variable: variable.value, self._state), [ops.stop_gradient(variable.value) for variable in self._trainable_variables], [given.get(index) for index in range(len(self._trainable_variables))], when_check=_if, when_due=_if)
+        updates, state = core.Method(self.config).step(
+            keras.tree.map_structure(lambda variable: variable.value, self._state),
+            [ops.stop_gradient(variable.value) for variable in self._trainable_variables],
+            [given.get(index) for index in range(len(self._trainable_variables))],
+            when_check=_if,
+            when_due=_if,
+        )
         keras.tree.map_structure(_keep, self._state, state)
         for variable in trainable_variables:
             index = self._get_variable_index(variable)

@@ -51,7 +51,9 @@ class MLBFGSDescent(optx.AbstractDescent[Y, FunctionInfo.EvalGrad, _DescentState
         params, tree = jax.tree.flatten(y)
         # The default precision of products on a GPU or a TPU is below that of float32.
         with jax.default_matmul_precision("highest"):
-            direction, curvature = core.Method(self.config).step(state.curvature, params, jax.tree.leaves(f_info.grad), when_check=_if, when_due=_if)
+            direction, curvature = core.Method(self.config).step(
+                state.curvature, params, jax.tree.leaves(f_info.grad), when_check=_if, when_due=_if
+            )
         return _DescentState(curvature, tree.unflatten(direction))
 
     def step(self, step_size: jax.Array, state: _DescentState) -> tuple[Y, RESULTS]:
