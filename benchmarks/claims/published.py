@@ -129,7 +129,9 @@ def scaled_loss(preset: str, scale: float, *, told: bool) -> float:
     for _ in range(STEPS):
         check, due = core.Method(config).upcoming(state)
         with np.errstate(over="ignore", invalid="ignore"):
-            update, state = core.Method(config).step(state, [x], [scale * CALM.curvature * x], when_check=bool(check), when_due=bool(due))
+            update, state = core.Method(config).step(
+                state, [x], [scale * CALM.curvature * x], when_check=bool(check), when_due=bool(due)
+            )
             rate = RATE / scale if told and int(state.pairs[0]) == 0 else RATE
             x = x - rate * update[0]
         if not CALM.loss(x) <= LOST * first:
