@@ -109,13 +109,10 @@ def test_each_setting_and_its_default_is_in_the_signature(function):
 
 
 def rows_of_theory():
-    """Names in code, and names in their files, of the table from symbols to code."""
-    table = re.search(r"^\| symbol .*?\n\n", pages()["theory.md"], re.MULTILINE | re.DOTALL)[0]
-    rows = [line.strip("|\n").rsplit("|", 2) for line in table.splitlines()[2:]]
-    return {
-        re.sub(r"\\W+", " ", row[0])[:30].strip(): [re.findall("`([^`]+)`", cell) for cell in row[1:]]
-        for row in rows
-    }
+    """Names in code, and their files with what is in them, of the table from symbols to code."""
+    table = re.search(r"^\| symbol .*?(?=\n\n)", pages()["theory.md"], re.MULTILINE | re.DOTALL)[0]
+    rows = [line.strip("|").split(" | ") for line in table.splitlines()[2:]]
+    return {row[1].strip(): [re.findall("`([^`]+)`", cell) for cell in row[-2:]] for row in rows}
 
 
 @pytest.mark.parametrize("row", rows_of_theory().values(), ids=rows_of_theory())
