@@ -14,6 +14,7 @@ from .config import (
 )
 from .diagnostics import block_names
 from .kernels import Leaf, Means, PairTile, StepEnd, part, square_roots
+from .leaves import FlatLeaf, Member, pack
 from .observation import Observation
 from .overlap import Overlap, Place, find_overlap
 from .preconditioner import Preconditioner, Root, TileRoot
@@ -24,6 +25,7 @@ from .snapshot import coefficients, settings_of
 from .state import (
     LEAF_COUNTS,
     LEAF_DTYPES,
+    LEAF_NAMES,
     RENAMED,
     Entry,
     accumulation_dtype,
@@ -38,14 +40,17 @@ from .window import mean_square_weight
 __all__ = [
     "LEAF_COUNTS",
     "LEAF_DTYPES",
+    "LEAF_NAMES",
     "RENAMED",
     "SETTINGS",
     "BlockSpec",
     "Blocks",
     "DiagonalRoot",
     "Entry",
+    "FlatLeaf",
     "Leaf",
     "Means",
+    "Member",
     "Observation",
     "Overlap",
     "PairTile",
@@ -72,6 +77,7 @@ __all__ = [
     "leaf_arrays",
     "mean_square_weight",
     "one_block",
+    "pack",
     "part",
     "preset_momentum",
     "preset_nesterov",

@@ -21,7 +21,8 @@ Vector = npt.NDArray[np.float64]
 
 
 def bfgs_inverse_hessian(pairs: Sequence[tuple[Vector, Vector]], gamma: Any, dim: int) -> Vector:
-    """The dense BFGS inverse Hessian of pairs ``(s, y)``, oldest first, from ``gamma I``.
+    """The dense BFGS inverse Hessian of pairs ``(s, y)``, oldest first, from ``gamma I``, or from `gamma`
+    itself if it is a matrix.
 
     Nocedal & Wright, eq. 6.17: ``H <- (I - rho s y^T) H (I - rho y s^T) + rho s s^T``.
 
@@ -31,7 +32,7 @@ def bfgs_inverse_hessian(pairs: Sequence[tuple[Vector, Vector]], gamma: Any, dim
     array([[0.25, 0.  ],
            [0.  , 1.  ]])
     """
-    H = gamma * np.eye(dim)
+    H: Vector = gamma * np.eye(dim) if np.ndim(gamma) == 0 else gamma
     for s, y in pairs:
         rho = 1 / (s @ y)
         V = np.eye(dim) - rho * np.outer(y, s)

@@ -11,11 +11,12 @@ from array_api_compat import array_namespace
 from .blocks import Blocks, one_block, validate_blocks
 from .config import Config
 from .kernels import Kernels
-from .preconditioner import preconditioner_of
+from .preconditioner import PRECONDITIONERS, preconditioner_of
 
 __all__ = [
     "LEAF_COUNTS",
     "LEAF_DTYPES",
+    "LEAF_NAMES",
     "RENAMED",
     "Array",
     "Entry",
@@ -336,6 +337,19 @@ def layout(config: Config, leaves: Sequence[Array], blocks: Blocks) -> Iterator[
     }
     for name, (shape, dtype) in coefficients.items():
         yield Entry(name, None, shape, dtype, "coefficients")
+
+
+LEAF_NAMES = tuple(
+    dict.fromkeys(
+        [*_LEAF_FIELDS]
+        + [
+            name
+            for preconditioner in PRECONDITIONERS.values()
+            for name, *_ in preconditioner.layout(Config(), (2, 2), "float32")
+        ]
+    )
+)
+"""Names of all arrays that leaves may have, with any settings."""
 
 
 def _check(config: Config, leaves: Sequence[Array], blocks: Blocks | None) -> Blocks:

@@ -8,9 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import is_cupy_array
 
-from mlbfgs_core.config import as_number, check_real
-from mlbfgs_core.overlap import Place, find_overlap
-from mlbfgs_core.state import LEAF_DTYPES, accumulation_dtype, dtype_name
+from mlbfgs_core.adapter import (
+    LEAF_DTYPES,
+    Place,
+    accumulation_dtype,
+    as_number,
+    check_real,
+    dtype_name,
+    find_overlap,
+)
 
 from .backends import backend_of
 
@@ -189,6 +195,8 @@ def _check_memory(names: tuple[str, ...], arrays: tuple[Array, ...]) -> None:
 def _checked_gradient(name: str, param: Array, grad: Any) -> Array | None:
     if grad is None:
         return None
+    if type(grad) is type(param) is np.ndarray and grad.shape == param.shape and grad.dtype == param.dtype:
+        return grad
     if isinstance(grad, np.generic) and isinstance(param, np.ndarray):
         grad = np.asarray(grad)  # what NumPy makes of a 0-d result
     elif isinstance(grad, np.matrix):

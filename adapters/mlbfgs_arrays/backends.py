@@ -46,7 +46,7 @@ class Host:
         return as_numpy(array)
 
     def rate(self, lr: Any, dtype: Any) -> Any:
-        """A learning rate as `descend` takes it."""
+        """A learning rate as `Kernels.apply` takes it."""
         return float(lr)
 
     def flags(self) -> HostFlags:
@@ -83,7 +83,7 @@ class Cuda:
         return self._cupy.asarray(array)
 
     def rate(self, lr: Any, dtype: Any) -> Any:
-        """A learning rate as `descend` takes it; only one that lies elsewhere is read."""
+        """A learning rate as `Kernels.apply` takes it; only one that lies elsewhere is read."""
         if is_cupy_array(lr) and lr.device.id == self.number:
             return lr.reshape(()).astype(dtype, copy=False)
         return float(lr)

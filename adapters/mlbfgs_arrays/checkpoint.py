@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import is_cupy_array
 
 import mlbfgs_core as core
-from mlbfgs_core.state import LEAF_COUNTS, accumulation_dtype, dtype_name
+from mlbfgs_core import adapter
+from mlbfgs_core.adapter import LEAF_COUNTS, RENAMED, accumulation_dtype, dtype_name
 
-from .layout import Array, real
+from .layout import Array
 from .unit import Unit
 
 __all__ = ["Loaded", "check_shapes", "decode", "encode"]
 
 _NUMBERS = ("lr", "momentum", "weight_decay", "nesterov")
 _BUFFER = "momentum_buffer"
-_COEFFICIENTS = tuple(name for name in core.State._fields if name not in (*core.LEAF_ARRAYS, *LEAF_COUNTS))
 
 Groups = list[tuple[int, ...]]
 
@@ -29,20 +29,20 @@ class Loaded(NamedTuple):
 
     config: core.Config
     numbers: dict[str, Any]
-    parts: list[tuple[core.State, list[Array] | None, Groups]]
+    parts: list[tuple[core.State, Sequence[Array] | None, Groups]]
     """For each unit what `Unit.restore` takes."""
 
 
 def check_shapes(argument: str, new: core.Config, units: Sequence[Unit]) -> None:
     """Raise ValueError where settings ask for a state of other shapes or dtypes than the units'."""
-    owns = {accumulation_dtype(real(member.array)) for unit in units for member in unit.members}
+    owns = {accumulation_dtype(member.like) for unit in units for member in unit.members}
 
     def fixed(config: core.Config) -> dict[str, Any]:
         dtypes = sorted({config.history_dtype or own for own in owns})
         return {
             "history_size": config.history_size,
             "history_dtype": ", ".join(dtypes),
-            "metric_power > 0": config.uses_metric,
+            "preconditioner": config.preconditioner,
         }
 
     kept = fixed(units[0].config)
@@ -54,22 +54,22 @@ def check_shapes(argument: str, new: core.Config, units: Sequence[Unit]) -> None
             raise ValueError(msg)
 
 
-def encode(units: Sequence[Unit], numbers: Mapping[str, Any]) -> dict[str, Any]:
+def encode(units: Sequence[Unit], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of all that the units remember, under flat names."""
-    config = units[0].config
     result: dict[str, Any] = {
-        name: value.copy() if hasattr(value, "dtype") else value for name, value in numbers.items()
+        name: value.copy() if hasattr(value, "dtype") else value for name, value in hyperparameters.items()
     }
-    result["settings"] = json.dumps(vars(config), default=float)
+    result["settings"] = json.dumps(vars(units[0].config), default=float)
     for number, unit in enumerate(units):
         state, momentum = unit.export()
-        named = {name: getattr(state, name) for name in _leaf_fields(config)}
+        numbers = adapter.coefficients(state)
+        named: dict[str, Any] = adapter.leaf_arrays(state) | {n: numbers.pop(n) for n in LEAF_COUNTS}
         if momentum is not None:
             named[_BUFFER] = momentum
         arrays = {
             f"{field}/{name}": x for field in named for name, x in zip(unit.names, named[field], strict=True)
         }
-        arrays |= {f"unit{number}/{name}": getattr(state, name) for name in _COEFFICIENTS}
+        arrays |= {f"unit{number}/{name}": x for name, x in numbers.items()}
         with unit.backend.on():
             result |= {name: unit.backend.asarray(array).copy() for name, array in arrays.items()}
         result[f"unit{number}/blocks"] = json.dumps(_named(unit, unit.blocks))
@@ -90,17 +90,13 @@ def decode(given: Mapping[str, Any], units: Sequence[Unit]) -> Loaded:
     if not isinstance(given, Mapping):
         msg = f"`state_dict` must be a mapping, got {type(given).__name__}"
         raise TypeError(msg)
-    given = {name: given[name] for name in given}
-    for number in range(len(units)):  # of an older version, which had no `grad_scale`
-        if f"unit{number}/length" in given:
-            like = given[f"unit{number}/length"]
-            given.setdefault(f"unit{number}/grad_scale", like * 0 + 1)
+    given = _of_today(given, units)
     config = _config(given)
     check_shapes("state_dict", config, units)
     buffers = any(name.startswith(f"{_BUFFER}/") for name in given)
     kinds: dict[str, Any] = {}
     for number, unit in enumerate(units):
-        kinds |= _kinds(number, unit, config, buffers)
+        kinds |= {name: kind for name, _, _, kind in _entries(number, unit, config, buffers)}
     texts = [f"unit{number}/{word}" for number in range(len(units)) for word in ("blocks", "leaves")]
     expected = {"settings", *_NUMBERS, *texts, *kinds}
     for name in sorted(expected ^ set(given)):
@@ -121,7 +117,7 @@ def decode(given: Mapping[str, Any], units: Sequence[Unit]) -> Loaded:
 
 def _part(
     number: int, unit: Unit, config: core.Config, given: Mapping[str, Any], buffers: bool
-) -> tuple[core.State, list[Array] | None, Groups]:
+) -> tuple[core.State, Sequence[Array] | None, Groups]:
     """What `Unit.restore` takes."""
     blocks = _listed(given, f"unit{number}/blocks")
     if [sorted(block) for block in blocks] != [sorted(block) for block in _named(unit, unit.blocks)]:
@@ -136,35 +132,58 @@ def _part(
         rule = "hold each parameter once, beside others of its block and dtype,"
         msg = f"`state_dict` must {rule} in 'unit{number}/leaves', got {leaves}"
         raise ValueError(msg)
-    fields: dict[str, Any] = {name: given[f"unit{number}/{name}"] for name in _COEFFICIENTS}
-    fields["moment"] = ()
-    for field in _leaf_fields(config):
-        fields[field] = tuple(given[f"{field}/{name}"] for name in unit.names)
+    numbers: dict[str, Any] = {}
+    arrays: dict[str, dict[int, Array]] = {}
+    for name, field, leaf, _ in _entries(number, unit, config, buffers):
+        if leaf is None:
+            numbers[field] = given[name]
+        else:
+            arrays.setdefault(field, {})[leaf] = given[name]
+    listed = {field: tuple(own[i] for i in range(len(own))) for field, own in arrays.items()}
+    momentum = listed.pop(_BUFFER, None)
     with unit.backend.on():
         for name in LEAF_COUNTS:
-            fields[name] = unit.backend.xp.stack([unit.backend.asarray(count) for count in fields[name]])
+            numbers[name] = unit.backend.xp.stack([unit.backend.asarray(count) for count in listed.pop(name)])
     place = {name: index for index, name in enumerate(unit.names)}
-    momentum = [given[f"{_BUFFER}/{name}"] for name in unit.names] if buffers else None
-    return core.State(**fields), momentum, [tuple(place[name] for name in leaf) for leaf in leaves]
-
-
-def _kinds(number: int, unit: Unit, config: core.Config, buffers: bool) -> dict[str, tuple[Any, str]]:
-    """Shape and dtype of each of a unit's arrays."""
     state, _ = unit.export()
-    kinds = {f"unit{number}/{name}": _kind(getattr(state, name)) for name in _COEFFICIENTS}
-    for member in unit.members:
-        own = accumulation_dtype(real(member.array))
-        for field in (*_leaf_fields(config), *([_BUFFER] if buffers else [])):
-            kind = (member.shape, own)
-            if field == "history":
-                kind = ((2, config.history_size, *member.shape), config.history_dtype or own)
-            kinds[f"{field}/{member.name}"] = ((), "int32") if field in LEAF_COUNTS else kind
-    return kinds
+    state = adapter.with_leaf_arrays(state, listed)._replace(**numbers)
+    return state, momentum, [tuple(place[name] for name in leaf) for leaf in leaves]
 
 
-def _leaf_fields(config: core.Config) -> list[str]:
-    """Fields of the state with one array or count for each leaf."""
-    return [name for name in (*core.LEAF_ARRAYS, *LEAF_COUNTS) if name != "moment" or config.uses_metric]
+def _entries(
+    number: int, unit: Unit, config: core.Config, buffers: bool
+) -> Iterator[tuple[str, str, int | None, tuple[tuple[int, ...], str]]]:
+    """What a dictionary holds of a unit: the name of each array, its field, the index of its parameter (None:
+    it belongs to no one's), its shape and dtype."""
+    likes = [member.like for member in unit.members]
+    entries = list(adapter.layout(config, likes, unit.blocks))
+    if buffers:
+        entries += [
+            adapter.Entry(_BUFFER, i, like.shape, accumulation_dtype(like), "")
+            for i, like in enumerate(likes)
+        ]
+    for entry in entries:
+        if entry.name in LEAF_COUNTS:
+            for index, name in enumerate(unit.names):
+                yield f"{entry.name}/{name}", entry.name, index, ((), entry.dtype)
+        else:
+            own = f"unit{number}/{entry.name}"
+            if entry.leaf is not None:
+                own = f"{entry.name}/{unit.names[entry.leaf]}"
+            yield own, entry.name, entry.leaf, (entry.shape, entry.dtype)
+
+
+def _of_today(given: Mapping[str, Any], units: Sequence[Unit]) -> dict[str, Any]:
+    """A dictionary with the names that arrays have today, if an older version has written it."""
+    result: dict[str, Any] = {}
+    for name in given:
+        first, slash, rest = name.partition("/")
+        last = RENAMED.get(rest, rest) if first.startswith("unit") else rest
+        result[RENAMED.get(first, first) + slash + last] = given[name]
+    for number in range(len(units)):  # there was no `grad_scale` once
+        if f"unit{number}/length" in given:
+            result.setdefault(f"unit{number}/grad_scale", given[f"unit{number}/length"] * 0 + 1)
+    return result
 
 
 def _named(unit: Unit, groups: Sequence[Sequence[int]]) -> list[list[str]]:
@@ -191,11 +210,22 @@ def _listed(given: Mapping[str, Any], name: str) -> list[list[str]]:
 def _config(given: Mapping[str, Any]) -> core.Config:
     text = _text(given, "settings")
     try:
-        settings = json.loads(text)
-        return core.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
-    except (AttributeError, TypeError, ValueError) as error:
+        settings = {n: tuple(v) if isinstance(v, list) else v for n, v in json.loads(text).items()}
+        return core.Config(**_settings_of_today(settings))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         msg = f"`state_dict` must hold valid 'settings', got {text!r}"
         raise ValueError(msg) from error
+
+
+def _settings_of_today(settings: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a run, which an older version may have written with their preset."""
+    if "metric_power" not in settings:
+        return settings
+    rest = {name: value for name, value in settings.items() if name in adapter.SETTINGS}
+    rest["preconditioner_beta"] = settings["metric_beta"]
+    if settings["metric_power"] == 0:
+        return {**rest, "preconditioner": "none"}
+    return {**rest, "preconditioner": "diagonal", "preconditioner_power": settings["metric_power"]}
 
 
 def _number(value: Any) -> Any:

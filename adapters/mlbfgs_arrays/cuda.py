@@ -3,7 +3,8 @@
 A pass that sums is a loop of many threads at equal distances; each adds up its own part of the sums, in the
 order of the leaf, and a second, small sum adds the parts. No product goes through a matrix library, so that
 inner products have full precision whatever that library is allowed, and a history of half precision is read
-as it is stored.
+as it is stored. `R` of the diagonal preconditioner is formed within a pass; under another one the passes are
+the core's, made of their kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlbfgs_core as core
-from mlbfgs_core.kernels import Means, Metric, PairTile, Projection, square_roots
+from mlbfgs_core.adapter import DiagonalRoot, Leaf, PairTile, Root, StepEnd, square_roots
 
 from .cuda_source import BODIES, OWN_VALUES
 
@@ -43,10 +44,6 @@ class CupyKernels(core.Kernels):
         self._compile = compile
         self._compiled: dict[Any, Any] = {}
 
-    def rows(self, history: Array, tile: Any, dtype: Any) -> Array:
-        """The tile of a history as a matrix of 2m rows, in the history's own dtype."""
-        return history[(slice(None), slice(None), *tile)].reshape((2 * history.shape[1], -1))
-
     def times(self, rows: Array, x: Array) -> Array:
         """Inner products of rows of any dtype with a vector, accumulated in the vector's."""
         sums = self._parts(rows.shape[0], x, x.dtype)
@@ -58,85 +55,66 @@ class CupyKernels(core.Kernels):
         )
         return self.xp.sum(sums, axis=1)
 
-    def project(
-        self,
-        history: Array,
-        grad: Array,
-        mean_grad: Array | None,
-        scatter_weight: Array,
-        metric: Metric | None,
-        dtype: Any,
-    ) -> Projection:
-        """Project a gradient on the stored rows."""
-        m = history.shape[1]
-        sums = self._parts(2 * m + 3, grad, dtype)
-        defines: dict[str, Any] = {"ROWS": 2 * m}
+    def whiten(
+        self, leaf: Leaf, grad: Array, mean: Array | None, scatter_weight: Array
+    ) -> tuple[Root, list[Array]]:
+        """The sums of ``z = R g``."""
+        if not _is_formed(leaf.root):
+            return super().whiten(leaf, grad, mean, scatter_weight)
+        rows, history = _rows(leaf, grad)
+        sums = self._parts(rows + 3, grad, leaf.dtype)
+        defines: dict[str, Any] = {"ROWS": rows}
         inputs = {"raw H history": history, "raw G grad": grad, **_sizes(grad, sums)}
         outputs = {"raw T sums": sums, "T last": sums[-1, ...]}
-        root = None
-        if metric is not None:
-            root = outputs["raw T root"] = self.scratch(history, grad, dtype)
-            weight = self.xp.zeros_like(metric.floor) if metric.weight is None else metric.weight
-            inputs |= {"raw T moment": metric.moment, "T weight": weight, "T least": metric.floor}
-            defines |= {"METRIC": 1, "INVERSE_POWER(x)": _inverse_power(metric.power / 4)}
-        if mean_grad is not None:
-            inputs["raw T mean"] = mean_grad
+        root = leaf.root
+        if isinstance(root, DiagonalRoot):
+            outputs["raw T kept"] = self.scratch(leaf.number, grad, leaf.dtype)
+            root = root.keeping(outputs["raw T kept"])
+            weight, floor = leaf.root.weight, leaf.root.floor
+            inputs["T weight"] = self.xp.zeros_like(floor) if weight is None else weight
+            self._with_root(leaf.root, defines, inputs)
+        if mean is not None:
+            inputs["raw T mean"] = mean
             defines["SCATTER"] = 1
-        self._run("project", defines, inputs, outputs)
+        self._run("whiten", defines, inputs, outputs)
         total = self.xp.sum(sums, axis=1)
-        return Projection(
-            total[: 2 * m],
-            total[2 * m, ...],
-            None if metric is None else total[2 * m + 1, ...],
-            None if mean_grad is None else total[2 * m + 2, ...] * scatter_weight,
-            root,
-        )
+        result = [] if leaf.history is None else [total[:rows]]
+        result += [total[rows, ...]] if root.kept is None else [total[rows, ...], total[rows + 1, ...]]
+        return root, result if mean is None else [*result, total[rows + 2, ...] * scatter_weight]
 
-    def combine(
-        self,
-        history: Array,
-        grad: Array,
-        coefficients: Array,
-        gamma: Array,
-        metric: Metric | None,
-        keep: Array,
-        dtype: Any,
-    ) -> tuple[Array, Array | None]:
-        """``gamma g + B^T c``."""
-        squares = self._parts(1, grad, dtype)
-        inputs = {"raw H history": history, "raw G grad": grad, "raw T coefficients": coefficients}
-        inputs |= {"T gamma": gamma, "bool keep": keep, **_sizes(grad, squares)}
-        update = self._with_root(metric, inputs)
-        update = self.scratch(history, grad, dtype) if update is None else update
-        defines = {"ROWS": 2 * history.shape[1], **_if("METRIC", metric)}
-        outputs = {"raw T update": update, "T square": squares[0, ...]}
-        self._run("combine", defines, inputs, outputs)
-        return update, None if metric is None else self.xp.sum(squares)
+    def direct(
+        self, leaf: Leaf, grad: Array, weights: tuple[Array, Array], keep: Array
+    ) -> tuple[Array, Array]:
+        """``d = R^T (gamma z + B^T c)`` and ``|d|^2``."""
+        if not _is_formed(leaf.root):
+            return super().direct(leaf, grad, weights, keep)
+        rows, history = _rows(leaf, grad)
+        squares = self._parts(1, grad, leaf.dtype)
+        kept = leaf.root.at(self, None).kept
+        update = self.scratch(leaf.number, grad, leaf.dtype) if kept is None else kept
+        inputs = {"raw H history": history, "raw G grad": grad, "raw T coefficients": weights[0]}
+        inputs |= {"T gamma": weights[1], "bool keep": keep, **_sizes(grad, squares)}
+        defines: dict[str, Any] = {"ROWS": rows}
+        if kept is not None:
+            inputs["raw T kept"] = kept
+            defines["DIAGONAL"] = 1
+        self._run("direct", defines, inputs, {"raw T update": update, "T square": squares[0, ...]})
+        return update, self.xp.sum(squares)
 
-    def update_means(
-        self,
-        mean_params: Array,
-        mean_grads: Array,
-        metric: Metric | None,
-        param: Array,
-        grad: Array,
-        weight: Array,
-        keep: Array,
-    ) -> tuple[Array, Array, Array | None]:
-        """Averages of parameter, gradient and squared gradient."""
-        inputs = {"P param": param, "G grad": grad, "T weight": weight, "bool keep": keep}
-        outputs = {"T mean_p": mean_params, "T mean_g": mean_grads}
-        if metric is not None:
-            inputs["T moment_weight"] = metric.weight
-            outputs["T moment"] = metric.moment
-        self._run("update_means", _if("METRIC", metric), inputs, outputs)
-        return mean_params, mean_grads, None if metric is None else metric.moment
+    def average(
+        self, mean: Array, value: Array, weight: Array, keep: Array, *, squared: bool = False
+    ) -> Array:
+        """``M += weight * (x - M)`` for a value or its square."""
+        inputs = {"G value": value, "T weight": weight, "bool keep": keep}
+        self._run("average", {"SQUARED": 1} if squared else {}, inputs, {"T mean": mean})
+        return mean
 
-    def pair_products(self, means: Means, metric: Metric | None, valid: Array) -> list[PairTile]:
-        """Inner products of ``s`` and ``y``."""
-        x = means.params
-        inputs = self._pair(means, metric, valid)
-        defines = _if("METRIC", metric)
+    def next_products(self, leaf: Leaf, valid: Array) -> list[PairTile]:
+        """Inner products of the next pair."""
+        if not _is_formed(leaf.root):
+            return super().next_products(leaf, valid)
+        x, defines = leaf.means.params, dict[str, Any]()
+        inputs = self._pair(leaf, valid, defines)
         scales = self._parts(2, x, x.dtype)
         outputs = {"T s_scale": scales[0, ...], "T y_scale": scales[1, ...]}
         self._run("largest", defines, {**inputs, **_sizes(x, scales)}, outputs)
@@ -148,77 +126,80 @@ class CupyKernels(core.Kernels):
         sums = self.xp.sum(sums, axis=1)
         return [PairTile(scales[0, ...], scales[1, ...], sums[0, ...], sums[1, ...], sums[2, ...])]
 
-    def write_pair(
+    def push_next(
         self,
-        history: Array,
+        leaf: Leaf,
         slot: Array,
-        means: Means,
-        metric: Metric | None,
-        valid: Array,
-        inverse_norm: Array,
-        damping: tuple[Array, Array],
-        keep: Array,
-    ) -> Array:
-        """Store a pair at a slot of the ring."""
-        inputs = self._pair(means, metric, valid)
-        inputs |= {"T inverse_norm": inverse_norm, "T y_weight": damping[0], "T s_weight": damping[1]}
-        inputs |= {"bool keep": keep, "int64 slot": slot, "int64 slots": history.shape[1]}
-        inputs["int64 length"] = means.params.shape[0]
+        damping: tuple[Array, ...],
+        flags: tuple[Array, Array],
+        grad: Array | None,
+    ) -> tuple[Array, Array]:
+        """Store the next pair at a slot of the ring, and form the inner products of the rows there."""
+        if not _is_formed(leaf.root):
+            return super().push_next(leaf, slot, damping, flags, grad)
+        history, x, defines = leaf.history, leaf.means.params, dict[str, Any]()
+        m = history.shape[1]
+        inputs = self._pair(leaf, flags[0], defines)
+        inputs |= {"T y_weight": damping[0], "T s_weight": damping[1], "T inverse_norm": damping[2]}
+        inputs |= {"bool keep": flags[1], "int64 slot": slot, "int64 slots": m, "int64 length": x.shape[0]}
         # Only the shape of `like` is used: the loop is over the values of the leaf.
-        inputs["T like"] = means.params
-        self._run("write_pair", _if("METRIC", metric), inputs, {"raw H history": history})
-        return history
+        inputs["T like"] = x
+        self._run("write_pair", defines, inputs, {"raw H history": history})
+        rows = history.reshape((2 * m, -1))
+        new = self.cast(rows[self.xp.concat([slot, slot + m]), ...], leaf.dtype)
+        products = [self.times(rows, new[0, ...]), self.times(rows, new[1, ...])]
+        if grad is None:
+            products.append(self.xp.zeros_like(products[0][:2]))
+        else:
+            z = leaf.root.at(self, None).white(self.cast(grad, leaf.dtype))
+            products.append(self.times(new, z))
+        return history, self.xp.concat(products)
 
-    def rotate(self, means: Means, turn: Array, *, restart: bool) -> Means:
-        """This window's averages become the previous ones."""
-        names = ("T now_p", "T now_g", "T prev_p", "T prev_g")
-        inputs = {"bool turn": turn, "bool restart": restart}
-        self._run("rotate", {}, inputs, dict(zip(names, means, strict=True)))
-        return means
+    def rotate(self, now: Array, before: Array, turn: Array, *, restart: bool) -> tuple[Array, Array]:
+        """This window's average becomes the previous one."""
+        self._run(
+            "rotate", {}, {"bool turn": turn, "bool restart": restart}, {"T now": now, "T before": before}
+        )
+        return now, before
 
-    def descend(
-        self,
-        param: Array,
-        update: Array,
-        length: Array,
-        buffer: Array | None,
-        lr: Any,
-        momentum: float,
-        weight_decay: float,
-        keep: Array,
-        *,
-        nesterov: bool,
-    ) -> None:
-        """Momentum, weight decay and learning rate where `keep`; writes to the parameter and the buffer.
-        Moves 5 values; a parameter's value that is not finite stays as it is."""
-        inputs = {"T update": update, "T length": length, "T lr": lr, "T weight_decay": weight_decay}
+    def apply(
+        self, param: Array, update: Array, buffer: Array | None, end: StepEnd, keep: Array
+    ) -> tuple[Array, Array | None]:
+        """The end of a step."""
+        inputs = {
+            "T update": update,
+            "T length": end.length,
+            "T lr": end.lr,
+            "T weight_decay": end.weight_decay,
+        }
         inputs["bool keep"] = keep
         outputs = {"P param": param}
+        defines = {"NESTEROV": 1} if end.nesterov else {}
         if buffer is not None:
-            inputs["T momentum"] = momentum
+            inputs["T momentum"] = end.momentum
             outputs["T buffer"] = buffer
-        defines = _if("MOMENTUM", buffer) | ({"NESTEROV": 1} if nesterov else {})
-        self._run("descend", defines, inputs, outputs)
+            defines["MOMENTUM"] = 1
+        self._run("apply", defines, inputs, outputs)
+        return param, buffer
 
     def _parts(self, count: int, leaf: Array, dtype: Any) -> Array:
         """Memory for each thread's part of so many sums over a leaf."""
         threads = max(1, min(_THREADS, leaf.shape[0] // _OWN))
         return self.xp.empty((count, threads), dtype=dtype, device=self.device(leaf))
 
-    def _pair(self, means: Means, metric: Metric | None, valid: Array) -> dict[str, Any]:
-        """Inputs from which a pair is formed."""
+    def _pair(self, leaf: Leaf, valid: Array, defines: dict[str, Any]) -> dict[str, Any]:
+        """Inputs from which the next pair is formed."""
         names = ("raw T now_p", "raw T now_g", "raw T prev_p", "raw T prev_g")
-        inputs = dict(zip(names, means, strict=True))
+        inputs = dict(zip(names, leaf.means, strict=True))
         inputs["bool valid"] = valid
-        self._with_root(metric, inputs)
+        self._with_root(leaf.root, defines, inputs)
         return inputs
 
-    def _with_root(self, metric: Metric | None, inputs: dict[str, Any]) -> Array | None:
-        """The metric's root, which enters the inputs; None without a metric."""
-        if metric is None:
-            return None
-        inputs["raw T root"] = metric.inverse_root(self, (...,))
-        return inputs["raw T root"]
+    def _with_root(self, root: Root, defines: dict[str, Any], inputs: dict[str, Any]) -> None:
+        """Let a kernel form `R`, if it is not the identity."""
+        if isinstance(root, DiagonalRoot):
+            inputs |= {"raw T exp_avg_sq": root.exp_avg_sq, "T least": root.floor}
+            defines |= {"DIAGONAL": 1, "ROOT(x)": _inverse_power(root.exponent)}
 
     def _run(
         self,
@@ -245,8 +226,14 @@ def _sizes(leaf: Array, parts: Array) -> dict[str, int]:
     return {"int64 length": leaf.shape[0], "int64 threads": parts.shape[1]}
 
 
-def _if(word: str, given: Any) -> dict[str, int]:
-    return {} if given is None else {word: 1}
+def _is_formed(root: Root) -> bool:
+    """Whether the kernels can form it: a diagonal, or the identity."""
+    return isinstance(root, DiagonalRoot) or (root.elementwise and not root.arrays)
+
+
+def _rows(leaf: Leaf, grad: Array) -> tuple[int, Array]:
+    """How many rows there are, and the history; where there is none, an array of which nothing is read."""
+    return (0, grad) if leaf.history is None else (2 * leaf.history.shape[1], leaf.history)
 
 
 def _inverse_power(exponent: float) -> str:

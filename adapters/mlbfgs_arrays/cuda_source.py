@@ -1,8 +1,9 @@
 """The bodies of the CUDA kernels, in the C of `cupy.ElementwiseKernel`.
 
 `i` is the number of the thread or of the value. Single letters are dtypes: `T` that of the averages, `P` the
-parameter's, `G` the gradient's, `H` the history's. A pass that sums is a loop of `threads` threads at equal
-distances; each adds up its own part of the sums, in the order of the leaf.
+parameter's, `G` that of a gradient, of its whitened form or of an averaged value, `H` the history's. With
+`DIAGONAL` a body forms `R` from the mean of squares; `ROOT` is the power. A pass that sums is a loop of
+`threads` threads at equal distances; each adds up its own part of the sums, in the order of the leaf.
 """
 
 from __future__ import annotations
@@ -12,38 +13,38 @@ __all__ = ["BODIES", "OWN_VALUES"]
 OWN_VALUES = "for (long long k = i; k < length; k += threads)"
 """What `OWN_VALUES` stands for in a body."""
 
-_PROJECT = """
-    T products[ROWS];
+_WHITEN = """
+    T products[ROWS > 0 ? ROWS : 1];
     #pragma unroll
     for (int row = 0; row < ROWS; ++row) products[row] = 0;
-    T grad_square = 0, metric_square = 0, scatter = 0;
+    T grad_square = 0, white_square = 0, scatter = 0;
     OWN_VALUES {
         const T g = static_cast<T>(grad[k]);
-        T scaled = g;
+        T z = g;
         grad_square += g * g;
-#ifdef METRIC
-        const T v = moment[k];
-        const T q = INVERSE_POWER(v + weight * (g * g - v) + least);
-        root[k] = q;
-        scaled *= q;
-        metric_square += scaled * scaled;
+#ifdef DIAGONAL
+        const T v = exp_avg_sq[k];
+        const T r = ROOT(v + weight * (g * g - v) + least);
+        kept[k] = r;
+        z *= r;
+        white_square += z * z;
 #endif
 #ifdef SCATTER
         T off = g - mean[k];
-#ifdef METRIC
-        off *= q;
+#ifdef DIAGONAL
+        off *= r;
 #endif
         scatter += off * off;
 #endif
         #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-            products[row] += static_cast<T>(history[row * length + k]) * scaled;
+            products[row] += static_cast<T>(history[row * length + k]) * z;
         }
     }
     #pragma unroll
     for (int row = 0; row < ROWS; ++row) sums[row * threads + i] = products[row];
     sums[ROWS * threads + i] = grad_square;
-    sums[(ROWS + 1) * threads + i] = metric_square;
+    sums[(ROWS + 1) * threads + i] = white_square;
     last = scatter;
 """
 
@@ -63,22 +64,22 @@ _TIMES = """
     last = products[ROWS - 1];
 """
 
-_COMBINE = """
+_DIRECT = """
     T total = 0;
     OWN_VALUES {
-        T g = static_cast<T>(grad[k]);
-#ifdef METRIC
-        const T q = root[k];
-        g *= q;
+        T z = static_cast<T>(grad[k]);
+#ifdef DIAGONAL
+        const T r = kept[k];
+        z *= r;
 #endif
         T d = 0;
         #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
             d += coefficients[row] * static_cast<T>(history[row * length + k]);
         }
-        d += gamma * g;
-#ifdef METRIC
-        d *= q;
+        d += gamma * z;
+#ifdef DIAGONAL
+        d *= r;
 #endif
         d = keep ? d : T(0);
         update[k] = d;
@@ -90,9 +91,10 @@ _COMBINE = """
 _PAIR = """
         T s = valid ? now_p[k] - prev_p[k] : T(0);
         T y = valid ? now_g[k] - prev_g[k] : T(0);
-#ifdef METRIC
-        s /= root[k];
-        y *= root[k];
+#ifdef DIAGONAL
+        const T r = ROOT(exp_avg_sq[k] + least);
+        s /= r;
+        y *= r;
 #endif
 """
 
@@ -144,29 +146,26 @@ _WRITE_PAIR = (
 """
 )
 
-_UPDATE_MEANS = """
+_AVERAGE = """
     if (keep) {
-        const T p = static_cast<T>(param), g = static_cast<T>(grad);
-        mean_p += weight * ((isfinite(p) ? p : T(0)) - mean_p);
-        mean_g += weight * (g - mean_g);
-#ifdef METRIC
-        moment += moment_weight * (g * g - moment);
+        const T given = static_cast<T>(value);
+        const T x = isfinite(given) ? given : T(0);
+#ifdef SQUARED
+        mean += weight * (x * x - mean);
+#else
+        mean += weight * (x - mean);
 #endif
     }
 """
 
 _ROTATE = """
     if (turn) {
-        prev_p = now_p;
-        prev_g = now_g;
-        if (restart) {
-            now_p = 0;
-            now_g = 0;
-        }
+        before = now;
+        if (restart) now = 0;
     }
 """
 
-_DESCEND = """
+_APPLY = """
     if (keep) {
         T change = length * update;
 #ifdef MOMENTUM
@@ -186,14 +185,14 @@ _DESCEND = """
 """
 
 BODIES = {
-    "project": _PROJECT,
+    "whiten": _WHITEN,
     "times": _TIMES,
-    "combine": _COMBINE,
+    "direct": _DIRECT,
     "largest": _LARGEST,
     "pair_products": _PAIR_PRODUCTS,
     "write_pair": _WRITE_PAIR,
-    "update_means": _UPDATE_MEANS,
+    "average": _AVERAGE,
     "rotate": _ROTATE,
-    "descend": _DESCEND,
+    "apply": _APPLY,
 }
 """By the kernels' names."""

@@ -8,7 +8,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 import mlbfgs_core as core
-from mlbfgs_core.kernels import Means, Metric
+from mlbfgs_core.adapter import StepEnd, part, square_roots
 
 __all__ = ["NumpyKernels"]
 
@@ -20,11 +20,18 @@ class NumpyKernels(core.Kernels):
 
     def __init__(self) -> None:
         super().__init__(xp)
+        # The C library returns free memory to the system, from which it comes back page by page, at a higher
+        # cost than that of the arithmetic; but no more than twice the largest array that it has seen freed.
+        np.empty(16 * self.tile)
 
     def finite(self, x: Array) -> Array:
         """`x` with zeros for what is not finite; itself where there is no such value."""
         finite = np.isfinite(x)
         return x if finite.all() else np.where(finite, x, 0.0)
+
+    def masked(self, x: Array, keep: Array) -> Array:
+        """`x`, or zeros."""
+        return x if keep else np.zeros_like(x)
 
     def lerp(self, start: Array, end: Array, weight: Array) -> Array:
         """``start + weight * (end - start)``."""
@@ -33,56 +40,85 @@ class NumpyKernels(core.Kernels):
         change += start
         return change
 
-    def blend(self, array: Array, tile: Any, value: Array, weight: Array, keep: Array) -> Array:
-        """`array` moved by `weight` towards a value at the tile where `keep`."""
-        if keep:
-            change = value - array[tile]
+    def diagonal(self, v: Array, entering: tuple[Array, Array] | None, floor: Array, exponent: Any) -> Array:
+        """``(v + floor) ** -exponent`` of a mean of squares, with one temporary array."""
+        roots = square_roots(exponent)
+        if roots is None:
+            return super().diagonal(v, entering, floor, exponent)
+        if entering is None:
+            x = v + floor
+        else:
+            value, weight = entering
+            x = value * value
+            x -= v
+            x *= weight
+            x += v
+            x += floor
+        for _ in range(roots):
+            np.sqrt(x, out=x)
+        return np.divide(1.0, x, out=x)
+
+    def average(
+        self, mean: Array, value: Array, weight: Array, keep: Array, *, squared: bool = False
+    ) -> Array:
+        """``M += weight * (x - M)``; only a gradient's square is averaged, and one that is kept is finite."""
+        for tile in self.tiles(mean) if keep else ():
+            old, x = part(mean, tile), self.cast(part(value, tile), mean.dtype)
+            change = (x * x if squared else self.finite(x)) - old
             change *= weight
-            array[tile] += change
-        return array
+            old += change
+        return mean
 
-    def pair(self, means: Means, metric: Metric | None, tile: Any, valid: Array) -> tuple[Array, Array]:
-        """A tile of ``s`` and ``y``."""
-        s = means.params[tile] - means.prev_params[tile]
-        y = means.grads[tile] - means.prev_grads[tile]
-        if metric is not None:
-            root = metric.inverse_root(self, tile)
-            s /= root
-            y *= root
-        return (s, y) if valid else (np.zeros_like(s), np.zeros_like(y))
+    def combine(self, history: Array, z: Array, coefficients: Array, gamma: Array) -> Array:
+        """``gamma z + B^T c``."""
+        d = self.weighted(coefficients, self.rows(history, z.dtype), z)
+        d += gamma * z
+        return d
 
-    def descend(
-        self,
-        param: Array,
-        update: Array,
-        length: Array,
-        buffer: Array | None,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        keep: Array,
-        *,
-        nesterov: bool,
-    ) -> None:
-        """Momentum, weight decay and learning rate where `keep`; writes to the parameter and the buffer,
-        consumes the update. Moves 5 values."""
-        if not keep:
-            return
-        decay, dtype = 1 - lr * weight_decay, update.dtype
-        for tile in self.tiles(update):
-            change = update[tile]
-            change *= length
+    def push(
+        self, history: Array, slot: Array, pair: tuple[Array, Array], keep: Array, z: Array | None
+    ) -> tuple[Array, Array]:
+        """Store a pair, and form the inner products of the rows there."""
+        place, m = int(slot[0]), history.shape[1]
+        if keep:
+            history[0, place], history[1, place] = pair
+        rows = self.rows(history, pair[0].dtype)
+        new = rows[place], rows[place + m]
+        products = [self.times(rows, row) for row in new]
+        products.append(
+            np.zeros_like(products[0][:2]) if z is None else np.stack([self.dot(row, z) for row in new])
+        )
+        return history, np.concatenate(products)
+
+    def rotate(self, now: Array, before: Array, turn: Array, *, restart: bool) -> tuple[Array, Array]:
+        """This window's average becomes the previous one."""
+        for tile in self.tiles(now) if turn else ():
+            own = part(now, tile)
+            self.store(before, tile, own)
+            if restart:
+                own.fill(0.0)
+        return now, before
+
+    def apply(
+        self, param: Array, update: Array, buffer: Array | None, end: StepEnd, keep: Array
+    ) -> tuple[Array, Array | None]:
+        """The end of a step."""
+        decay, dtype = 1.0 - end.lr * end.weight_decay, update.dtype
+        for tile in self.tiles(update) if keep else ():
+            change, value = part(update, tile), self.cast(part(param, tile), dtype)
+            change *= end.length
             if buffer is not None:
-                buffer[tile] *= momentum
-                buffer[tile] += change
-                if nesterov:
-                    change += momentum * buffer[tile]
+                carried = part(buffer, tile)
+                carried *= end.momentum
+                carried += change
+                if end.nesterov:
+                    change += end.momentum * carried
                 else:
-                    change[...] = buffer[tile]
-            change *= lr
-            value = self.cast(param[tile], dtype)  # rounded once, at the end
+                    change[...] = carried
+            change *= end.lr
             if decay != 1:
-                value *= decay
+                np.multiply(value, decay, out=value, where=True if decay > 0 else np.isfinite(value))
             value -= change
-            if value.dtype != param.dtype:
-                param[tile] = value
+            if value.dtype != param.dtype:  # rounded once
+                self.store(param, tile, value)
+        return param, buffer

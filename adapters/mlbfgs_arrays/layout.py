@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from mlbfgs_core.blocks import Blocks
+from mlbfgs_core.adapter import FlatLeaf
 
-__all__ = ["Array", "Leaf", "Member", "pack", "real"]
+__all__ = ["Array", "Leaf", "Like", "Member", "real"]
 
 Array = Any
-
-# Parameters of few values lie side by side in leaves of about so many values at most.
-_LARGEST_PACK = 2**26
 
 
 def real(array: Array) -> Array:
@@ -24,7 +21,7 @@ def real(array: Array) -> Array:
 
 
 class Like(NamedTuple):
-    """What the core must know of a leaf to allocate its state."""
+    """What the core must know of a leaf to lay out its state."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -49,6 +46,11 @@ class Member(NamedTuple):
     """Number of real values."""
     given: tuple[tuple[int, ...], tuple[int, ...], Any]
     """Shape, strides and dtype of the parameter when it was handed over."""
+
+    @property
+    def like(self) -> Like:
+        """Shape and dtype of the real values."""
+        return Like(self.shape, real(self.array).dtype)
 
     @classmethod
     def of(cls, name: str, array: Array) -> Member:
@@ -88,25 +90,25 @@ class Member(NamedTuple):
         return spread.transpose((*range(len(lead)), *(len(lead) + axis for axis in self.inverse)))
 
 
-class Leaf(NamedTuple):
-    """One leaf of the core: parameters of one block and dtype, side by side."""
+class Leaf(FlatLeaf[Member]):
+    """One leaf of the core: parameters of one block and dtype, side by side.
 
-    indices: tuple[int, ...]
-    members: tuple[Member, ...]
+    Parameters
+    ----------
+    members : sequence of Member
+        Of all parameters.
+    indices : sequence of int
+        Which of them lie here.
+    """
 
-    @classmethod
-    def of(cls, members: Sequence[Member], indices: Sequence[int]) -> Leaf:
-        """Of the members at these indices."""
-        return cls(tuple(indices), tuple(members[i] for i in indices))
-
-    @property
-    def is_view(self) -> bool:
-        """Whether `gather` of the parameters is their own memory."""
-        return len(self.members) == 1 and self.members[0].dense
+    def __init__(self, members: Sequence[Member], indices: Sequence[int]) -> None:
+        super().__init__([members[i] for i in indices])
+        self.indices = tuple(indices)
+        self._plain = len(self.members) > 1 and all(member.plain for member in self.members)
 
     def like(self) -> Like:
         """Shape and dtype of the leaf."""
-        return Like((sum(member.size for member in self.members),), real(self.members[0].array).dtype)
+        return Like((sum(member.size for member in self.members),), self.members[0].like.dtype)
 
     def params(self) -> Array:
         """The parameters' values."""
@@ -114,43 +116,12 @@ class Leaf(NamedTuple):
 
     def gather(self, arrays: Sequence[Array]) -> Array:
         """One array per member (or several: more axes in front) as a flat one."""
-        flats = [member.flat(array) for member, array in zip(self.members, arrays, strict=True)]
-        return flats[0] if len(flats) == 1 else array_namespace(*flats).concat(flats, axis=-1)
-
-    def cut(self, flat: Array) -> list[Array]:
-        """Each member's part of a flat array, itself flat; views."""
-        parts, start = [], 0
-        for member in self.members:
-            parts.append(flat[..., start : start + member.size])
-            start += member.size
-        return parts
-
-    def spread(self, flat: Array) -> list[Array]:
-        """Each member's part of a flat array, in the member's shape; views."""
-        return [m.shaped(part) for m, part in zip(self.members, self.cut(flat), strict=True)]
+        if self._plain and arrays[0].ndim == len(self.members[0].shape):
+            return array_namespace(arrays[0]).concat(arrays, axis=None)
+        return super().gather(arrays)
 
     def write(self, flat: Array) -> None:
         """Put a flat array's values into the parameters."""
         for member, part in zip(self.members, self.spread(flat), strict=True):
             target = member.array if member.plain else real(member.array)
             target[...] = part
-
-
-def pack(
-    members: Sequence[Member], blocks: Blocks, kinds: Sequence[Hashable], small: int
-) -> list[tuple[int, ...]]:
-    """Groups of members for the leaves, block after block: those of at most `small` values lie together
-    with others of their kind."""
-    groups: list[tuple[int, ...]] = []
-    for block in blocks:
-        packs: dict[Hashable, list[int]] = {}
-        filled: dict[Hashable, int] = {}
-        for index in block:
-            kind, size = kinds[index], members[index].size
-            if size > small:
-                packs["alone", index] = [index]
-                continue
-            packs.setdefault((kind, filled.get(kind, 0) // _LARGEST_PACK), []).append(index)
-            filled[kind] = filled.get(kind, 0) + size
-        groups += map(tuple, packs.values())
-    return groups

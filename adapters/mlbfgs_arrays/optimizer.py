@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Any
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import Blocks, BlockSpec
+from mlbfgs_core import adapter
+from mlbfgs_core.adapter import Blocks, BlockSpec, PreconditionerName, Preset, StepLength
 
 from . import checkpoint
 from .arguments import Structure, check_number
@@ -33,6 +34,11 @@ class MLBFGS:
         Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
     weight_decay : float
         Parameters shrink by ``lr * weight_decay`` per step, as in AdamW.
+    preset : {"default", "paper", "formulas", "lbfgs", "fit"} or None
+        As in `mlbfgs_core.Config`.
+    history_size, ..., history_dtype
+        The settings `history_size` to `history_dtype` are those of `mlbfgs_core.Config`, which explains them;
+        those not given are the preset's.
     blocks : {"all", "layer", "parameter"} or callable
         Which parameters share curvature; a callable maps a parameter's name to a label.
     nesterov : bool, optional
@@ -40,8 +46,6 @@ class MLBFGS:
         default preset looks ahead, the others do not.
     maximize : bool
         Climb instead of descending.
-    **settings
-        Settings of `mlbfgs_core.Config` by name: `history_size`, `update_every`, `preset`, ...
 
     Attributes
     ----------
@@ -82,6 +86,7 @@ class MLBFGS:
     0.5
     """
 
+    @adapter.with_preset
     def __init__(
         self,
         params: Any,
@@ -89,19 +94,35 @@ class MLBFGS:
         momentum: float | None = None,
         weight_decay: float = 0.0,
         *,
+        preset: Preset | None = None,
+        history_size: int = 5,
+        update_every: int = 50,
+        adaptive: bool = True,
+        check_every: int = 2,
+        signal_to_noise: float = 4.0,
+        noise_floor: float = 4.0,
+        beta: float | None = None,
+        min_cosine: float = 0.2,
+        shrinkage: float = 0.25,
+        damping: tuple[float, float, float] | None = None,
+        step_length: StepLength = "rms",
+        clip_factor: float = 2.0,
+        preconditioner: PreconditionerName = "diagonal",
+        preconditioner_power: float = 1.0,
+        preconditioner_beta: float = 0.99,
+        history_dtype: str | None = None,
         blocks: BlockSpec = "all",
         nesterov: bool | None = None,
         maximize: bool = False,
-        **settings: Unpack[core.Settings],
     ) -> None:
-        config = core.Config(**settings)
+        config = core.Config(**adapter.settings_in(locals()))
         if not isinstance(maximize, bool):
             msg = f"`maximize` must be a bool, got {maximize!r}"
             raise TypeError(msg)
-        self.nesterov = core.preset_nesterov(config.preset) if nesterov is None else nesterov
+        self.nesterov = adapter.preset_nesterov(preset) if nesterov is None else nesterov
         numbers = {
-            "lr": core.default_rate(config.step_length) if lr is None else lr,
-            "momentum": core.preset_momentum(config.preset) if momentum is None else momentum,
+            "lr": adapter.default_rate(config.step_length) if lr is None else lr,
+            "momentum": adapter.preset_momentum(preset) if momentum is None else momentum,
             "weight_decay": weight_decay,
         }
         numbers = {name: check_number(name, value) for name, value in numbers.items()}
@@ -179,7 +200,7 @@ class MLBFGS:
         Raises
         ------
         ValueError
-            From an assignment: another `history_size` or `history_dtype`, or `metric_power` from or to 0.
+            From an assignment: another `history_size`, `history_dtype` or `preconditioner`.
         """
         return self.units[0].config
 
@@ -231,7 +252,7 @@ class MLBFGS:
 
     def block_names(self) -> list[tuple[str, ...]]:
         """A short name for each block of each record in `diagnostics`, from the parameters' names."""
-        return [core.block_names(unit.names, unit.blocks) for unit in self.units]
+        return [adapter.block_names(unit.names, unit.blocks) for unit in self.units]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters, under flat names; see `load_state_dict`.
@@ -241,8 +262,8 @@ class MLBFGS:
         dict
             Copies: arrays of the parameters' library, numbers and strings, so that
             ``numpy.savez(file, **opt.state_dict())`` (or ``cupy.savez``) stores it. "history/NAME" is of
-            the shape ``(2, m, *shape)``, the averages, "moment/NAME" and "momentum_buffer/NAME" are of the
-            parameter's shape (with a last axis of 2 for a complex one); "unit0/FIELD" are the fields of
+            the shape ``(2, m, *shape)``, the averages, "exp_avg_sq/NAME" and "momentum_buffer/NAME" are of
+            the parameter's shape (with a last axis of 2 for a complex one); "unit0/FIELD" are the fields of
             `mlbfgs_core.State` for the first device; "lr", "momentum", "weight_decay",
             "nesterov" (0 or 1) and "settings" are the hyperparameters.
         """
@@ -361,9 +382,7 @@ class MLBFGS:
         sizes = [sum(member.size for member in unit.members) for unit in self.units]
         places = [unit.backend for unit in self.units]
         held = ", ".join(f"{n:,} values on {place}" for n, place in zip(sizes, places, strict=True))
-        usual = vars(core.Config(preset=self.config.preset))
+        usual = vars(core.Config())
         words = {"lr": self._lr, "momentum": self._momentum, "weight_decay": self._weight_decay}
         words |= {name: value for name, value in vars(self.config).items() if value != usual[name]}
-        if self.config.preset is not None:
-            words["preset"] = self.config.preset
         return f"MLBFGS({held}; {', '.join(f'{name}={value}' for name, value in words.items())})"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import Blocks
-from mlbfgs_core.state import LEAF_COUNTS
+from mlbfgs_core import adapter
+from mlbfgs_core.adapter import LEAF_COUNTS, Blocks, pack
 
 from .arguments import check_writable
 from .backends import Backend, CudaFlags, HostFlags, as_numpy
-from .layout import Array, Leaf, Member, pack, real
+from .layout import Array, Leaf, Member, real
 
 __all__ = ["Unit", "Work"]
 
@@ -23,7 +23,7 @@ class Work(NamedTuple):
 
     params: list[Array]
     grads: list[Array | None]
-    seen: core.Observation
+    seen: adapter.Observation
     check: bool
     due: bool
 
@@ -40,6 +40,8 @@ class Unit:
         Indices of members.
     """
 
+    _method: core.Method
+
     def __init__(self, backend: Backend, config: core.Config, members: Sequence[Member], blocks: Blocks):
         self.backend = backend
         self.members = tuple(members)
@@ -48,10 +50,9 @@ class Unit:
         self._momentum: list[Array] | None = None
         self._flags: HostFlags | CudaFlags | None = None
         self._sent = False
-        self._lay(pack(members, blocks, [member.array.dtype for member in members], backend.small))
+        self._lay(self._packed([member.array.dtype for member in members]))
         with backend.on():
-            like = [leaf.like() for leaf in self._leaves]
-            self._state = core.init(config, like, self._leaf_blocks, kernels=backend.kernels)
+            self._state = self._method.init([leaf.like() for leaf in self._leaves])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,6 +77,7 @@ class Unit:
     @config.setter
     def config(self, config: core.Config) -> None:
         self._config = config
+        self._method = core.Method(config, self._method.blocks, self.backend.kernels)
         self._sent = False
 
     def check(self, *, writes: bool) -> None:
@@ -99,8 +101,12 @@ class Unit:
     def remember_momentum(self) -> None:
         """Allocate the momentum's buffers, unless they are there."""
         if self._momentum is None:
+            xp, likes = self.backend.xp, [leaf.like() for leaf in self._leaves]
             with self.backend.on():
-                self._momentum = [self.backend.xp.zeros_like(mean) for mean in self._state.mean_params]
+                self._momentum = [
+                    xp.zeros(like.shape, dtype=getattr(xp, adapter.accumulation_dtype(like)))
+                    for like in likes
+                ]
 
     def project(self, grads: Sequence[Array | None], maximize: bool) -> Work:
         """The first half of a step, which changes nothing."""
@@ -109,33 +115,22 @@ class Unit:
             params = [leaf.params() for leaf in self._leaves]
             given = [_gathered(leaf, grads, maximize) for leaf in self._leaves]
             check, due, scaled = self._asked()
-            seen = core.project(
-                self._config,
-                self._state,
-                params,
-                given,
-                blocks=self._leaf_blocks,
-                kernels=self.backend.kernels,
-                when_scaled=scaled,
-            )
+            seen = self._method.project(self._state, params, given, when_scaled=scaled)
         return Work(params, given, seen, check, due)
 
     def advance(
         self, work: Work, finite: Array, lr: Any, momentum: float, weight_decay: float, nesterov: bool
     ) -> None:
         """The second half of a step, without effect where `finite` (0-d) is false."""
-        xp, kernels = self.backend.xp, self.backend.kernels
+        kernels = self.backend.kernels
         with self.backend.on():
-            updates, factor, self._state = core.unscaled_step(
-                self._config,
+            updates, factor, self._state = self._method.unscaled_step(
                 self._state,
                 work.params,
                 work.grads,
-                blocks=self._leaf_blocks,
-                kernels=kernels,
                 when_check=work.check,
                 when_due=work.due,
-                observation=work.seen._replace(finite=finite),
+                observed=work.seen._replace(finite=finite),
             )
             self._ask()
             for index, (leaf, param, update) in enumerate(
@@ -143,17 +138,10 @@ class Unit:
             ):
                 if update is None:
                     continue
-                kernels.descend(
-                    param,
-                    update,
-                    xp.astype(factor, update.dtype, copy=False),
-                    None if self._momentum is None else self._momentum[index],
-                    self.backend.rate(lr, update.dtype),
-                    momentum,
-                    weight_decay,
-                    finite,
-                    nesterov=nesterov,
-                )
+                length, rate = kernels.to_leaf(factor, update.dtype), self.backend.rate(lr, update.dtype)
+                buffer = None if self._momentum is None else self._momentum[index]
+                end = adapter.StepEnd(length, rate, momentum, weight_decay, nesterov)
+                kernels.apply(param, update, buffer, end, finite)
                 if not leaf.is_view:
                     leaf.write(param)
 
@@ -167,14 +155,10 @@ class Unit:
         momentum : list of arrays or None
             One buffer for each parameter; None where there is no momentum.
         """
-        fields: dict[str, Any] = {name: self._spread(getattr(self._state, name)) for name in core.LEAF_ARRAYS}
         place = {index: number for number, leaf in enumerate(self._leaves) for index in leaf.indices}
         with self.backend.on():
-            for name in LEAF_COUNTS:
-                counts = getattr(self._state, name)
-                fields[name] = self.backend.xp.stack([counts[place[i], ...] for i in range(len(place))])
-        momentum = None if self._momentum is None else list(self._spread(self._momentum))
-        return self._state._replace(**fields), momentum
+            state = self._moved(self._state, self._spread, [place[i] for i in range(len(place))])
+        return state, None if self._momentum is None else list(self._spread(self._momentum))
 
     def restore(
         self,
@@ -196,55 +180,59 @@ class Unit:
             if groups is None:
                 counts = zip(*(getattr(state, name).tolist() for name in LEAF_COUNTS), strict=True)
                 kinds = [(m.array.dtype, own) for m, own in zip(self.members, counts, strict=True)]
-                groups = pack(self.members, self.blocks, kinds, backend.small)
+                groups = self._packed(kinds)
             self._lay(groups)
-            fields: dict[str, Any] = {name: self._gathered(getattr(state, name)) for name in core.LEAF_ARRAYS}
+            numbers = {name: backend.asarray(x).copy() for name, x in adapter.coefficients(state).items()}
             first = [leaf.indices[0] for leaf in self._leaves]
-            for name in state._fields:
-                if name in LEAF_COUNTS:
-                    counts = backend.asarray(getattr(state, name))
-                    fields[name] = backend.xp.stack([counts[i, ...] for i in first])
-                elif name not in fields:
-                    fields[name] = backend.asarray(getattr(state, name)).copy()
-            self._state = core.State(**fields)
+            self._state = self._moved(state._replace(**numbers), self._gathered, first)
             self._momentum = None if momentum is None else list(self._gathered(momentum))
         self._sent = False
 
     def snapshot(self) -> core.Snapshot:
         """The parameters and what is remembered of them, on the host; views where they lie there."""
 
-        def on_host(field: Any) -> Any:
-            return tuple(map(as_numpy, field)) if isinstance(field, tuple) else as_numpy(field)
-
         with self.backend.on():
             state, momentum = self.export()
+            arrays = {name: tuple(map(as_numpy, own)) for name, own in adapter.leaf_arrays(state).items()}
+            numbers = {name: as_numpy(x) for name, x in adapter.coefficients(state).items()}
             return core.Snapshot(
                 names=self.names,
                 blocks=self.blocks,
-                state=core.State(*map(on_host, state)),
+                state=adapter.with_leaf_arrays(state, arrays)._replace(**numbers),
                 params=tuple(as_numpy(real(member.array)) for member in self.members),
-                momentum=(None,) * len(self.members) if momentum is None else on_host(tuple(momentum)),
+                momentum=(None,) * len(self.members) if momentum is None else tuple(map(as_numpy, momentum)),
             )
 
     def resume(self, snapshot: core.Snapshot) -> None:
         """Continue from a `snapshot` of the same names, blocks, shapes and dtypes, in this order."""
         momentum = None
         if self._momentum is not None:
-            pairs = zip(snapshot.momentum, snapshot.state.mean_params, strict=True)
-            momentum = [np.zeros(mean.shape, mean.dtype) if m is None else m for m, mean in pairs]
+            momentum = [
+                np.zeros(param.shape, adapter.accumulation_dtype(param)) if buffer is None else buffer
+                for buffer, param in zip(snapshot.momentum, snapshot.params, strict=True)
+            ]
         self.restore(snapshot.state, momentum)
         with self.backend.on():
             for member, value in zip(self.members, snapshot.params, strict=True):
                 real(member.array)[...] = self.backend.asarray(value)
 
+    def _packed(self, kinds: Sequence[Any]) -> list[tuple[int, ...]]:
+        """Groups of members for the leaves: small ones of a kind lie together."""
+        sizes = [member.size for member in self.members]
+        own = [
+            None if size > self.backend.small else kind for size, kind in zip(sizes, kinds, strict=True)
+        ]
+        return pack(sizes, own, self.blocks)[0]
+
     def _lay(self, groups: Sequence[tuple[int, ...]]) -> None:
-        """Form a leaf of each group, and the blocks of leaves."""
+        """Form a leaf of each group, and the method for the blocks of leaves."""
         block_of = {index: number for number, block in enumerate(self.blocks) for index in block}
-        self._leaves = [Leaf.of(self.members, group) for group in groups]
+        self._leaves = [Leaf(self.members, group) for group in groups]
         numbers = [block_of[group[0]] for group in groups]
-        self._leaf_blocks: Blocks = tuple(
+        blocks = tuple(
             tuple(i for i, own in enumerate(numbers) if own == number) for number in range(len(self.blocks))
         )
+        self._method = core.Method(self._config, blocks, self.backend.kernels)
 
     def _split(self, missing: Sequence[bool]) -> None:
         """Part members with a gradient from those without, in leaves that hold both."""
@@ -264,31 +252,34 @@ class Unit:
             return result
 
         with self.backend.on():
-            fields: dict[str, Any] = {}
-            for name in core.LEAF_ARRAYS:
-                arrays = getattr(self._state, name)
-                fields[name] = tuple(divided(arrays)) if arrays else ()
             repeated = [number for number, groups in enumerate(parts) for _ in groups]
-            for name in LEAF_COUNTS:
-                counts = getattr(self._state, name)
-                fields[name] = xp.stack([counts[number, ...] for number in repeated])
-            self._state = self._state._replace(**fields)
+            self._state = self._moved(self._state, divided, repeated)
             if self._momentum is not None:
                 self._momentum = divided(self._momentum)
         self._lay([tuple(group) for groups in parts for group in groups])
 
+    def _moved(
+        self, state: core.State, function: Callable[[Sequence[Array]], Sequence[Array]], source: Sequence[int]
+    ) -> core.State:
+        """A state of other leaves: its arrays by a function of those of all leaves, its counts by the numbers
+        of the leaves from which they come."""
+        arrays = {name: tuple(function(own)) for name, own in adapter.leaf_arrays(state).items()}
+        counts = {}
+        for name in LEAF_COUNTS:
+            own = getattr(state, name)
+            counts[name] = self.backend.xp.stack([own[number, ...] for number in source])
+        return adapter.with_leaf_arrays(state, arrays)._replace(**counts)
+
     def _spread(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         """One array per leaf as one per member."""
         own: dict[int, Array] = {}
-        for leaf, array in zip(self._leaves, arrays, strict=False):  # there may be none of the metric
+        for leaf, array in zip(self._leaves, arrays, strict=True):
             own.update(zip(leaf.indices, leaf.spread(array), strict=True))
         return tuple(own[i] for i in range(len(own)))
 
     def _gathered(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         """One array per member as one per leaf, each a contiguous copy."""
         given = [self.backend.asarray(array) for array in arrays]
-        if not given:
-            return ()
         return tuple(leaf.gather([given[i] for i in leaf.indices]).copy() for leaf in self._leaves)
 
     def _asked(self) -> tuple[bool, bool, bool]:
@@ -301,8 +292,8 @@ class Unit:
         """Let the state say what the next step is to do."""
         if self._flags is None:
             self._flags = self.backend.flags()
-        scaled = core.is_scaled(self._state)[None]
-        self._flags.send(self.backend.xp.concat([core.upcoming(self._config, self._state), scaled]))
+        scaled = adapter.is_scaled(self._state, self.backend.xp)[None]
+        self._flags.send(self.backend.xp.concat([self._method.upcoming(self._state), scaled]))
         self._sent = True
 
 

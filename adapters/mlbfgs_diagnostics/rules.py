@@ -45,7 +45,7 @@ def advice(figures: core.Diagnostics) -> list[str]:
     Examples
     --------
     >>> import numpy as np
-    >>> state = core.init(core.Config(), [np.zeros(3)])
+    >>> state = core.Method(core.Config()).init([np.zeros(3)])
     >>> advice(core.diagnostics(state))
     ['no step yet']
     """
@@ -85,7 +85,7 @@ def remarks(figures: core.Diagnostics) -> list[str]:
     Examples
     --------
     >>> import numpy as np
-    >>> state = core.init(core.Config(), [np.zeros(3)])
+    >>> state = core.Method(core.Config()).init([np.zeros(3)])
     >>> remarks(core.diagnostics(state))
     ['0 steps taken']
     """

@@ -60,7 +60,7 @@ def log_scalars(
     >>> class Printer:
     ...     def add_scalar(self, tag, value, step):
     ...         print(step, tag, value)
-    >>> state = core.init(core.Config(), [np.zeros(3)])
+    >>> state = core.Method(core.Config()).init([np.zeros(3)])
     >>> log_scalars(Printer(), state, 7)  # doctest: +ELLIPSIS
     7 mlbfgs/step 0.0
     7 mlbfgs/skipped 0.0

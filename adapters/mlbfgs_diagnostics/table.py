@@ -56,7 +56,7 @@ def table(source: Any, *, names: Sequence[str] | None = None) -> Table:
     --------
     >>> import numpy as np
     >>> from rich.console import Console
-    >>> state = core.init(core.Config(), [np.zeros(3)])
+    >>> state = core.Method(core.Config()).init([np.zeros(3)])
     >>> shown = table(state)
     >>> [next(iter(column.cells)) for column in shown.columns][:2]
     ['all', '0 of 0']

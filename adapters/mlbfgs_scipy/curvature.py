@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.sparse.linalg import LinearOperator
 
 import mlbfgs_core as core
-from mlbfgs_core.call import prepare
+from mlbfgs_core import adapter
 
 from .objective import Evaluation, Vector
 
@@ -21,25 +21,24 @@ class Curvature:
     """The core's state for one vector, and its steps."""
 
     def __init__(self, config: core.Config, size: int) -> None:
-        self.config = config
+        self.method = core.Method(config)
         self.size = size
         self.forget()
 
     def forget(self) -> None:
         """Start anew; the old memory stays as it was."""
-        self.memory = core.init(self.config, [np.zeros(self.size)], xp=xp)
+        self.memory = self.method.init([np.zeros(self.size)], xp=xp)
 
     def direction(self, point: Evaluation) -> Vector:
         """The direction to subtract, once the point is in the averages; zero for a non-finite gradient."""
-        check, due = core.upcoming(self.config, self.memory)
-        update, self.memory = core.step(
-            self.config,
+        check, due = self.method.upcoming(self.memory)
+        update, self.memory = self.method.step(
             self.memory,
             [point.x],
             [point.grad],
             when_check=bool(check),
             when_due=bool(due),
-            when_scaled=bool(core.is_scaled(self.memory)),
+            when_scaled=bool(adapter.is_scaled(self.memory)),
         )
         return np.asarray(update[0])
 
@@ -55,10 +54,10 @@ class Curvature:
 
 
 class InverseHessian(LinearOperator):
-    """``H = Q (gamma I + B^T C B) Q`` of a state with one vector, symmetric and positive definite.
+    """``H = R^T (gamma I + B^T C B) R`` of a state with one vector, symmetric and positive definite.
 
-    `Q` is the diagonal ``q^(-1/2)`` of the preconditioner, or the identity if there is none. `C` is the
-    middle matrix. Before the first pair `gamma` is 1.
+    `R` is that of the preconditioner, or the identity if there is none; `C` is the middle matrix. Before the
+    first pair `gamma` is 1.
 
     Parameters
     ----------
@@ -74,22 +73,19 @@ class InverseHessian(LinearOperator):
     """
 
     def __init__(self, config: core.Config, state: core.State) -> None:
-        history = state.history[0]
-        size = history.shape[-1]
+        size = int(state.size[0])
         super().__init__(np.dtype(np.float64), (size, size))
-        self._rows = np.asarray(history, dtype=np.float64).reshape(-1, size)
-        self._inner = state.grad_scale * state.operator[0]
-        self._gamma = state.grad_scale * state.gamma[0]
-        call = prepare(config, state, None, None, None)
-        (metric,) = call.metrics(state)
-        self._scale = np.ones(size) if metric is None else metric.inverse_root(call.kernels, ...)
+        self._config, self._state = config, state
 
     def _matmat(self, X: npt.NDArray[Any]) -> Vector:
+        if np.iscomplexobj(X):
+            return self._matmat(X.real) + 1j * self._matmat(X.imag)
+        product = np.empty(X.shape)
         with np.errstate(under="ignore"):
-            scaled = self._scale[:, None] * X
-            return self._scale[:, None] * (
-                self._gamma * scaled + self._rows.T @ (self._inner @ (self._rows @ scaled))
-            )
+            for column in range(X.shape[1]):
+                vector = np.asarray(X[:, column], dtype=np.float64)
+                (product[:, column],) = core.inverse_hessian(self._config, self._state, [vector])
+        return product
 
     def _adjoint(self) -> InverseHessian:
         return self

@@ -14,13 +14,12 @@ import numpy as np
 from scipy.optimize import OptimizeWarning
 
 import mlbfgs_core as core
-from mlbfgs_core.config import check_real
+from mlbfgs_core.adapter import SETTINGS, Preset, check_real
 
 __all__ = ["IN_USERS_CODE", "Options", "read_options"]
 
 IN_USERS_CODE = 4
 """Stack frames from a function called by `minimize_mlbfgs` up to the caller of `scipy.optimize.minimize`."""
-_SETTINGS = tuple(field.name for field in fields(core.Config))
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Options:
     """The options that `minimize_mlbfgs` documents, with their defaults, and the settings of the core."""
 
     config: core.Config
+    preset: Preset | None
     tol: float | None = None
     maxiter: int | None = None
     gtol: float | None = None
@@ -77,14 +77,13 @@ def read_options(given: dict[str, Any]) -> Options:
         For unknown names, as in SciPy's own methods.
     """
     known = {field.name for field in fields(Options)} - {"config"}
-    unknown = [name for name in given if name not in known and name not in _SETTINGS]
+    unknown = [name for name in given if name not in known and name not in SETTINGS]
     if unknown:
         msg = f"Unknown solver options: {', '.join(unknown)}"
         warnings.warn(msg, OptimizeWarning, stacklevel=IN_USERS_CODE)
-    preset = "lbfgs" if given.get("learning_rate") is None else "fit"
-    settings = {name: given[name] for name in _SETTINGS if name in given}
-    config = core.Config(**{"preset": preset, **settings})
-    options = Options(config=config, **{name: given[name] for name in known if name in given})
+    given = {"preset": "lbfgs" if given.get("learning_rate") is None else "fit", **given}
+    settings = {name: given[name] for name in ("preset", *SETTINGS) if name in given}
+    options = Options(core.Config(**settings), **{name: given[name] for name in known if name in given})
     _check(options)
     return options
 

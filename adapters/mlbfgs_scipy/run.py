@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import mlbfgs_core as core
+from mlbfgs_core import adapter
 
 from .curvature import Curvature
 from .objective import Evaluation, Objective, Vector
@@ -110,8 +110,8 @@ def descend(
 
 def follow(objective: Objective, x: Vector, curvature: Curvature, options: Options, halts: Halts) -> Report:
     """Take steps of given lengths on an objective that may be noisy."""
-    momentum = core.preset_momentum(options.config.preset) if options.momentum is None else options.momentum
-    nesterov = core.preset_nesterov(options.config.preset)
+    momentum = adapter.preset_momentum(options.preset) if options.momentum is None else options.momentum
+    nesterov = adapter.preset_nesterov(options.preset)
     point, velocity = objective.anew(x), np.zeros_like(x)
     finite = point
     for iteration in range(options.most_iterations):

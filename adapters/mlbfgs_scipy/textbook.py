@@ -10,8 +10,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 import mlbfgs_core as core
-from mlbfgs_core.averages import mean_square_weight
-from mlbfgs_core.two_loop import two_loop
+from mlbfgs_core.adapter import mean_square_weight, two_loop
 
 from .objective import Evaluation, Vector
 
@@ -38,9 +37,9 @@ class _Memory:
 
 
 def is_textbook(config: core.Config) -> bool:
-    """Whether the settings are those of textbook L-BFGS, with any number of pairs."""
+    """Whether the settings are those of textbook L-BFGS, with any number of pairs but none."""
     textbook = core.Config(preset="lbfgs", history_size=config.history_size)
-    return vars(config) == vars(textbook)
+    return config.takes_pairs and config == textbook
 
 
 class Textbook:
@@ -109,10 +108,10 @@ class Textbook:
     def state(self) -> core.State:
         """The core's state after the same points."""
         memory = self.memory
-        state = core.init(self.config, [np.zeros(self.size)], xp=xp)
+        state = core.Method(self.config).init([np.zeros(self.size)], xp=xp)
         rows = memory.history.reshape(-1, self.size)
         gram, pairs = (rows @ rows.T)[None], np.asarray([memory.stored], dtype=np.int32)
-        operator, gamma = two_loop(gram, pairs, xp)
+        middle, gamma = two_loop(gram, pairs, xp)
         averages = {}
         if memory.last is not None:
             x, grad, once = (memory.last.x.copy(),), (memory.last.grad.copy(),), np.ones(1, dtype=np.int32)
@@ -130,7 +129,7 @@ class Textbook:
         return state._replace(
             history=(memory.history,),
             gram=gram,
-            operator=operator,
+            middle_matrix=middle,
             gamma=gamma,
             pairs=pairs,
             rejected=np.asarray([memory.rejected], dtype=np.int32),

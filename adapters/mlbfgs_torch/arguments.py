@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.adapter import LEAF_DTYPES, RENAMED, SETTINGS, as_number, check_real, layout
+from mlbfgs_core.adapter import LEAF_DTYPES, LEAF_NAMES, RENAMED, SETTINGS, as_number, check_real, layout
 
 from . import sharding
 from .leaves import real_shape
@@ -153,12 +153,13 @@ def check_entry(entry: Any, param: Tensor, name: str) -> None:
     if not isinstance(entry, Mapping):
         msg = f"`state_dict` must hold a dictionary for {name!r}, got {type(entry).__name__}"
         raise ValueError(msg)
-    for part, value in entry.items():
-        if isinstance(value, Tensor) or (part in ROWS and _numbers(value)):
+    for part in (*LEAF_NAMES, "momentum_buffer", *ROWS):
+        value = entry.get(part)
+        if part not in entry or isinstance(value, Tensor) or (part in ROWS and _numbers(value)):
             continue
         msg = f"`state_dict` must hold a tensor as {part!r} of {name!r}, got {type(value).__name__}"
         raise ValueError(msg)
-    arrays = [part for part in entry if part not in ROWS]
+    arrays = [part for part in (*LEAF_NAMES, "momentum_buffer") if part in entry]
     shape = real_shape(param)
     for part in arrays:
         got = tuple(entry[part].shape)

@@ -16,6 +16,7 @@ from torch import Tensor
 import mlbfgs_core as core
 from mlbfgs_core.adapter import (
     LEAF_COUNTS,
+    LEAF_NAMES,
     Blocks,
     accumulation_dtype,
     dtype_name,
@@ -25,7 +26,7 @@ from mlbfgs_core.adapter import (
 )
 
 from .leaves import Leaf, Member, Memory, as_real
-from .rows import PER_BLOCK, PER_UNIT, ROWS, Rows, counts_and_label, is_known, unpack
+from .rows import PER_BLOCK, PER_UNIT, Rows, counts_and_label, is_known, unpack
 from .sharding import like_param, local
 
 __all__ = ["Bound", "agreed", "bind", "coefficients", "forget_misfits"]
@@ -245,7 +246,7 @@ def _change(config: core.Config, member: Member, entry: dict[str, Any]) -> str |
     """What keeps a parameter's memory from being continued."""
     like = torch.empty(member.shape, dtype=as_real(member.values.detach()).dtype, device="meta")
     wanted = {own.name: own for own in layout(config, [like], ((0,),)) if own.leaf is not None}
-    held = {name: local(value) for name, value in entry.items() if name not in (*ROWS, "momentum_buffer")}
+    held = {name: local(entry[name]) for name in LEAF_NAMES if name in entry}
     for name, value in held.items():
         lead = len(wanted[name].shape) - len(member.shape) if name in wanted else 0
         shape = tuple(value.shape[lead:])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from mlbfgs_core.adapter import Blocks
+from mlbfgs_core.adapter import Blocks, FlatLeaf, pack
 
 from .rows import counts_and_label, is_known
 from .sharding import is_sharded, local, matching
@@ -25,10 +25,9 @@ __all__ = ["Leaf", "Member", "Memory", "as_real", "place", "plan_leaves", "real_
 
 Memory = dict[Tensor, dict[str, Any]]
 
-# Parameters of fewer values are laid side by side, in leaves of at most so many values.
+# Parameters of fewer values are laid side by side.
 _SMALL = {"cpu": 2**16}
 _DEVICE_SMALL = 2**23
-_LARGEST_PACK = 2**26
 
 
 @dataclass(frozen=True, eq=False)  # a property of a named tuple cannot be traced by older compilers
@@ -118,24 +117,23 @@ class Member:
         return spread.permute((*range(lead), *(lead + axis for axis in inverse)))
 
 
-@dataclass(frozen=True, eq=False)
-class Leaf:
-    """One leaf of the core: parameters of one group, block and dtype, side by side."""
+class Leaf(FlatLeaf[Member]):
+    """One leaf of the core: parameters of one group, block and dtype, side by side.
 
-    members: tuple[Member, ...]
-    plain: bool
-    """Whether all members are real, lie in the order of their axes, and have values as they are read."""
-    lazy: bool
-    """Whether some member is."""
+    Parameters
+    ----------
+    members : sequence of Member
+    """
 
-    @classmethod
-    def of(cls, members: Sequence[Member]) -> Leaf:
-        """Of these members, in this order."""
-        plain = (
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__(members)
+        self.plain = all(
             m.order == tuple(range(len(m.shape))) and not m.param.is_complex() and not m.lazy and m.size > 0
             for m in members
         )
-        return cls(tuple(members), all(plain), any(m.lazy for m in members))
+        """Whether all members are real, lie in the order of their axes, and have values as they are read."""
+        self.lazy = any(m.lazy for m in members)
+        """Whether some member is."""
 
     @property
     def group(self) -> dict[str, Any]:
@@ -152,11 +150,6 @@ class Leaf:
     def share(self) -> float:
         """What part of its inner products this process adds."""
         return self.members[0].share
-
-    @property
-    def is_view(self) -> bool:
-        """Whether `gather` of the parameters is their own memory."""
-        return len(self.members) == 1 and self.members[0].dense
 
     def params(self) -> list[Tensor]:
         """The parameters' values."""
@@ -210,15 +203,17 @@ class Leaf:
         """One tensor per member (or several: more axes in front) as a flat one."""
         if self.plain and len(tensors) > 1 and tensors[0].ndim == len(self.members[0].shape):
             return _flatten_dense_tensors(tensors)
-        flats = [member.flat(tensor) for member, tensor in zip(self.members, tensors, strict=True)]
-        return flats[0] if len(flats) == 1 else torch.cat(flats)
+        return super().gather(tensors)
+
+    def joined(self, flats: Sequence[Tensor]) -> Tensor:
+        """Flat tensors behind one another."""
+        return torch.cat(flats, dim=-1)
 
     def spread(self, flat: Tensor) -> Sequence[Tensor]:
         """Views of a flat tensor (or several: more axes in front) in the members' shapes."""
         if self.plain and flat.ndim == 1:
             return _unflatten_dense_tensors(flat, self.params())
-        parts = flat.split([member.size for member in self.members], dim=-1)
-        return [member.shaped(part) for member, part in zip(self.members, parts, strict=True)]
+        return super().spread(flat)
 
 
 def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tuple[tuple[Leaf, ...], Blocks]:
@@ -230,27 +225,20 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
     known = [m.param for m in members if is_known(memory.get(m.param, {}))]
     found = counts_and_label([memory[param] for param in known])
     counts = {param: numbers for param, (numbers, _) in zip(known, found, strict=True)}
-    leaves: list[Leaf] = []
-    leaf_blocks = []
-    for block in blocks:
-        packs: dict[Any, list[list[Member]]] = {}
-        filled: dict[Any, int] = {}
-        for index in block:
-            member = members[index]
-            kind: tuple[Any, ...] = (id(member.group), member.param.dtype, counts.get(member.param))
-            kind += (member.param.grad is None, member.share)
-            if member.size > _small(member.param):
-                kind = (index,)
-            pack = packs.setdefault(kind, [[]])
-            if filled.get(kind, 0) + member.size > _LARGEST_PACK and pack[-1]:
-                pack.append([])
-                filled[kind] = 0
-            pack[-1].append(member)
-            filled[kind] = filled.get(kind, 0) + member.size
-        made = [Leaf.of(part) for pack in packs.values() for part in pack]
-        leaf_blocks.append(tuple(range(len(leaves), len(leaves) + len(made))))
-        leaves += made
-    return tuple(leaves), tuple(leaf_blocks)
+    kinds = [
+        None
+        if member.size > _small(member.param)
+        else (
+            id(member.group),
+            member.param.dtype,
+            counts.get(member.param),
+            member.param.grad is None,
+            member.share,
+        )
+        for member in members
+    ]
+    groups, leaf_blocks = pack([member.size for member in members], kinds, blocks)
+    return tuple(Leaf([members[i] for i in group]) for group in groups), leaf_blocks
 
 
 def as_real(tensor: Tensor) -> Tensor:

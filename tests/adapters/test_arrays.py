@@ -16,6 +16,7 @@ import pytest
 import mlbfgs_core as core
 from mlbfgs_arrays import MLBFGS
 from mlbfgs_arrays.backends import Host
+from mlbfgs_core import adapter
 from mlbfgs_core.reference import Reference
 
 pytestmark = pytest.mark.backends("numpy")
@@ -29,6 +30,8 @@ SETTINGS = {
     "lbfgs": {"preset": "lbfgs"},
     "paper": {"preset": "paper", "update_every": 4},
     "formulas": {"preset": "formulas", "update_every": 4},
+    "no pairs": {"history_size": 0},
+    "no pairs, no preconditioner": {"history_size": 0, "preconditioner": "none"},
 }
 SHAPES = {"hidden.weight": (5, 4), "hidden.bias": (5,), "scale": (), "none": (0, 3)}
 DIM = 26
@@ -108,7 +111,7 @@ def test_trajectory_is_that_of_the_readable_twin(name, momentum, decay, nesterov
     optimizer = MLBFGS(problem.params(), 0.05, momentum, decay, nesterov=nesterov, **SETTINGS[name])
     expected = follow(core.Config(**SETTINGS[name]), problem, 24, 0.05, momentum, decay, nesterov=nesterov)
     np.testing.assert_allclose(problem.train(optimizer), expected, rtol=1e-8, atol=1e-10)
-    assert optimizer.diagnostics()[0].pairs[0] > 0
+    assert optimizer.diagnostics()[0].pairs[0] > 0 or not optimizer.config.takes_pairs
 
 
 @pytest.mark.parametrize(
@@ -346,7 +349,7 @@ def test_a_non_finite_parameter_stays_and_does_not_spoil_the_others(name, bad):
     result = problem.train(optimizer)
     np.testing.assert_array_equal(params["hidden.weight"][1, 2], bad)
     np.testing.assert_allclose(np.delete(result, 6), np.delete(expected, 6), rtol=1e-9, atol=1e-11)
-    assert optimizer.diagnostics()[0].pairs[0] > 0
+    assert optimizer.diagnostics()[0].pairs[0] > 0 or not optimizer.config.takes_pairs
 
 
 def test_a_parameter_without_a_gradient_keeps_still_and_the_others_go_their_way():
@@ -378,7 +381,7 @@ def test_a_gradient_that_comes_and_goes_parts_a_leaf_once_and_loses_nothing(monk
             optimizer.step({**grads, missing: None} if missing else grads)
             if missing:
                 assert np.array_equal(optimizer.params[missing], before)
-                for name in (f"momentum_buffer/{missing}", f"moment/{missing}"):
+                for name in (f"momentum_buffer/{missing}", f"exp_avg_sq/{missing}"):
                     assert np.array_equal(optimizer.state_dict()[name], memory[name])
             groups.append(len(optimizer.units[0].groups))
         return flat(optimizer.params), groups
@@ -510,9 +513,10 @@ def test_new_settings_hold_from_the_next_step_on():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"history_size": 0}, "history_size at 5, .*, got 0"),
         ({"history_size": 3}, "history_size at 5, .*, got 3"),
         ({"history_dtype": "float32"}, "history_dtype at float64, .*, got float32"),
-        ({"preconditioner": "none"}, "preconditioner_power > 0 at True, .*, got False"),
+        ({"preconditioner": "none"}, "preconditioner at diagonal, .*, got none"),
     ],
 )
 def test_settings_that_would_change_the_shapes_are_refused(settings, words):
@@ -552,7 +556,8 @@ def test_a_state_goes_through_a_file_and_the_run_continues_bit_for_bit(tmp_path,
             {n: None if (step, n) in ((3, "scale"), (5, "hidden.bias")) else g for n, g in grads.items()}
         )
     loaded = saved(optimizer, tmp_path / "state.npz")
-    fixed = {key: SETTINGS[name][key] for key in ("history_size", "preset") if key in SETTINGS[name]}
+    shapes = ("history_size", "preset", "preconditioner")
+    fixed = {key: value for key, value in SETTINGS[name].items() if key in shapes}
     resumed = MLBFGS(problem.params(lay), 1.0, 0.5, 0.7, nesterov=not optimizer.nesterov, **fixed)
     problem.train(resumed, stop=3)
     for param, kept in zip(resumed.params.values(), optimizer.params.values(), strict=True):
@@ -571,6 +576,67 @@ def test_a_state_dict_keeps_the_settings_that_its_preset_had_when_it_was_saved()
     resumed = MLBFGS(np.ones(3), preset="paper")
     resumed.load_state_dict(optimizer.state_dict())
     assert {name: getattr(resumed.config, name) for name in as_before} == as_before
+
+
+def as_once(state):
+    """A state dict as versions before the settings `preconditioner...` wrote it."""
+    settings = json.loads(state["settings"])
+    power = {"none": 0.0, "diagonal": settings.pop("preconditioner_power")}[settings.pop("preconditioner")]
+    settings |= {"preset": None, "metric_power": power, "metric_beta": settings.pop("preconditioner_beta")}
+    names = {"exp_avg_sq": "moment", "unit0/middle_matrix": "unit0/operator"}
+    result = {}
+    for name, value in state.items():
+        field, slash, param = name.partition("/")
+        result[names.get(name, names.get(field, field) + slash + param)] = value
+    return {**result, "settings": json.dumps(settings)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"preconditioner_power": 0.3, "preconditioner_beta": 0.9},
+        {"preconditioner": "none"},
+        {"preset": "paper", "update_every": 4},
+    ],
+)
+def test_a_state_dict_of_an_older_version_is_continued_bit_for_bit(settings):
+    problem = Problem()
+    optimizer = MLBFGS(problem.params(), 0.05, **settings)
+    problem.train(optimizer, stop=11)
+    state = as_once(optimizer.state_dict())
+    assert ("moment/scale" in state) == (optimizer.config.preconditioner == "diagonal")
+    fixed = {key: settings[key] for key in ("preset", "preconditioner") if key in settings}
+    resumed = MLBFGS(copy.deepcopy(optimizer.params), 1.0, **fixed)
+    resumed.load_state_dict(state)
+    assert resumed.config == optimizer.config
+    assert contents(resumed) == contents(optimizer)
+    assert np.array_equal(problem.train(resumed, 11), problem.train(optimizer, 11))
+
+
+def test_a_parameter_may_be_called_as_an_array_once_was():
+    optimizer, other = (MLBFGS({"operator": np.ones(3), "moment": np.ones(2)}) for _ in range(2))
+    optimizer.step(optimizer.params)
+    other.load_state_dict(optimizer.state_dict())
+    params = ("param/operator", "param/moment")
+    assert contents(other, params) == contents(optimizer, params)
+
+
+@pytest.mark.parametrize("preconditioner", ["none", "diagonal"])
+@pytest.mark.parametrize("blocks", ["all", "parameter"])
+def test_without_pairs_it_is_the_base_optimizer_with_steps_of_one_length(preconditioner, blocks):
+    problem = Problem()
+    settings = {"history_size": 0, "preconditioner": preconditioner, "blocks": blocks}
+    optimizer = MLBFGS(problem.params(), 0.05, 0.9, 0.1, nesterov=False, **settings)
+    x, v, velocity = flat(problem.start), np.zeros(DIM), np.zeros(DIM)
+    for step in range(24):
+        grad = flat(problem.curvature) * x + flat(problem.noise[step])
+        v = 0.99 * v + 0.01 * grad**2
+        direction = grad / np.sqrt(v / (1 - 0.99 ** (step + 1))) if preconditioner == "diagonal" else grad
+        velocity = 0.9 * velocity + direction / np.sqrt(np.mean(direction**2))
+        x = x * (1 - 0.05 * 0.1) - 0.05 * velocity
+    np.testing.assert_allclose(problem.train(optimizer), x, rtol=1e-10, atol=1e-12)
+    assert not any(name.startswith(("history", "mean", "prev")) for name in optimizer.state_dict())
 
 
 def test_a_state_dict_is_a_copy():
@@ -616,8 +682,8 @@ def changed(**entries):
         (changed(nesterov=0.5), "must hold 0 or 1 as 'nesterov', got 0.5"),
         (changed(**{"history/other": np.ones(3)}), "must not hold 'history/other'"),
         (
-            changed(**{"moment/scale": np.ones(3)}),
-            r"'moment/scale' of the shape \(\) and the dtype float64, got \(3,\)",
+            changed(**{"exp_avg_sq/scale": np.ones(3)}),
+            r"'exp_avg_sq/scale' of the shape \(\) and the dtype float64, got \(3,\)",
         ),
         (changed(**{"mean_grads/scale": np.float32(0)}), r"got \(\) and float32"),
         (changed(**{"unit0/gram": 3.0}), "must hold an array as 'unit0/gram', got float"),
@@ -686,8 +752,8 @@ def test_a_unit_gives_and_takes_its_content_in_the_order_of_axes():
     assert units[0].names == tuple(SHAPES)
     assert units[0].blocks == ((0, 1), (2, 3))
     assert [x.shape for x in one.mean_params] == list(SHAPES.values())
-    for name in core.LEAF_ARRAYS:
-        for a, b in zip(getattr(one, name), getattr(other, name), strict=True):
+    for name, arrays in adapter.leaf_arrays(one).items():
+        for a, b in zip(arrays, adapter.leaf_arrays(other)[name], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
     np.testing.assert_allclose(flat(one_momentum), flat(other_momentum), rtol=1e-9, atol=1e-11)
     third = MLBFGS(problem.params(every_second), 0.05, blocks="layer", **FAST)
@@ -710,12 +776,16 @@ def test_a_unit_continues_from_what_it_takes(stop):
     assert np.array_equal(problem.train(other, stop), problem.train(optimizer, stop))
 
 
-def test_memory_is_what_was_planned():
+@pytest.mark.parametrize("blocks", ["all", "parameter"])
+@pytest.mark.parametrize("history_size", [0, 5])
+@pytest.mark.parametrize("preconditioner", ["none", "diagonal"])
+def test_memory_is_what_was_planned(history_size, preconditioner, blocks):
     params = Problem(dtype="float32").params()
-    state = MLBFGS(params, momentum=0.0).state_dict()
-    plan = core.plan_memory(core.Config(), list(params.values()))
-    held = {name: value.nbytes for name, value in state.items() if name.split("/")[0] in core.LEAF_ARRAYS}
-    assert sum(held.values()) == plan.history + plan.averages + plan.preconditioner
+    settings = {"history_size": history_size, "preconditioner": preconditioner}
+    state = MLBFGS(params, momentum=0.0, blocks=blocks, **settings).state_dict()
+    partition = core.partition(list(params), blocks)
+    plan = core.plan_memory(core.Config(**settings), list(params.values()), partition)
+    assert sum(value.nbytes for value in state.values() if isinstance(value, np.ndarray)) == plan.total
 
 
 def test_the_package_needs_no_cupy():
@@ -726,7 +796,8 @@ def test_the_package_needs_no_cupy():
 def test_its_representation_tells_size_place_and_what_is_not_usual():
     optimizer = MLBFGS([np.ones(3), np.ones((2, 1000))], 0.2, preset="fit", history_size=5)
     assert repr(optimizer) == (
-        "MLBFGS(2,003 values on the host; lr=0.2, momentum=0.0, weight_decay=0.0, history_size=5, preset=fit)"
+        "MLBFGS(2,003 values on the host; lr=0.2, momentum=0.0, weight_decay=0.0, "
+        "update_every=21, min_cosine=0.3, shrinkage=1.0, step_length=clip, preconditioner=none)"
     )
 
 
@@ -784,7 +855,8 @@ def test_bad_parameters_are_refused(params, error, words):
         ({"maximize": 1}, TypeError, "`maximize` must be a bool, got 1"),
         ({"nesterov": 1}, TypeError, "`nesterov` must be a bool, got 1"),
         ({"shrinkage": 1.5}, ValueError, r"`shrinkage` must be in \[0, 1\], got 1.5"),
-        ({"history_size": 0}, ValueError, "`history_size` must be >= 1, got 0"),
+        ({"history_size": -1}, ValueError, "`history_size` must be >= 0, got -1"),
+        ({"metric_power": 0.5}, TypeError, "`metric_power`; it is now `preconditioner_power`"),
         ({"history_dtype": "bfloat16"}, ValueError, "`history_dtype`"),
         ({"preset": "best"}, ValueError, "`preset`"),
         ({"eps": 1e-8}, TypeError, "unknown setting `eps`"),

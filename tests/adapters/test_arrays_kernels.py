@@ -22,7 +22,8 @@ import mlbfgs_core as core
 from mlbfgs_arrays import cuda
 from mlbfgs_arrays.cuda import CupyKernels
 from mlbfgs_arrays.kernels import NumpyKernels
-from mlbfgs_core.kernels import Means, Metric
+from mlbfgs_core.adapter import DiagonalRoot, Leaf, Means, StepEnd
+from mlbfgs_core.preconditioner.identity import Identity
 
 pytestmark = pytest.mark.backends("numpy")
 
@@ -116,22 +117,24 @@ def both(request, monkeypatch):
     return plain, CupyKernels(xp, CpuKernel)
 
 
-class Leaf:
+class Arrays:
     """Random arrays of one leaf."""
 
-    def __init__(self, size, history_dtype="float64", param_dtype="float64"):
+    def __init__(self, size, history_dtype="float64", param_dtype="float64", history=True):
         rng = np.random.default_rng(size)
-        self.history = rng.normal(size=(2, M, size)).astype(history_dtype)
+        self.history = rng.normal(size=(2, M, size)).astype(history_dtype) if history else None
         self.param = rng.normal(size=size).astype(param_dtype)
         self.grad = rng.normal(size=size)
         self.means = Means(*rng.normal(size=(4, size)))
-        self.moment = rng.normal(size=size) ** 2
+        self.exp_avg_sq = rng.normal(size=size) ** 2
 
-    def metric(self, power=0.5, weight=0.3, kept=None):
-        if power == 0:
-            return None
-        weight = None if weight is None else np.asarray(weight)
-        return Metric(self.moment, weight, np.asarray(1e-3), power, kept)
+    def leaf(self, power=None, weight=None):
+        """What the passes take; `R` is the identity, or the diagonal of this power."""
+        root = Identity()
+        if power is not None:
+            weight = None if weight is None else np.asarray(weight)
+            root = DiagonalRoot(self.exp_avg_sq, weight, np.asarray(1e-3), power / 4)
+        return Leaf(0, np.dtype("float64"), self.history, self.means, root)
 
 
 def same(first, second):
@@ -146,111 +149,126 @@ def same(first, second):
             same(one, other)
 
 
+POWERS = pytest.mark.parametrize("power", [None, 1.0, 0.3, 0.0])
+"""None: no preconditioner."""
+
+
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("power", "weight"), [(0, None), (0.5, 0.3), (0.5, None), (0.7, 0.3)])
+@POWERS
+@pytest.mark.parametrize("weight", [None, 0.3])
 @pytest.mark.parametrize("scatters", [True, False])
-def test_project(both, size, power, weight, scatters):
+@pytest.mark.parametrize("history", [True, False])
+def test_whiten(both, size, power, weight, scatters, history):
     results = []
     for kernels in both:
-        leaf = Leaf(size)
-        mean, metric = leaf.means.grads if scatters else None, leaf.metric(power, weight)
-        results.append(
-            kernels.project(leaf.history, leaf.grad, mean, np.asarray(0.4), metric, np.dtype("float64"))
-        )
+        arrays = Arrays(size, history=history)
+        mean = arrays.means.grads if scatters else None
+        root, sums = kernels.whiten(arrays.leaf(power, weight), arrays.grad, mean, np.asarray(0.4))
+        results.append((root.kept, sums))
     same(*results)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("power", [0, 0.5])
-@pytest.mark.parametrize("keeps_root", [False, True])
+@POWERS
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_combine(both, size, power, keeps_root, dtype):
+@pytest.mark.parametrize("history", [True, False])
+def test_direct(both, size, power, dtype, history):
     results = []
     for kernels in both:
-        leaf = Leaf(size, dtype)
-        kept = leaf.moment + 0.5 if keeps_root and power else None
-        metric, coefficients = leaf.metric(power, None, kept), np.linspace(-1, 1, 2 * M)
-        gamma, keep = np.asarray(0.7), np.asarray(True)
-        results.append(
-            kernels.combine(leaf.history, leaf.grad, coefficients, gamma, metric, keep, np.dtype("float64"))
-        )
+        arrays = Arrays(size, dtype, history=history)
+        weights = np.linspace(-1, 1, 2 * M), np.asarray(0.7)
+        leaf, keep = arrays.leaf(power), np.asarray(True)
+        results.append(kernels.direct(leaf, arrays.grad, weights, keep))
     same(*results)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_combine_is_zero_for_a_gradient_that_is_not_finite(both, bad):
+@POWERS
+def test_a_direction_is_zero_for_a_gradient_that_is_not_finite(both, bad, power):
     for kernels in both:
-        leaf = Leaf(77)
-        leaf.grad[3] = bad
-        coefficients, gamma, keep = np.full(2 * M, np.nan), np.asarray(1.0), np.asarray(False)
-        metric = leaf.metric(weight=None)
-        update, square = kernels.combine(
-            leaf.history, leaf.grad, coefficients, gamma, metric, keep, np.dtype("float64")
-        )
+        arrays = Arrays(77)
+        arrays.grad[3] = bad
+        weights = np.full(2 * M, np.nan), np.asarray(1.0)
+        update, square = kernels.direct(arrays.leaf(power), arrays.grad, weights, np.asarray(False))
         assert not update.any()
         assert square == 0
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("power", [0, 0.5])
 @pytest.mark.parametrize("bad", [None, np.nan, -np.inf])
-def test_update_means(both, size, power, bad):
+def test_average_of_values_that_may_not_be_finite(both, size, bad):
     results = []
     for kernels in both:
-        leaf = Leaf(size, param_dtype="float32")
-        leaf.param[:1] = leaf.param[:1] if bad is None else bad
-        weight, keep = np.asarray(0.2), np.asarray(True)
-        arguments = (leaf.means.params, leaf.means.grads, leaf.metric(power), leaf.param, leaf.grad)
-        results.append(kernels.update_means(*arguments, weight, keep))
+        arrays = Arrays(size, param_dtype="float32")
+        arrays.param[:1] = arrays.param[:1] if bad is None else bad
+        mean = kernels.average(arrays.means.params, arrays.param, np.asarray(0.2), np.asarray(True))
+        assert np.isfinite(mean).all()
+        results.append(mean)
     same(*results)
-    assert all(np.isfinite(array).all() for array in results[1] if array is not None)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_average_of_squares(both, size):
+    weights = np.asarray(0.2), np.asarray(True)
+    same(
+        *(
+            kernels.average(Arrays(size).exp_avg_sq, Arrays(size).grad, *weights, squared=True)
+            for kernels in both
+        )
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
-def test_update_means_leaves_everything_where_the_step_is_not_kept(both, bad):
+@pytest.mark.parametrize("squared", [True, False])
+def test_an_average_stays_where_the_step_is_not_kept(both, bad, squared):
     for kernels in both:
-        leaf = Leaf(77)
-        leaf.grad[3], leaf.param[70] = bad, bad
-        before = [leaf.means.params.copy(), leaf.means.grads.copy(), leaf.moment.copy()]
-        arguments = (leaf.means.params, leaf.means.grads, leaf.metric(), leaf.param, leaf.grad)
-        after = kernels.update_means(*arguments, np.asarray(0.2), np.asarray(False))
-        assert [array.tobytes() for array in after] == [array.tobytes() for array in before]
+        arrays = Arrays(77)
+        arrays.grad[3], before = bad, arrays.exp_avg_sq.tobytes()
+        weights = np.asarray(0.2), np.asarray(False)
+        after = kernels.average(arrays.exp_avg_sq, arrays.grad, *weights, squared=squared)
+        assert after.tobytes() == before
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("turn", [True, False])
 @pytest.mark.parametrize("restart", [True, False])
 def test_rotate(both, size, turn, restart):
-    same(*(kernels.rotate(Leaf(size).means, np.asarray(turn), restart=restart) for kernels in both))
+    averages = [Arrays(size).means[:2] for _ in both]
+    same(
+        *(
+            kernels.rotate(*own, np.asarray(turn), restart=restart)
+            for kernels, own in zip(both, averages, strict=True)
+        )
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("power", [0, 0.5])
+@POWERS
 @pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("valid", [True, False])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_pushed_pairs_and_their_products(both, size, power, keep, dtype):
+def test_pushed_pairs_and_their_products(both, size, power, keep, valid, dtype):
     results = []
     for kernels in both:
-        leaf, slot = Leaf(size, dtype), np.asarray([1])
-        metric, valid = leaf.metric(power, None), np.asarray(True)
-        norm, *damping = (np.asarray(x) for x in (0.3, 0.9, 0.2))
-        pushed = (slot, leaf.means, metric, valid, norm, tuple(damping), np.asarray(keep))
-        history, products = kernels.push(leaf.history, *pushed, leaf.grad)
-        _, bare = kernels.push(history, *pushed, None)
+        arrays, slot = Arrays(size, dtype), np.asarray([1])
+        damping = tuple(np.asarray(x) for x in (0.9, 0.2, 0.3))
+        flags = np.asarray(valid), np.asarray(keep)
+        history, products = kernels.push_next(arrays.leaf(power), slot, damping, flags, arrays.grad)
+        _, bare = kernels.push_next(arrays.leaf(power), slot, damping, flags, None)
         results.append((history, products, bare))
     same(*results)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("power", [0, 0.5])
+@POWERS
 @pytest.mark.parametrize("valid", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 1e-200, 1e180])
 def test_products_of_a_pair_of_any_size(both, size, power, valid, scale):
     results = []
     for kernels in both:
-        leaf = Leaf(size)
-        means = Means(*(mean * scale for mean in leaf.means))
-        parts = kernels.pair_products(means, leaf.metric(power, None), np.asarray(valid))
+        arrays = Arrays(size)
+        arrays.means = Means(*(mean * scale for mean in arrays.means))
+        parts = kernels.next_products(arrays.leaf(power), np.asarray(valid))
         top_s, top_y = (max(getattr(part, name) for part in parts) for name in ("s_scale", "y_scale"))
         results.append([top_s / scale, top_y / scale])
         for name, first, second in (("ss", "s", "s"), ("sy", "s", "y"), ("yy", "y", "y")):
@@ -262,44 +280,51 @@ def test_products_of_a_pair_of_any_size(both, size, power, valid, scale):
     same(*results)
 
 
+@pytest.fixture(params=[0, 1], ids=["plain", "fast"])
+def each(request, both):
+    """The plain kernels, and the fast ones."""
+    return both[request.param]
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("momentum", [None, 0.9])
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_descend_is_momentum_with_decoupled_decay_rounded_once(both, dtype, momentum, decay, nesterov):
-    _, kernels = both
-    leaf = Leaf(77, param_dtype=dtype)
-    leaf.param[5] = np.nan
-    param, update, buffer = leaf.param.copy(), leaf.grad.copy(), leaf.means.params.copy()
-    given = None if momentum is None else leaf.means.params
-    numbers = (np.asarray(0.5), given, 0.3, momentum, decay, np.asarray(True))
-    kernels.descend(leaf.param, leaf.grad, *numbers, nesterov=nesterov)
-    carried = 0.9 * buffer + 0.5 * update
-    looking_ahead = 0.5 * update + 0.9 * carried
-    change = 0.5 * update if momentum is None else looking_ahead if nesterov else carried
+@pytest.mark.parametrize("decay", [0.0, 0.1, 1 / 0.3])
+def test_the_end_of_a_step_is_momentum_with_decoupled_decay_rounded_once(
+    each, dtype, momentum, decay, nesterov
+):
+    arrays = Arrays(77, param_dtype=dtype)
+    arrays.param[5:7] = np.nan, np.inf
+    param, update, buffer = arrays.param.copy(), arrays.grad.copy(), arrays.means.params.copy()
+    given = None if momentum is None else arrays.means.params
+    end = StepEnd(np.asarray(0.5), 0.3, momentum, decay, nesterov)
+    moved, carried = each.apply(arrays.param, arrays.grad, given, end, np.asarray(True))
+    expected_buffer = 0.9 * buffer + 0.5 * update
+    looking_ahead = 0.5 * update + 0.9 * expected_buffer
+    change = 0.5 * update if momentum is None else looking_ahead if nesterov else expected_buffer
     expected = (param.astype("float64") * (1 - 0.3 * decay) - 0.3 * change).astype(dtype)
-    np.testing.assert_allclose(leaf.param, expected, rtol=2 * np.finfo(dtype).eps, atol=1e-15)
-    if momentum is not None:
-        np.testing.assert_allclose(leaf.means.params, carried, rtol=1e-15, atol=1e-15)
+    expected[5:7] = np.nan, np.inf
+    np.testing.assert_allclose(moved, expected, rtol=2 * np.finfo(dtype).eps, atol=1e-15)
+    assert moved.dtype == dtype
+    if momentum is None:
+        assert carried is None
+    else:
+        np.testing.assert_allclose(carried, expected_buffer, rtol=1e-15, atol=1e-15)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_descend_leaves_everything_where_the_step_is_not_kept(both, nesterov):
-    _, kernels = both
-    leaf = Leaf(77)
-    leaf.param[:2], leaf.means.params[:2] = -0.0, -0.0
-    before = leaf.param.tobytes(), leaf.means.params.tobytes()
-    numbers = (np.asarray(np.nan), leaf.means.params, 0.3, 0.9, 0.1, np.asarray(False))
-    kernels.descend(leaf.param, leaf.grad, *numbers, nesterov=nesterov)
-    assert (leaf.param.tobytes(), leaf.means.params.tobytes()) == before
+def test_the_end_of_a_step_leaves_everything_where_the_step_is_not_kept(each, nesterov):
+    arrays = Arrays(77)
+    arrays.param[:2], arrays.means.params[:2] = -0.0, -0.0
+    before = arrays.param.tobytes(), arrays.means.params.tobytes()
+    end = StepEnd(np.asarray(np.nan), 0.3, 0.9, 0.1, nesterov)
+    after = each.apply(arrays.param, arrays.grad, arrays.means.params, end, np.asarray(False))
+    assert tuple(array.tobytes() for array in after) == before
 
 
-def test_a_learning_rate_may_be_an_array(both):
-    _, kernels = both
+def test_a_learning_rate_may_be_an_array(each):
     results = []
     for rate in (0.3, np.asarray(0.3)):
-        leaf = Leaf(5)
-        numbers = (np.asarray(0.5), leaf.means.params, rate, 0.9, 0.1, np.asarray(True))
-        kernels.descend(leaf.param, leaf.grad, *numbers, nesterov=True)
-        results.append(leaf.param)
+        arrays, end = Arrays(5), StepEnd(np.asarray(0.5), rate, 0.9, 0.1, nesterov=True)
+        results.append(each.apply(arrays.param, arrays.grad, arrays.means.params, end, np.asarray(True)))
     same(*results)

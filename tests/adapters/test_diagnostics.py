@@ -148,7 +148,7 @@ def test_scipys_result_holds_the_same_figures():
 
 def test_a_printed_result_of_scipy_shows_no_matrix():
     result = minimize(rosen, [-1.2, 1.0], jac=rosen_der, method=minimize_mlbfgs)
-    assert "gram=<(1, 20, 20)>, operator=<(1, 20, 20)>)" in repr(result.diagnostics)
+    assert "gram=<(1, 20, 20)>, middle_matrix=<(1, 20, 20)>)" in repr(result.diagnostics)
     assert len(str(result).splitlines()) < 60
     assert int(result.diagnostics[0].step) == result.nit + 1
 

