@@ -59,7 +59,13 @@ def test_state_takes_the_bytes_of_the_formula_on_every_rank(count):
 @pytest.mark.parametrize("count", [2, 4])
 def test_parameter_sized_state_is_divided_and_nothing_is_lost(count):
     total = sum(rows * columns for rows, columns in [(300, 450), (7, 5), (11, 1), (1, 1), (450, 150)])
-    per_parameter = {"default": 16 * 4, "bfloat16": 10 * 2 + 6 * 4, "fixed": 15 * 4, "fit": 25 * 4, "no pairs": 2 * 4}
+    per_parameter = {
+        "default": 16 * 4,
+        "bfloat16": 10 * 2 + 6 * 4,
+        "fixed": 15 * 4,
+        "fit": 25 * 4,
+        "no pairs": 2 * 4,
+    }
     for name, expected in per_parameter.items():
         for layout in scaling.LAYOUTS if name == "default" else ("ZeRO", "FSDP2"):
             held = [rank[layout, name]["held"][0] for rank in counted(count)]
