@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlbfgs_core as core
 from benchmarks import scaling_model as model
+from mlbfgs_core import adapter
 from mlbfgs_torch import MLBFGS, units
 from tests.distributed.processes import on_ranks
 
@@ -49,7 +50,11 @@ LARGE = [(2000, 256), *[(1024, 256), (256, 1024)] * 4]
 SMALL = [(1024,), (256,), (256,)] * 4 + [(1000,)]
 SHAPES = [*LARGE, *SMALL]
 """The shapes of embeddings, and of four layers of two matrices with biases and scales."""
-SIZED = {*core.LEAF_ARRAYS, "momentum_buffer", "exp_avg", "exp_avg_sq"}
+SIZED = {"momentum_buffer", "exp_avg", "exp_avg_sq"} | {
+    entry.name
+    for entry in adapter.layout(core.Config(), [torch.empty(1)], adapter.one_block(1))
+    if entry.leaf is not None
+}
 """Names of the parameter-sized arrays in an optimizer's state."""
 VIEWS = {
     *("view", "_unsafe_view", "detach", "slice", "select", "expand", "unsqueeze", "permute", "t", "alias"),

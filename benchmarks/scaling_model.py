@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -147,9 +147,10 @@ def reductions(config: core.Config, blocks: int = 1, *, owned: bool = False) -> 
     With `owned` parameters have owners, which cannot know whether the others have all their gradients.
     """
     m = config.history_size
-    numbers = 2 * m + 1 + config.uses_metric + config.adaptive + 3 * (config.step_length == "clip")
+    whitened = config.preconditioner != "none"
+    numbers = 2 * m + 1 + whitened + config.is_adaptive + 3 * (config.step_length == "clip")
     lengths = 2 * blocks if owned and config.step_length == "rms" else blocks
-    step = (blocks * numbers, lengths) if config.uses_metric or owned else (blocks * numbers,)
+    step = (blocks * numbers, lengths) if whitened or owned else (blocks * numbers,)
     products = (2 * blocks, 3 * blocks)
     return {"step": step, "check": products, "refresh": (*products, blocks * (4 * m + 2))}
 
@@ -158,8 +159,8 @@ def rates(config: core.Config) -> dict[str, float]:
     """How often a step does each of these; an adaptive schedule may refresh more often than this."""
     return {
         "step": 1.0,
-        "check": 1.0 / config.check_every if config.adaptive else 0.0,
-        "refresh": 1.0 / config.update_every,
+        "check": 1.0 / config.check_every if config.is_adaptive else 0.0,
+        "refresh": 1.0 / config.update_every if config.takes_pairs else 0.0,
     }
 
 
@@ -169,15 +170,16 @@ def bytes_moved(config: core.Config, often: dict[str, float], *, momentum: bool 
     The history is read twice. The projection reads the gradient; for the preconditioner it also reads the
     mean square and writes the root; the schedule reads the mean gradient. The averages are read and written,
     and parameter and gradient read for them. The combination reads gradient and root, and writes the
-    direction. Momentum and parameter are read and written, with the direction.
+    direction. Momentum and parameter are read and written, with the direction. Without pairs there are no
+    averages; for the mean square the gradient is read.
     """
-    m, metric = config.history_size, config.uses_metric
-    project = 1 + 2 * metric + config.adaptive
-    observe = 6 + 2 * metric
-    combine = 2 + metric
+    m, whitened = config.history_size, config.preconditioner != "none"
+    project = 1 + 2 * whitened + config.is_adaptive
+    observe = 6 + 2 * whitened if config.takes_pairs else 3 * whitened
+    combine = 2 + whitened
     apply = 3 + 2 * momentum
     history = 4 * m + often["refresh"] * 2 * m
-    other = project + observe + combine + apply + often["check"] * (4 + metric) + often["refresh"] * 22
+    other = project + observe + combine + apply + often["check"] * (4 + whitened) + often["refresh"] * 22
     return history * _history_item(config) + 4 * other
 
 
@@ -315,17 +317,17 @@ def latencies(hardware: Hardware = H100) -> Iterator[str]:
     settings: dict[str, dict[str, Any]] = {
         "default": {},
         "adaptive=False": {"adaptive": False},
-        "preconditioner=none": {"preconditioner": "none"},
+        'preconditioner="none"': {"preconditioner": "none"},
         "both": {"adaptive": False, "preconditioner": "none"},
     }
-    yield f"{'':16}{'calls':>7}{'bytes':>7}" + "".join(f"{f'{gpus} GPUs':>12}" for gpus in GPUS)
+    yield f"{'':22}{'calls':>7}{'bytes':>7}" + "".join(f"{f'{gpus} GPUs':>12}" for gpus in GPUS)
     for name, given in settings.items():
         config = core.Config(**given)
         often, sizes = rates(config), reductions(config)
         calls = sum(often[kind] * len(sizes[kind]) for kind in often)
         size = sum(often[kind] * 4 * sum(sizes[kind]) for kind in often)
         times = "".join(f"{1e6 * _reducing(config, gpus, hardware):9.0f} us" for gpus in GPUS)
-        yield f"{name:16}{calls:7.2f}{size:7.0f}{times}"
+        yield f"{name:22}{calls:7.2f}{size:7.0f}{times}"
 
 
 def draw(operations: tuple[float, float], path: Path, hardware: Hardware = H100) -> None:
@@ -344,7 +346,7 @@ def draw(operations: tuple[float, float], path: Path, hardware: Hardware = H100)
         right.loglog(gpus, [1e3 * p.adamw for p in points], ":", color=color, alpha=0.6)
     right.loglog(gpus, [1e3 * p.reducing for p in points], "k-.", label="all-reduces alone")
     least = [1e3 * p.least_reducing for p in points]
-    right.loglog(gpus, least, "-.", color="gray", label="with adaptive=False, preconditioner_power=0")
+    right.loglog(gpus, least, "-.", color="gray", label='with adaptive=False, preconditioner="none"')
     left.axhline(hardware.memory / 1e9, color="k", linewidth=0.8, label="memory of a GPU")
     for dashes, label in (("-", "default"), ("--", "bfloat16 history"), (":", "AdamW")):
         left.plot([], [], dashes, color="k", label=label)

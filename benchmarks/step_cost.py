@@ -10,6 +10,8 @@ whole compiled updates in JAX with optax's L-BFGS; a fifth times the compilation
 On a GPU (``--device cuda``) steps of GPT-2's parameters (124 million values in 148 tensors) are timed as
 well, and each kernel alone. For each step there are also the time until the host can go on, and the device's
 own time without its gaps.
+
+``--against DIR`` instead compares CPU times with those of another checkout of the library.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,7 +39,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
 
 import mlbfgs_core as core
-from mlbfgs_core.kernels import Means, Metric
+from mlbfgs_core import adapter
 from mlbfgs_jax import mlbfgs, scale_by_mlbfgs
 from mlbfgs_torch import MLBFGS
 from mlbfgs_torch.kernels import TorchKernels
@@ -310,37 +314,38 @@ def kernels_alone(n: int, repeats: int = 20) -> Iterator[str]:
     from mlbfgs_torch.fused import FusedKernels
 
     kernels, dtype = FusedKernels(torch.device("cuda")), torch.float32
-    grad, moment, root, update, param, momentum, *arrays = torch.rand(10, n, device="cuda")
-    means, history = Means(*arrays), torch.rand(2, HISTORY, n, device="cuda")
+    grad, exp_avg_sq, kept, update, param, momentum, *arrays = torch.rand(10, n, device="cuda")
+    means, history = adapter.Means(*arrays), torch.rand(2, HISTORY, n, device="cuda")
     weights, slot = torch.rand(2 * HISTORY, device="cuda"), torch.ones(1, dtype=torch.int64, device="cuda")
     half, least, true = (torch.tensor(x, device="cuda") for x in (0.5, 1e-3, True))
-    new, known = Metric(moment, half, least, 0.5), Metric(moment, None, least, 0.5, root)
-    rate = (0.1, 0.9, 0.01)
+    new = adapter.DiagonalRoot(exp_avg_sq, half, least, 0.25)
+    known = adapter.DiagonalRoot(exp_avg_sq, None, least, 0.25, kept)
+    entering, leaf = (adapter.Leaf(0, dtype, history, means, root) for root in (new, known))
+    end = adapter.StepEnd(half, 0.1, 0.9, 0.01, nesterov=True)
     step = {
-        "project": (14, lambda: kernels.project(history, grad, means.grads, half, new, dtype)),
-        "combine": (13, lambda: kernels.combine(history, grad, weights, half, known, true, dtype)),
-        "update_means": (8, lambda: kernels.update_means(*means[:2], new, param, grad, half, true)),
-        "descend": (5, lambda: kernels.descend(param, update, half, momentum, *rate, true, nesterov=True)),
+        "whiten": (14, lambda: kernels.whiten(entering, grad, means.grads, half)),
+        "direct": (13, lambda: kernels.direct(leaf, grad, (weights, half), true)),
+        "average, params": (3, lambda: kernels.average(means.params, param, half, true)),
+        "average, grads": (3, lambda: kernels.average(means.grads, grad, half, true)),
+        "average, squares": (3, lambda: kernels.average(exp_avg_sq, grad, half, true, squared=True)),
+        "apply": (5, lambda: kernels.apply(param, update, momentum, end, true)),
     }
-    check = {"pair_products": (10, lambda: kernels.pair_products(means, known, true))}
+    check = {"next_products": (10, lambda: kernels.next_products(leaf, true))}
     refresh = {
-        "write_pair": (
-            7,
-            lambda: kernels.write_pair(history, slot, means, known, true, half, (half, half), true),
-        ),
-        "gram": (14, lambda: kernels.gram(history, slot, grad, known, dtype)),
-        "rotate": (6, lambda: kernels.rotate(means, true, restart=True)),
+        "push_next": (21, lambda: kernels.push_next(leaf, slot, (half, half, half), (true, true), grad)),
+        "rotate, params": (3, lambda: kernels.rotate(means.params, means.prev_params, true, restart=True)),
+        "rotate, grads": (3, lambda: kernels.rotate(means.grads, means.prev_grads, true, restart=True)),
     }
     yield f"n = {n:,}; a copy: {4 * COPIED / copying(COPIED, 'cuda') / 1e6:.0f} GB/s"
-    yield f"{'':16}{'values':>8}{'ms':>8}{'GB/s':>7}"
+    yield f"{'':18}{'values':>8}{'ms':>8}{'GB/s':>7}"
     for title, work in {"each step": step, "a check": check, "a refresh": refresh}.items():
         total = 0.0
         for name, (values, run) in work.items():
             run()
             time_of_one = milliseconds(lambda run=run: [run() for _ in range(repeats)]) / repeats
             total += time_of_one
-            yield f"{name:16}{values:8}{time_of_one:8.2f}{4e-6 * values * n / time_of_one:7.0f}"
-        yield f"{title:16}{sum(values for values, _ in work.values()):8}{total:8.2f}"
+            yield f"{name:18}{values:8}{time_of_one:8.2f}{4e-6 * values * n / time_of_one:7.0f}"
+        yield f"{title:18}{sum(values for values, _ in work.values()):8}{total:8.2f}"
 
 
 def direction_bandwidth(n: int, device: str) -> tuple[float, float]:
@@ -558,7 +563,14 @@ def main() -> None:
     parser.add_argument("--direction", type=int, default=0, help="also the direction alone at this size")
     parser.add_argument("--figure", type=Path, help="write a picture here")
     parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="only compare with this other checkout")
     options = parser.parse_args()
+    if options.against:
+        script = Path(__file__).with_name("against.py")
+        subprocess.run(
+            [sys.executable, script, options.against, "--rounds", str(options.repeats)], check=True
+        )
+        return
     rows, floor, products, n = optimizers(options.repeats, options.device, resnet18_shapes())
     print("\n".join(report("ResNet-18", rows, floor, products, n)), flush=True)
     if options.device == "cuda":

@@ -181,6 +181,7 @@ class Config:
     history_dtype : str or None
         Storage of the pairs: "bfloat16", "float16", "float32" or "float64"; ``None``: that of the
         averages (float32, or float64 for float64 parameters).
+
     Raises
     ------
     TypeError

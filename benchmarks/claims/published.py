@@ -33,8 +33,8 @@ NETWORK_RATES = {"rms": (3e-3, 1e-2), "none": (0.1, 0.3), "unit": (0.1, 0.3)}
 """Learning rates by `step_length`, which determines what a rate means."""
 NETWORK_ABLATIONS: dict[str, dict[str, Any]] = {
     "the default": {},
-    "no metric (power 0)": {"preconditioner": "none"},
-    "half the metric (power 1/2)": {"preconditioner_power": 0.5},
+    "no preconditioner": {"preconditioner": "none"},
+    "half its power (1/2)": {"preconditioner_power": 0.5},
     "ten pairs": {"history_size": 10},
     "exponential averages, β = 0.9": {"beta": 0.9},
     "a pair every 50 steps": {"adaptive": False},

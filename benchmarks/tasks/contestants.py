@@ -315,8 +315,8 @@ _CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "fixed": ("a pair every 50 steps, noise stays in it", {"adaptive": False}),
     "every_100": ("a pair at most every 100 steps", {"update_every": 100}),
     "exponential": ("exponential averages, decay 0.9", {"beta": 0.9}),
-    "half_metric": ("half the metric, power 1/2", {"preconditioner_power": 0.5}),
-    "no_metric": ("no metric", {"preconditioner": "none"}),
+    "half_power": ("half the preconditioner's power", {"preconditioner_power": 0.5}),
+    "no_preconditioner": ("no preconditioner", {"preconditioner": "none"}),
     "layers": ("a block for each layer", {"blocks": "layer"}),
 }
 CONTESTANTS |= {

@@ -124,7 +124,10 @@ def a_capture_without_capturable(patch):
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    patch.setattr(optimizer._units[0], "_device", torch.device("cuda"))
+    unit = optimizer._units[0]
+    patch.setattr(unit, "_device", torch.device("cuda"))  # where coefficients stay on the device
+    patch.setattr(unit, "_host_kernels", None)
+    patch.setattr(type(unit), "kernels", unit._plain_kernels)
     optimizer.step()
 
 

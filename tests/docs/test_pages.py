@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import mlbfgs_core
-import mlbfgs_jax
 from tests.docs.test_readme import BLOCK, ROOT
 
 pytestmark = pytest.mark.backends("numpy", "torch", "jax")
@@ -38,7 +37,10 @@ RUN_BY = {
     "embedding.md": "tests/embedding/test_page.py",
 }
 NUMBER = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?")
-PACKAGES = tuple(f"mlbfgs_{name}" for name in ("core", "arrays", "diagnostics", "jax", "scipy", "torch"))
+PACKAGES = (
+    *(f"mlbfgs_{name}" for name in ("core", "arrays", "diagnostics", "jax", "scipy", "torch")),
+    "mlbfgs_core.adapter",
+)
 
 
 def pages():
@@ -72,18 +74,63 @@ def test_page_with_a_test_of_its_own_is_run_there(name):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_each_public_name_is_on_its_page_of_the_api(package):
-    page = pages()[f"api/{package.removeprefix('mlbfgs_')}.md"]
+    page = pages()[f"api/{package.rpartition('.')[2].removeprefix('mlbfgs_')}.md"]
     shown = re.findall(r"^\.\. auto\w+:: (\w+)", page, re.MULTILINE)
     assert sorted(shown) == sorted(importlib.import_module(package).__all__)
 
 
-def test_signature_of_mlbfgs_is_on_its_page():
-    settings = {field.name for field in dataclasses.fields(mlbfgs_core.Config)}
-    shown = re.search(
-        r"^\.\. autofunction:: mlbfgs\((.*), \*\*settings\)$", pages()["api/jax.md"], re.MULTILINE
-    )
-    names = [part.partition("=")[0] for part in shown[1].split(", ") if part != "*"]
-    assert names == [name for name in inspect.signature(mlbfgs_jax.mlbfgs).parameters if name not in settings]
+@pytest.mark.parametrize("package", PACKAGES)
+def test_signatures_on_a_page_of_the_api_are_those_of_the_code(package):
+    """A signature that is written down on a page would hide the defaults of settings."""
+    page = pages()[f"api/{package.rpartition('.')[2].removeprefix('mlbfgs_')}.md"]
+    assert not re.findall(r"^\.\. auto\w+:: .*\(.*$", page, re.MULTILINE)
+
+
+def factories():
+    """What takes settings, by name."""
+    found = {
+        f"{package}.{name}": getattr(importlib.import_module(package), name)
+        for package in PACKAGES
+        for name in importlib.import_module(package).__all__
+        if name.lower() in ("mlbfgs", "scale_by_mlbfgs", "config")
+    }
+    assert len(found) == 5
+    return found
+
+
+@pytest.mark.parametrize("function", factories().values(), ids=factories())
+def test_each_setting_and_its_default_is_in_the_signature(function):
+    shown = inspect.signature(function).parameters
+    defaults = mlbfgs_core.Config()
+    for field in dataclasses.fields(defaults):
+        assert repr(shown[field.name].default) == repr(getattr(defaults, field.name))
+    assert shown["preset"].default is None or repr(shown["preset"].default) == "None"
+    assert not any(own.kind is inspect.Parameter.VAR_KEYWORD for own in shown.values())
+
+
+def rows_of_theory():
+    """Names in code, and their files with what is in them, of the table from symbols to code."""
+    table = re.search(r"^\| symbol .*?(?=\n\n)", pages()["theory.md"], re.MULTILINE | re.DOTALL)[0]
+    rows = [line.strip("|").split(" | ") for line in table.splitlines()[2:]]
+    return {row[1].strip(): [re.findall("`([^`]+)`", cell) for cell in row[-2:]] for row in rows}
+
+
+@pytest.mark.parametrize("row", rows_of_theory().values(), ids=rows_of_theory())
+def test_names_in_the_table_of_symbols_are_in_the_files_that_it_names(row):
+    names, places = row
+    files = [place for place in places if place.endswith(".py")]
+    modules = [importlib.import_module("mlbfgs_core." + file[:-3].replace("/", ".")) for file in files]
+    for place in places:
+        if place not in files:
+            assert any(_holds(module, place.split(".")) for module in modules), place
+    if files:
+        sources = [path.read_text(encoding="utf-8") for path in (ROOT / "mlbfgs_core").rglob("*.py")]
+        for name in (name for name in names if name != "momentum_buffer"):  # the adapters' name
+            assert any(re.search(rf"\b{name}\b", source) for source in sources), name
+
+
+def _holds(owner, names):
+    return hasattr(owner, names[0]) and (not names[1:] or _holds(getattr(owner, names[0]), names[1:]))
 
 
 def test_each_setting_is_in_the_table_of_settings():

@@ -27,7 +27,7 @@ def names(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 def test_python_blocks_of_the_page_run(names):
-    assert names["count"] == 8
+    assert names["count"] == 9
     assert all(np.all(np.abs(leaf) < 0.05) for leaf in names["x"])
     np.testing.assert_allclose(names["solution"].value, 1.0, atol=1e-3)
     assert names["loss"] < 0.05
@@ -38,8 +38,24 @@ def test_python_blocks_of_the_page_run(names):
 
 def test_a_replaced_kernel_changes_nothing(names):
     x, grad = np.ones(6), np.geomspace(0.1, 10.0, 6)
-    plain, _ = core.Method(names["config"]).step(core.Method(names["config"]).init([x]), [x], [grad])
+    method = core.Method(core.Config(preset="fit"))
+    plain, _ = method.step(method.init([x]), [x], [grad])
     np.testing.assert_allclose(names["fast_updates"][0], plain[0], rtol=1e-14)
+
+
+def test_the_end_of_a_step_on_the_page_is_that_of_the_adapters(names):
+    y = np.ones(6)
+    optimizer = MLBFGS({"y": y}, lr=1e-2, momentum=0.9, weight_decay=1e-2)
+    for _ in range(20):
+        optimizer.step({"y": names["curvature"] * y})
+    np.testing.assert_allclose(names["y"], y, rtol=1e-12)
+
+
+def test_a_state_that_is_stored_as_on_the_page_is_restored(names):
+    state, restored = names["learned"], names["restored"]
+    assert state._fields == restored._fields
+    for field, value in state._asdict().items():
+        np.testing.assert_equal(getattr(restored, field), value)
 
 
 def test_shards_that_sum_their_coefficients_take_the_steps_of_the_whole(names):

@@ -41,7 +41,15 @@ def flat(model):
 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize(
-    "settings", [{}, FAST, ADAPTIVE, *({"preset": name, "update_every": 3} for name in ("paper", "formulas"))]
+    "settings",
+    [
+        {},
+        FAST,
+        ADAPTIVE,
+        *({"preset": name, "update_every": 3} for name in ("paper", "formulas")),
+        {"history_size": 0},
+        {"history_size": 0, "preconditioner": "none"},
+    ],
 )
 def test_each_step_is_that_of_the_pytorch_adapter(settings, maximize):
     model, twin = make_model(), make_model()
@@ -52,7 +60,7 @@ def test_each_step_is_that_of_the_pytorch_adapter(settings, maximize):
         train(model, optimizer, 1)
         train(twin, expected, 1)
         torch.testing.assert_close(flat(model), flat(twin), rtol=1e-9, atol=1e-12)
-    assert optimizer.param_groups[0]["coefficients"]["pairs"] > 0
+    assert (optimizer.param_groups[0]["coefficients"]["pairs"] > 0) == (settings.get("history_size") != 0)
 
 
 def test_a_nan_gradient_is_a_skipped_step():

@@ -76,8 +76,10 @@ def memory(optimizer):
         {"preset": "fit", "update_every": 4},
         {"preset": "paper", "update_every": 3},
         {"preset": "formulas", "update_every": 3},
+        {"history_size": 0},
+        {"history_size": 0, "preconditioner": "none"},
     ],
-    ids=["default", "fixed interval", "adaptive", "fit", "paper", "formulas"],
+    ids=["default", "fixed interval", "adaptive", "fit", "paper", "formulas", "no pairs", "nothing"],
 )
 def test_each_step_is_that_of_the_pytorch_adapter(settings, blocks):
     model, twin = make_model(), make_model()
@@ -97,7 +99,7 @@ def test_each_step_is_that_of_the_pytorch_adapter(settings, blocks):
         train(twin, expected, 1)
         torch.testing.assert_close(flat(model), flat(twin), rtol=1e-9, atol=1e-12)
     assert torch.equal(coefficients(optimizer)["pairs"], expected.diagnostics()[0].pairs)
-    assert torch.all(coefficients(optimizer)["pairs"] > 0)
+    assert torch.all((coefficients(optimizer)["pairs"] > 0) == (settings.get("history_size") != 0))
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["in front", "inner"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Unpack
 
+import array_api_compat.torch
 import torch
 from pytorch_optimizer.base.exception import NoSparseGradientError
 from pytorch_optimizer.base.optimizer import BaseOptimizer
@@ -42,8 +43,8 @@ class MLBFGS(BaseOptimizer):
     -----
     Parameter-sized arrays are state of their parameters, and numbers are kept in the group, where PyTorch
     does not cast them when they are loaded. It does cast the arrays to the parameters' dtype, so a run in
-    half precision resumes with rounded averages. Each step waits for the device, to know whether it is
-    skipped.
+    half precision resumes with rounded averages. Each step waits for the device, to know whether a new pair
+    is due.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class MLBFGS(BaseOptimizer):
         maximize: bool = False,
         **settings: Unpack[dict[str, Any]],
     ) -> None:
-        self.config, self.maximize = core.Config(**settings), maximize
-        lr = adapter.default_rate(self.config.step_length) if lr is None else lr
+        config, self.maximize = core.Config(**settings), maximize
+        self.kernels = core.Kernels(array_api_compat.torch)
+        self.method = core.Method(config, kernels=self.kernels)
+        self.nesterov = adapter.preset_nesterov(settings.get("preset"))
+        lr = adapter.default_rate(config.step_length) if lr is None else lr
         self.validate_learning_rate(lr)
         self.validate_range(momentum, "momentum", 0.0, 1.0)
         self.validate_non_negative(weight_decay, "weight_decay")
-        self.nesterov = adapter.preset_nesterov(self.config.preset)
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def __str__(self) -> str:
@@ -69,9 +72,10 @@ class MLBFGS(BaseOptimizer):
     def init_group(self, group: ParamGroup, **kwargs: Any) -> None:
         """Start the group's state at its first step."""
         if "coefficients" not in group:
-            self._write(group, core.Method(self.config).init([param.detach() for param in group["params"]]))
+            self._write(group, self.method.init([param.detach() for param in group["params"]]))
             for param in group["params"]:
-                self.state[param]["momentum_buffer"] = torch.zeros_like(self.state[param]["mean_grads"])
+                dtype = getattr(torch, adapter.accumulation_dtype(param))
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
 
     @torch.no_grad()
     def step(self, closure: Closure = None) -> Loss:
@@ -88,29 +92,17 @@ class MLBFGS(BaseOptimizer):
 
     def _step(self, group: ParamGroup) -> None:
         params = [param.detach() for param in group["params"]]
-        updates, state = core.Method(self.config).step(
-            self._read(group),
-            params,
-            [self._gradient(param) for param in group["params"]],
-            when_check=_if,
-            when_due=_if,
+        grads = [self._gradient(param) for param in group["params"]]
+        updates, factor, state = self.method.unscaled_step(
+            self._read(group), params, grads, when_check=_if, when_due=_if
         )
         self._write(group, state)
-        if not state.accepted:
-            return
-        for param, update in zip(group["params"], updates, strict=True):
+        numbers = (group["lr"], group["momentum"], group["weight_decay"])
+        end = adapter.StepEnd(factor, *numbers, self.nesterov)
+        for own, param, update in zip(group["params"], params, updates, strict=True):
             if update is not None:
-                velocity = self.state[param]["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                change = update.add(velocity, alpha=group["momentum"]) if self.nesterov else velocity
-                self.apply_weight_decay(
-                    param,
-                    param.grad,
-                    group["lr"],
-                    group["weight_decay"],
-                    weight_decouple=True,
-                    fixed_decay=False,
-                )
-                param.add_(change.to(param.dtype), alpha=-group["lr"])
+                buffer = self.state[own]["momentum_buffer"]
+                self.kernels.apply(param, update, buffer, end, state.accepted)
 
     def _gradient(self, param: torch.Tensor) -> torch.Tensor | None:
         if param.grad is not None and param.grad.is_sparse:
@@ -118,19 +110,18 @@ class MLBFGS(BaseOptimizer):
         return -param.grad if self.maximize and param.grad is not None else param.grad
 
     def _read(self, group: ParamGroup) -> core.State:
-        states = [self.state[param] for param in group["params"]]
-        leaves = {
-            name: tuple(state[name] for state in states) for name in core.LEAF_ARRAYS if name in states[0]
+        state = core.State(**{**dict.fromkeys(core.State._fields, ()), **group["coefficients"]})
+        arrays = {
+            name: tuple(self.state[param].get(name) for param in group["params"]) for name in group["names"]
         }
-        return core.State(**{"moment": (), **leaves, **group["coefficients"]})
+        return adapter.with_leaf_arrays(state, arrays)
 
     def _write(self, group: ParamGroup, state: core.State) -> None:
-        for name in core.LEAF_ARRAYS:
-            for param, array in zip(group["params"], getattr(state, name), strict=False):  # may be empty
-                self.state[param][name] = array
-        group["coefficients"] = {
-            name: value for name, value in state._asdict().items() if name not in core.LEAF_ARRAYS
-        }
+        arrays = adapter.leaf_arrays(state)
+        for name, values in arrays.items():
+            for param, value in zip(group["params"], values, strict=True):
+                self.state[param][name] = value
+        group["names"], group["coefficients"] = tuple(arrays), adapter.coefficients(state)
 
 
 def _if(predicate: torch.Tensor, part: Callable[[Any], Any], operand: Any) -> Any:

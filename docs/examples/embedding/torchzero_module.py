@@ -12,7 +12,7 @@ import torch
 from torchzero.core import Chainable, Objective, Transform
 
 import mlbfgs_core as core
-from mlbfgs_core.blocks import Blocks
+from mlbfgs_core import adapter
 
 __all__ = ["MLBFGS"]
 
@@ -41,12 +41,12 @@ class MLBFGS(Transform):
 
     def __init__(
         self,
-        blocks: Blocks | None = None,
+        blocks: adapter.Blocks | None = None,
         inner: Chainable | None = None,
         **settings: Unpack[dict[str, Any]],
     ) -> None:
         super().__init__(inner=inner)
-        self.config, self.blocks = core.Config(**settings), blocks
+        self.method = core.Method(core.Config(**settings), blocks)
 
     @torch.no_grad()
     def update_states(
@@ -54,12 +54,11 @@ class MLBFGS(Transform):
     ) -> None:
         """Learn from the gradient."""
         params, grads = [param.detach() for param in objective.params], objective.get_grads()
-        if "history" not in states[0]:
-            self._write(states, core.Method(self.config, self.blocks).init(params))
-        state = self._read(states)
-        state = core.Method(self.config, blocks=self.blocks).observe(state, params, grads, when=_if)
+        started = "coefficients" in self.global_state
+        state = self._read(states) if started else self.method.init(params)
+        state = self.method.observe(state, params, grads, when=_if)
         if state.due:
-            state = core.Method(self.config, blocks=self.blocks).refresh(state, True)
+            state = self.method.refresh(state, True)
         self._write(states, state)
 
     @torch.no_grad()
@@ -68,10 +67,8 @@ class MLBFGS(Transform):
     ) -> Objective:
         """Precondition the update."""
         params = [param.detach() for param in objective.params]
-        state = self._read(states)
-        objective.updates, state = core.Method(self.config, blocks=self.blocks).direction(
-            state, objective.get_updates(), params=params
-        )
+        updates = objective.get_updates()
+        objective.updates, state = self.method.direction(self._read(states), updates, params)
         self._write(states, state)
         if not state.accepted:
             objective.stop = objective.skip_update = True
@@ -79,18 +76,19 @@ class MLBFGS(Transform):
 
     def _read(self, states: States) -> core.State:
         """The core's state, from torchzero's, which keeps parameter-sized arrays with their parameters."""
-        leaves = {
-            name: tuple(state[name] for state in states) for name in core.LEAF_ARRAYS if name in states[0]
-        }
-        return core.State(**{"moment": (), **leaves, **self.global_state["coefficients"]})
+        own, names = self.global_state["coefficients"], self.global_state["names"]
+        state = core.State(**{**dict.fromkeys(core.State._fields, ()), **own})
+        return adapter.with_leaf_arrays(
+            state, {name: tuple(each.get(name) for each in states) for name in names}
+        )
 
     def _write(self, states: States, state: core.State) -> None:
-        for name in core.LEAF_ARRAYS:
-            for own, array in zip(states, getattr(state, name), strict=False):  # may be empty
-                own[name] = array
-        self.global_state["coefficients"] = {
-            name: value for name, value in state._asdict().items() if name not in core.LEAF_ARRAYS
-        }
+        arrays = adapter.leaf_arrays(state)
+        for name, values in arrays.items():
+            for each, value in zip(states, values, strict=True):
+                each[name] = value
+        self.global_state["names"] = tuple(arrays)
+        self.global_state["coefficients"] = adapter.coefficients(state)
 
 
 def _if(predicate: torch.Tensor, part: Callable[[Any], Any], operand: Any) -> Any:
