@@ -10,6 +10,7 @@ from .config import (
     check_real,
     is_zero,
     settings_in,
+    settings_of_today,
     with_preset,
 )
 from .diagnostics import block_names
@@ -82,6 +83,7 @@ __all__ = [
     "preset_momentum",
     "preset_nesterov",
     "settings_in",
+    "settings_of_today",
     "settings_of",
     "square_roots",
     "two_loop",
