@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,35 @@ def test_numbers_of_numpy_are_numbers(kind):
 def test_explicit_settings_win_over_the_preset():
     config = core.Config(preset="lbfgs", history_size=3, min_cosine=0.2)
     assert (config.history_size, config.min_cosine, config.update_every, config.beta) == (3, 0.2, 1, 0.0)
+
+
+def test_a_preset_is_a_name_for_settings_and_none_of_them():
+    config = core.Config(preset="lbfgs")
+    assert not hasattr(config, "preset")
+    assert config == core.Config(**vars(config))
+    assert dataclasses.replace(config, history_size=3) == core.Config(preset="lbfgs", history_size=3)
+
+
+@pytest.mark.parametrize(
+    ("old", "words"),
+    [
+        ({"metric_power": 0.0}, "`metric_power`; it is now `preconditioner_power`, and 0 is `preconditioner`="),
+        ({"metric_beta": 0.9}, "`metric_beta`; it is now `preconditioner_beta`; the settings are preset, "),
+    ],
+)
+def test_an_old_name_of_a_setting_is_refused_with_the_new_one(old, words):
+    with pytest.raises(TypeError, match=f"unknown setting {words}"):
+        core.Config(**old)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.3])
+def test_settings_of_an_older_version_are_translated(power):
+    old = {"history_size": 4, "metric_power": power, "metric_beta": 0.9, "preset": "fit", "lr": 0.1}
+    today = adapter.settings_of_today(old)
+    assert today.pop("lr") == 0.1  # what is no setting stays
+    own = {"preconditioner_power": power} if power else {"preconditioner": "none"}
+    assert core.Config(**today) == core.Config(history_size=4, preconditioner_beta=0.9, **own)
+    assert old["metric_power"] == power
 
 
 @pytest.mark.parametrize(
