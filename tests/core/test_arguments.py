@@ -106,7 +106,7 @@ def test_a_preset_is_a_name_for_settings_and_none_of_them():
 @pytest.mark.parametrize(
     ("old", "words"),
     [
-        ({"metric_power": 0.0}, "`metric_power`; it is now `preconditioner_power`, and 0 is `preconditioner`="),
+        ({"metric_power": 0.0}, "`metric_power`; it is now `preconditioner_power`, and 0 is `precond"),
         ({"metric_beta": 0.9}, "`metric_beta`; it is now `preconditioner_beta`; the settings are preset, "),
     ],
 )
