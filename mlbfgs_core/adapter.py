@@ -10,6 +10,7 @@ from .config import (
     check_real,
     is_zero,
     settings_in,
+    settings_of_today,
     with_preset,
 )
 from .diagnostics import block_names
@@ -83,6 +84,7 @@ __all__ = [
     "preset_nesterov",
     "settings_in",
     "settings_of",
+    "settings_of_today",
     "square_roots",
     "two_loop",
     "validate_blocks",

@@ -23,6 +23,7 @@ __all__ = [
     "check_real",
     "is_zero",
     "settings_in",
+    "settings_of_today",
     "with_preset",
 ]
 
@@ -314,6 +315,18 @@ class Config:
 
 SETTINGS: Final = tuple(field.name for field in fields(Config))
 """Names of all settings."""
+
+
+def settings_of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that an older version may have saved, under their names of today; what else there
+    is stays, except the name of a preset whose settings these are."""
+    today = {name: value for name, value in settings.items() if name != "preset"}
+    if "metric_power" in today:
+        power = today.pop("metric_power")
+        today["preconditioner"] = "none" if power == 0 else "diagonal"
+        today["preconditioner_power"] = power or 1.0
+        today["preconditioner_beta"] = today.pop("metric_beta")
+    return today
 
 
 def as_number(name: str, value: object, rule: str = "must be a number") -> Any:

@@ -188,9 +188,17 @@ class Kernels:
         """``start + weight * (end - start)`` with a 0-d weight; consumes neither."""
         return start + weight * (end - start)
 
-    def diagonal(self, v: Array, entering: tuple[Array, Array] | None, floor: Array, exponent: Any) -> Array:
+    def diagonal(
+        self,
+        v: Array,
+        entering: tuple[Array, Array] | None,
+        floor: Array,
+        exponent: Any,
+        out: Array | None = None,
+    ) -> Array:
         """``(v + floor) ** -exponent`` of a mean of squares, in which the square of a value is entered first
-        where ``(value, weight)`` is given; by square roots where they suffice, which is far cheaper."""
+        where ``(value, weight)`` is given; by square roots where they suffice, which is far cheaper. The
+        result may be `out`."""
         if entering is not None:
             v = self.lerp(v, entering[0] * entering[0], entering[1])
         x = v + floor
@@ -237,13 +245,12 @@ class Kernels:
     ) -> Array:
         """``M += weight * (x - M)`` for a value (or its square) where `keep` (0-d); reads 2 values, writes 1.
 
-        Consumes the mean. What is not finite enters as zero, so that it does not spoil the others' pairs;
-        where not `keep`, nothing enters, whatever the value holds.
+        Consumes the mean. A value that is not finite enters as zero, so that it does not spoil the others'
+        pairs; of squares all are finite where `keep`. Where not, nothing enters, whatever the value holds.
         """
         for tile in self.tiles(mean):
             old, x = part(mean, tile), self.cast(part(value, tile), mean.dtype)
-            x = self.finite(x)
-            x = x * x if squared else x
+            x = x * x if squared else self.finite(x)
             mean = self.store(mean, tile, self.leaf_xp.where(keep, self.lerp(old, x, weight), old))
         return mean
 
@@ -330,11 +337,13 @@ class Kernels:
             The rows' inner products with `z` (2m,), where there are any; ``|g|^2``; ``|z|^2`` where `z` is
             not `g`; and ``scatter_weight * |R (g - mean)|^2`` where a mean is given.
         """
-        kept: Array | None = None
+        keeps = self.in_place and leaf.root.keeps
+        kept = self.scratch(leaf.number, grad, leaf.dtype) if keeps else None
         total: list[Array] = []
         for tile in self._tiles(grad, leaf.root):
             g = self.cast(part(grad, tile), leaf.dtype)
-            root = leaf.root.at(self, tile, g)
+            own = None if kept is None else part(kept, tile)
+            root = leaf.root.at(self, tile, g, own)
             z = root.white(g)
             sums = [] if leaf.history is None else [self.project(part(leaf.history, tile, 2), z)]
             sums += [self.dot(g, g)] if z is g else [self.dot(g, g), self.dot(z, z)]
@@ -342,8 +351,7 @@ class Kernels:
                 off = root.whiten(self.difference(g, part(mean, tile)))
                 sums.append(self.dot(off, off) * scatter_weight)
             total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
-            if root.kept is not None:
-                kept = self.scratch(leaf.number, grad, leaf.dtype) if kept is None else kept
+            if root.kept is not own:
                 kept = self.store(kept, tile, root.kept)
         return leaf.root if kept is None else leaf.root.keeping(kept), total
 
@@ -366,7 +374,8 @@ class Kernels:
             d = self.masked(root.back(d), keep)
             square = self.dot(d, d)
             total = square if total is None else total + square
-            update = self.store(update, tile, d)
+            if kept is None or d is not root.kept:
+                update = self.store(update, tile, d)
         return update, total
 
     def pair(self, leaf: Leaf, tile: Tile, valid: Array) -> tuple[Array, Array]:

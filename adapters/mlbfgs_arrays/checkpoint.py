@@ -211,21 +211,10 @@ def _config(given: Mapping[str, Any]) -> core.Config:
     text = _text(given, "settings")
     try:
         settings = {n: tuple(v) if isinstance(v, list) else v for n, v in json.loads(text).items()}
-        return core.Config(**_settings_of_today(settings))
+        return core.Config(**adapter.settings_of_today(settings))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         msg = f"`state_dict` must hold valid 'settings', got {text!r}"
         raise ValueError(msg) from error
-
-
-def _settings_of_today(settings: dict[str, Any]) -> dict[str, Any]:
-    """All settings of a run, which an older version may have written with their preset."""
-    if "metric_power" not in settings:
-        return settings
-    rest = {name: value for name, value in settings.items() if name in adapter.SETTINGS}
-    rest["preconditioner_beta"] = settings["metric_beta"]
-    if settings["metric_power"] == 0:
-        return {**rest, "preconditioner": "none"}
-    return {**rest, "preconditioner": "diagonal", "preconditioner_power": settings["metric_power"]}
 
 
 def _number(value: Any) -> Any:

@@ -40,16 +40,23 @@ class NumpyKernels(core.Kernels):
         change += start
         return change
 
-    def diagonal(self, v: Array, entering: tuple[Array, Array] | None, floor: Array, exponent: Any) -> Array:
-        """``(v + floor) ** -exponent`` of a mean of squares, with one temporary array."""
+    def diagonal(
+        self,
+        v: Array,
+        entering: tuple[Array, Array] | None,
+        floor: Array,
+        exponent: Any,
+        out: Array | None = None,
+    ) -> Array:
+        """``(v + floor) ** -exponent`` of a mean of squares, in place."""
         roots = square_roots(exponent)
         if roots is None:
             return super().diagonal(v, entering, floor, exponent)
         if entering is None:
-            x = v + floor
+            x = np.add(v, floor, out=out)
         else:
             value, weight = entering
-            x = value * value
+            x = np.multiply(value, value, out=out)
             x -= v
             x *= weight
             x += v
@@ -57,6 +64,10 @@ class NumpyKernels(core.Kernels):
         for _ in range(roots):
             np.sqrt(x, out=x)
         return np.divide(1.0, x, out=x)
+
+    def largest(self, x: Array) -> Array:
+        """The largest magnitude, without an array of magnitudes."""
+        return np.maximum(np.max(x), -np.min(x))
 
     def average(
         self, mean: Array, value: Array, weight: Array, keep: Array, *, squared: bool = False

@@ -219,9 +219,7 @@ class Unit:
     def _packed(self, kinds: Sequence[Any]) -> list[tuple[int, ...]]:
         """Groups of members for the leaves: small ones of a kind lie together."""
         sizes = [member.size for member in self.members]
-        own = [
-            None if size > self.backend.small else kind for size, kind in zip(sizes, kinds, strict=True)
-        ]
+        own = [None if size > self.backend.small else kind for size, kind in zip(sizes, kinds, strict=True)]
         return pack(sizes, own, self.blocks)[0]
 
     def _lay(self, groups: Sequence[tuple[int, ...]]) -> None:

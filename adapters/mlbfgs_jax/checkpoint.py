@@ -171,6 +171,9 @@ def _snapshot(
     if missing:
         msg = f"`params` must hold the parameters of the state, got none of the name {missing[0]!r}"
         raise ValueError(msg)
+    if len(names) != own.leaf_steps.shape[0]:
+        msg = f"`params` must be the state's {own.leaf_steps.shape[0]} parameters, got {len(names)}"
+        raise ValueError(msg)
     found = [values[name] for name in names]
     plain = core.State(*map_leaf_arrays(lambda tree: tuple(named_leaves(tree).values()), own))
     check_params(names, found, plain, adapter.settings_of(plain))

@@ -335,7 +335,11 @@ def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformati
         chosen = True if mask is None else mask(params) if callable(mask) else mask
 
         def decayed(update: Any, param: Any, chosen: bool) -> Any:
-            return update + jnp.asarray(rate, update.dtype) * param if chosen else update
+            if not chosen:
+                return update
+            # An infinite parameter stays as it is, of which its own decay would make a NaN.
+            finite = jnp.where(jnp.isfinite(param), param, jnp.zeros((), param.dtype))
+            return update + jnp.asarray(rate, update.dtype) * finite
 
         def part(chosen: bool, updates: optax.Updates, params: optax.Params) -> optax.Updates:
             return jax.tree.map(
@@ -421,16 +425,15 @@ class _Tree(NamedTuple):
 
         Shapes and dtypes of a state never change, so it cannot follow parameters whose own have changed.
         """
-        for tree in adapter.leaf_arrays(state).values():
-            own = named_leaves(tree)
-            if list(own) != self.names:
-                here, there = set(self.names), set(own)
-                rule = "must be the tree that `init` has seen"
-                told = f"without {sorted(there - here)[:3]} and with {sorted(here - there)[:3]} in addition"
-                msg = f"`params` {rule}, got one {told}"
-                raise ValueError(msg)
-            break
-        check_params(self.names, self.given, self.unfolded(state), config)
+        arrays = next(iter(adapter.leaf_arrays(state).values()), None)
+        if arrays is not None and (held := list(named_leaves(arrays))) != self.names:
+            here, there = set(self.names), set(held)
+            rule = "must be the tree that `init` has seen"
+            told = f"without {sorted(there - here)[:3]} and with {sorted(here - there)[:3]} in addition"
+            msg = f"`params` {rule}, got one {told}"
+            raise ValueError(msg)
+        if self.leaves:
+            check_params(self.names, self.given, self.unfolded(state), config)
         for name, given, leaf, grad in zip(self.names, self.given, self.leaves, grads, strict=True):
             if grad is None:
                 continue

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.adapter import LEAF_DTYPES, LEAF_NAMES, RENAMED, SETTINGS, as_number, check_real, layout
+from mlbfgs_core.adapter import (
+    LEAF_DTYPES,
+    LEAF_NAMES,
+    RENAMED,
+    SETTINGS,
+    as_number,
+    check_real,
+    layout,
+    settings_of_today,
+)
 
 from . import sharding
 from .leaves import real_shape
@@ -127,7 +136,7 @@ def check_groups(groups: Iterable[dict[str, Any]]) -> None:
 def of_today(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict in which settings and arrays that an older version has written have their names of today;
     the one that is given stays as it is."""
-    groups = [_group_of_today(group) for group in state_dict["param_groups"]]
+    groups = [settings_of_today(group) for group in state_dict["param_groups"]]
     state = {
         key: {RENAMED.get(name, name): value for name, value in entry.items()}
         if isinstance(entry, Mapping)
@@ -135,17 +144,6 @@ def of_today(state_dict: dict[str, Any]) -> dict[str, Any]:
         for key, entry in state_dict["state"].items()
     }
     return {**state_dict, "param_groups": groups, "state": state}
-
-
-def _group_of_today(group: dict[str, Any]) -> dict[str, Any]:
-    group = {name: value for name, value in group.items() if name != "preset"}
-    if "metric_power" not in group:
-        return group
-    power = group.pop("metric_power")
-    group["preconditioner"] = "none" if power == 0 else "diagonal"
-    group["preconditioner_power"] = power or 1.0
-    group["preconditioner_beta"] = group.pop("metric_beta")
-    return group
 
 
 def check_entry(entry: Any, param: Tensor, name: str) -> None:

@@ -107,10 +107,15 @@ class TorchKernels(core.Kernels):
         return torch.lerp(start, end, weight)
 
     def diagonal(
-        self, v: Tensor, entering: tuple[Tensor, Tensor] | None, floor: Tensor, exponent: Any
+        self,
+        v: Tensor,
+        entering: tuple[Tensor, Tensor] | None,
+        floor: Tensor,
+        exponent: Any,
+        out: Tensor | None = None,
     ) -> Tensor:
         """``(v + floor) ** -exponent`` of a mean of squares."""
-        x = self.buffer("diagonal", v, v.dtype)
+        x = self.buffer("diagonal", v, v.dtype) if out is None else out
         if entering is None:
             x = torch.add(v, floor, out=x)
         else:
@@ -186,12 +191,16 @@ class TorchKernels(core.Kernels):
         """``M += weight * (x - M)`` for a value or its square where `keep`."""
         # Weights of zero instead of a choice by element, which is slow; finite values, since 0 * nan
         # is nan.
-        kept = keep.to(mean.dtype)
-        weight = weight * kept
+        dtype = mean.dtype
+        weight = weight * keep.to(dtype)
         for tile in self.tiles(mean):
-            x = self._clean(part(value, tile), mean.dtype)
-            if squared:  # a square that overflows is not finite any more
-                x = x.mul_(kept).square_()
+            x = part(value, tile)
+            if squared:  # of a gradient, which is finite where it is kept, and whose square may overflow
+                out = self.buffer("scaled", x, x.dtype)
+                x = torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device), out=out)
+                x = x.to(dtype).square_()
+            else:
+                x = self._clean(x, dtype)
             part(mean, tile).lerp_(x, weight)
         return mean
 

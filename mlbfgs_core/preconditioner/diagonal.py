@@ -57,6 +57,11 @@ class DiagonalRoot(NamedTuple):
         return True
 
     @property
+    def keeps(self) -> bool:
+        """The diagonal."""
+        return True
+
+    @property
     def arrays(self) -> dict[str, Array]:
         """The mean of squares."""
         return {"exp_avg_sq": self.exp_avg_sq}
@@ -65,13 +70,15 @@ class DiagonalRoot(NamedTuple):
         """The same with its diagonal."""
         return self._replace(kept=kept)
 
-    def at(self, kernels: Kernels, tile: Any, grad: Array | None = None) -> _Scaling:
+    def at(
+        self, kernels: Kernels, tile: Any, grad: Array | None = None, out: Array | None = None
+    ) -> _Scaling:
         """`R` at a tile; reads 1 value."""
         if self.kept is not None:
             return _Scaling(kernels, self.kept if tile is None else self.kept[tile])
         v = self.exp_avg_sq if tile is None else self.exp_avg_sq[tile]
         entering = None if grad is None or self.weight is None else (grad, self.weight)
-        return _Scaling(kernels, kernels.diagonal(v, entering, self.floor, self.exponent))
+        return _Scaling(kernels, kernels.diagonal(v, entering, self.floor, self.exponent, out))
 
     def update(self, kernels: Kernels, grad: Array, keep: Array) -> DiagonalRoot:
         """Enter the gradient's square; reads 2 values, writes 1."""
@@ -103,5 +110,6 @@ class _Scaling(NamedTuple):
 
     def back(self, x: Array) -> Array:
         """``R x``: it is symmetric."""
-        x *= self.kept
-        return x
+        kept = self.kept
+        kept *= x
+        return kept

@@ -18,6 +18,7 @@ class Identity:
     """``R = I``, of every leaf and of every tile."""
 
     isometric = elementwise = True
+    keeps = False
 
     def layout(
         self, config: Config, shape: tuple[int, ...], dtype: str
@@ -45,7 +46,9 @@ class Identity:
         """Itself."""
         return self
 
-    def at(self, kernels: Kernels, tile: Any, grad: Array | None = None) -> Identity:
+    def at(
+        self, kernels: Kernels, tile: Any, grad: Array | None = None, out: Array | None = None
+    ) -> Identity:
         """Itself."""
         return self
 

@@ -36,7 +36,7 @@ class TileRoot(Protocol):
         ...
 
     def back(self, x: Array) -> Array:
-        """``R^T x``, for directions; consumes `x`."""
+        """``R^T x``, for directions; consumes `x` and what is kept, in whose memory the result may be."""
         ...
 
 
@@ -55,14 +55,22 @@ class Root(Protocol):
         ...
 
     @property
+    def keeps(self) -> bool:
+        """Whether its tiles have something to keep."""
+        ...
+
+    @property
     def kept(self) -> Array | None:
         """What `keeping` was handed."""
         ...
 
-    def at(self, kernels: Kernels, tile: Any, grad: Array | None = None) -> TileRoot:
+    def at(
+        self, kernels: Kernels, tile: Any, grad: Array | None = None, out: Array | None = None
+    ) -> TileRoot:
         """`R` at a tile, which is None for a leaf that is not `elementwise`.
 
-        With a gradient of that tile: as `R` will be once the gradient has been entered by `update`.
+        With a gradient of that tile: as `R` will be once the gradient has been entered by `update`. What the
+        tile keeps may be put into `out`, of its shape.
         """
         ...
 

@@ -570,6 +570,17 @@ def test_a_state_goes_through_a_file_and_the_run_continues_bit_for_bit(tmp_path,
     assert np.array_equal(problem.train(resumed, 11), problem.train(optimizer, 11))
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_goes_through_a_checkpoint_and_continues_bit_for_bit(tmp_path, name):
+    problem = Problem(dtype="float32")
+    optimizer, resumed = (MLBFGS(problem.params(), 0.05, 0.9, 0.1, **SETTINGS[name]) for _ in range(2))
+    problem.train(optimizer, stop=11)
+    optimizer.save_state(tmp_path / "run")
+    resumed.load_state(tmp_path / "run")
+    assert contents(resumed) == contents(optimizer)
+    assert np.array_equal(problem.train(resumed, 11), problem.train(optimizer, 11))
+
+
 def test_a_state_dict_keeps_the_settings_that_its_preset_had_when_it_was_saved():
     as_before = {"beta": 0.9, "damping": (0.01, 10.0, 0.9), "step_length": "none"}
     optimizer = MLBFGS(np.ones(3), preset="paper", **as_before)

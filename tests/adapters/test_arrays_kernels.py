@@ -328,3 +328,37 @@ def test_a_learning_rate_may_be_an_array(each):
         arrays, end = Arrays(5), StepEnd(np.asarray(0.5), rate, 0.9, 0.1, nesterov=True)
         results.append(each.apply(arrays.param, arrays.grad, arrays.means.params, end, np.asarray(True)))
     same(*results)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"preconditioner_power": 0.3},
+        {"preconditioner": "none"},
+        {"history_size": 0},
+        {"history_size": 0, "preconditioner": "none"},
+        {"history_dtype": "float32"},
+        {"preset": "fit", "update_every": 4},
+    ],
+    ids=str,
+)
+def test_a_run_on_the_fast_kernels_is_that_on_the_plain_ones(both, settings):
+    results = []
+    for kernels in both:
+        rng, method = (
+            np.random.default_rng(0),
+            core.Method(core.Config(check_every=1, **settings), None, kernels),
+        )
+        x, curvature, buffer = rng.normal(size=77), np.geomspace(0.1, 5, 77), np.zeros(77)
+        state = method.init([x])
+        for _ in range(16):
+            grad = curvature * x + 0.01 * rng.normal(size=77)
+            (update,), factor, state = method.unscaled_step(state, [x], [grad])
+            end = StepEnd(kernels.to_leaf(factor, update.dtype), 0.02, 0.9, 0.1, nesterov=True)
+            kernels.apply(x, update, buffer, end, state.accepted)
+        results.append((x, buffer, state.pairs))
+    np.testing.assert_array_equal(results[0][2], results[1][2])
+    assert results[0][2][0] > 0 or settings.get("history_size") == 0
+    for one, other in zip(results[0][:2], results[1][:2], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-8)

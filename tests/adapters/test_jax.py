@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import operator
 
+import array_api_compat.numpy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,6 +171,43 @@ def test_weight_decay_takes_a_mask_as_adamw_does():
     np.testing.assert_allclose(updates["first"]["kernel"], -0.05 * params["first"]["kernel"], rtol=1e-6)
     assert not np.any(updates["first"]["bias"])
     train(tx, params, batches)
+
+
+ENDS = [
+    (momentum, nesterov, decay)
+    for momentum in (0.0, 0.8)
+    for nesterov in (False, True)
+    for decay in (0.0, 0.3)
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(("momentum", "nesterov", "decay"), ENDS)
+def test_the_end_of_a_step_is_the_cores(momentum, nesterov, decay, dtype):
+    """Momentum, weight decay and learning rate, on a skipped step and for parameters that are not finite."""
+    with configured(jax_debug_nans=False, jax_debug_infs=False):
+        params, spoilt = {"w": jnp.asarray([1.0, -2.0, 3.0, jnp.inf, jnp.nan, -4.0], dtype)}, {4, 7}
+        tx = mlbfgs(0.125, momentum, decay, nesterov=nesterov, **FAST)
+        directions, kernels = scale_by_mlbfgs(**FAST), core.Kernels(array_api_compat.numpy)
+        state, other = tx.init(params), directions.init(params)
+        averages = adapter.accumulation_dtype(params["w"])
+        own = np.array(params["w"].astype("float64"))
+        buffer = np.zeros(6) if momentum else None
+        end = adapter.StepEnd(1.0, 0.125, momentum, decay, nesterov)
+        rng = np.random.default_rng(0)
+        for step in range(10):
+            grads = {"w": jnp.asarray(rng.normal(size=6) + (np.nan if step in spoilt else 0.0), averages)}
+            update, other = jax.jit(directions.update)(grads, other, params)
+            updates, state = jax.jit(tx.update)(grads, state, params)
+            keep = np.asarray(step not in spoilt)
+            before = own.copy()
+            after, buffer = kernels.apply(own, np.array(update["w"], "float64"), buffer, end, keep)
+            # The chain tells of a change, which is added to the parameter and rounded with it.
+            new = (params["w"].astype(averages) + updates["w"]).astype(dtype)
+            bound = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 2**-8}[dtype]
+            np.testing.assert_allclose(np.asarray(new, "float64"), after, rtol=bound, atol=bound)
+            assert np.any(after[:3] != before[:3]) == keep
+            params, own = {"w": new}, np.array(new, "float64")
 
 
 def test_momentum_is_the_presets():
@@ -715,6 +753,93 @@ def test_a_mask_of_decay_takes_gradients_of_none():
     assert not np.any(updates["b"])
 
 
+# Without pairs.
+
+NO_PAIRS = [{"history_size": 0}, {"history_size": 0, "preconditioner": "none"}]
+
+
+def base_optimizer(preconditioner):
+    """What is left, of parts of optax: a direction of root mean square 1, momentum, decay and rate."""
+
+    def normalized(updates, state, params=None):
+        del params
+        factor = jnp.sqrt(jnp.asarray(optax.tree.size(updates), "float64")) / optax.tree.norm(updates)
+        return jax.tree.map(lambda u: u * factor, updates), state
+
+    adam = optax.scale_by_adam(b1=0.0, b2=0.99, eps=0.0) if preconditioner == "diagonal" else optax.identity()
+    return optax.chain(
+        adam,
+        optax.GradientTransformation(lambda params: optax.EmptyState(), normalized),
+        optax.trace(0.9, nesterov=True),
+        optax.add_decayed_weights(0.1),
+        optax.scale_by_learning_rate(0.01),
+    )
+
+
+@pytest.mark.usefixtures("_promoting")
+@pytest.mark.parametrize("settings", NO_PAIRS, ids=str)
+def test_without_pairs_the_base_optimizer_is_left(settings):
+    params, batches = make_params("float64"), make_batches(30, "float64")
+    ours, state = train(mlbfgs(0.01, weight_decay=0.1, **settings), params, batches)
+    theirs, _ = train(base_optimizer(settings.get("preconditioner", "diagonal")), params, batches)
+    assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    assert int(state[0].step) == 30
+    assert not np.any(state[0].pairs)
+
+
+@pytest.mark.parametrize("settings", [*NO_PAIRS, {}, {"preconditioner": "none"}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_a_state_has_the_planned_bytes(settings, dtype):
+    params = make_params(dtype)
+    plan = core.plan_memory(core.Config(**settings), jax.tree.leaves(params))
+    state = jax.jit(scale_by_mlbfgs(**settings).init)(params)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == plan.total
+
+
+@pytest.mark.usefixtures("_promoting")
+@pytest.mark.parametrize("settings", NO_PAIRS, ids=str)
+def test_without_pairs_it_is_an_optax_transformation_like_any_other(settings):
+    params, batches = make_params(), make_batches(4)
+    injected = optax.inject_hyperparams(mlbfgs, static_args=("history_size",))
+    for tx in (
+        mlbfgs(falling(20), 0.9, 0.1, **settings),
+        injected(0.1, momentum=0.5, **settings),
+        optax.MultiSteps(mlbfgs(0.1, **settings), 2),
+        optax.masked(mlbfgs(0.1, **settings), jax.tree.map(lambda p: p.ndim > 1, params)),
+        optax.partition({"a": mlbfgs(0.1, **settings), "b": optax.sgd(0.1)}, {"first": "a", "last": "b"}),
+    ):
+        state = tx.init(params)
+        step = jax.jit(stepper(tx), donate_argnums=(0, 1))
+        now = jax.tree.map(jnp.copy, params)
+        for batch in zip(*batches, strict=True):
+            now, state = step(now, state, batch)
+        assert step._cache_size() == 1
+        assert types(state) == types(tx.init(params)) == types(jax.jit(tx.init)(params))
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((now, state)))
+        marked = optax.tree.map_params(tx, lambda p: None, state)
+        assert len(jax.tree.leaves(marked)) < len(jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("settings", NO_PAIRS, ids=str)
+def test_without_pairs_a_run_goes_on_from_a_file(settings, momentum, tmp_path):
+    params, batches = make_params("float64"), make_batches(12, "float64")
+    tx = mlbfgs(0.01, momentum, **settings)
+    half, rest = (jax.tree.map(lambda x, part=part: x[part], batches) for part in (slice(6), slice(6, 12)))
+    middle, state = train(tx, params, half)
+    save_state(tmp_path / "run.safetensors", middle, state)
+    restored, resumed = load_state(tmp_path / "run.safetensors", params, jax.eval_shape(tx.init, params))
+    assert_same((restored, resumed), (middle, state))
+    assert_same(train(tx, restored, rest, resumed), train(tx, params, batches))
+
+
+def test_a_state_of_other_settings_is_refused():
+    params = make_params()
+    state = scale_by_mlbfgs(preconditioner="none").init(params)
+    with pytest.raises(ValueError, match="`state` must be of these settings, got one without 'exp_avg_sq'"):
+        scale_by_mlbfgs().update(params, state, params)
+
+
 # What it refuses.
 
 
@@ -855,8 +980,13 @@ def test_numbers_of_numpy_are_numbers(kind):
 def test_the_signature_names_every_setting_and_the_schedule():
     signature = inspect.signature(mlbfgs)
     assert signature.parameters["learning_rate"].annotation == optax.ScalarOrSchedule
-    assert set(adapter.SETTINGS) <= set(signature.parameters)
-    assert set(adapter.SETTINGS) <= set(inspect.signature(scale_by_mlbfgs).parameters)
+    expected = inspect.signature(core.Config).parameters
+    for factory in (mlbfgs, scale_by_mlbfgs):
+        own = inspect.signature(factory).parameters
+        assert {*adapter.SETTINGS, "preset"} <= set(own)
+        assert {name: own[name].default for name in expected} == {
+            name: parameter.default for name, parameter in expected.items()
+        }
 
 
 @pytest.mark.parametrize(
@@ -871,7 +1001,9 @@ def test_the_signature_names_every_setting_and_the_schedule():
         (lambda: mlbfgs(0.1, nesterov=1), TypeError, r"`nesterov` must be a bool, got 1"),
         (lambda: mlbfgs(0.1, weight_decay=-1), ValueError, r"`weight_decay` must be finite and >= 0, got -1"),
         (lambda: mlbfgs(0.1, memory=3), TypeError, r"unknown setting `memory`; the settings are"),
-        (lambda: scale_by_mlbfgs(history_size=0), ValueError, r"`history_size` must be >= 1, got 0"),
+        (lambda: scale_by_mlbfgs(history_size=-1), ValueError, r"`history_size` must be >= 0, got -1"),
+        (lambda: mlbfgs(0.1, metric_power=0.5), TypeError, r"`metric_power`; it is now `precond"),
+        (lambda: mlbfgs(0.1, preconditioner="full"), ValueError, r"`preconditioner` must be one of .*'full'"),
         (lambda: scale_by_mlbfgs().init({"n": jnp.arange(3)}), TypeError,
          r"`params` must be floating-point or complex arrays .* got int.* at 'n'"),
         (lambda: mlbfgs(0.1).init({"a": {"b": 1.0}}), TypeError, r"`params` must be .* got float at 'a.b'"),

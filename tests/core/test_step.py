@@ -172,6 +172,27 @@ def test_deciding_on_the_device_equals_the_masked_step(name):
     assert run._cache_size() == 1
 
 
+@pytest.mark.parametrize("xp", ["jax"], indirect=True)
+def test_the_core_runs_jitted_in_these_tests_under_jax(xp):
+    import jax
+
+    traced, x = [], xp.asarray([1.0, 2.0])
+
+    class Kernels(core.Kernels):
+        def whiten(self, leaf, grad, *rest):
+            traced.append(isinstance(grad, jax.core.Tracer))
+            return super().whiten(leaf, grad, *rest)
+
+    method = core.Method(core.Config(), kernels=Kernels(xp))
+    state = method.init([x])
+    for _ in range(3):
+        _, state = method.step(state, [x], [x])
+    assert traced == [True]  # once, for all three steps
+    method.direction(state, [x])
+    method.observe(state, [x], [x])
+    assert traced == [True] * 3
+
+
 @pytest.mark.slow_on("array_api_strict")
 @pytest.mark.parametrize("name", ["default", "fit", "paper", "formulas"])
 @given(rng=generators, faults=schedules(20))
@@ -234,7 +255,7 @@ def test_leaf_that_never_has_a_gradient_is_as_if_it_were_not_there(xp, name, rng
         leaves, grads = (split(part, shapes, xp) for part in (x, gradient(t, x)))
         update, state = core.Method(config).step(state, leaves, [None, grads[1]])
         assert update[0] is None
-        assert relative(to_numpy(update[1]), expected) < 1e-7
+        assert relative(to_numpy(update[1]), expected) < 1e-6
         x[6:] -= 0.1 * to_numpy(update[1])
     assert np.all(to_numpy(state.history[0]) == 0)
 

@@ -152,23 +152,21 @@ def test_kernels_on_the_gpu_are_the_plain_ones_on_the_cpu(library, size, power, 
         own, grad, *means, root = send(history.copy()), *(send(x.copy()) for x in values)
         means, squares = Means(*means), root**2
         half, true, slot = send(np.asarray(0.5)), send(np.asarray(True)), send(np.asarray([1]))
-        roots = [PRECONDITIONERS["none"]] * 2
+        root = PRECONDITIONERS["none"]
         if power is not None:
-            roots = [DiagonalRoot(squares, own, send(np.asarray(1e-3)), power / 4) for own in (half, None)]
-        leaf, known = (Leaf(0, dtype, own, means, root) for root in roots)
-        weights = send(np.linspace(-1, 1, 4)), half
-        white, sums = kernels.whiten(leaf, grad, means.grads, half)
-        pushed = kernels.push_next(known, slot, (half, half, half), (true, true), grad)
-        pair = kernels.next_products(known, true)
-        z = grad if white is None else white
-        directed = kernels.direct(known, grad, None if white is None else z, weights, true)
+            root = DiagonalRoot(squares, half, send(np.asarray(1e-3)), power / 4)
+        leaf, weights = Leaf(0, dtype, own, means, root), (send(np.linspace(-1, 1, 4)), half)
+        root, sums = kernels.whiten(leaf, grad, means.grads, half)
+        leaf = leaf._replace(root=root.update(kernels, grad, true))
+        pushed = kernels.push_next(leaf, slot, (half, half, half), (true, true), grad)
+        pair = kernels.next_products(leaf, true)
+        directed = kernels.direct(leaf, grad, weights, true)
         end = StepEnd(half, half, 0.9, 0.1, nesterov=True)
         ended = kernels.apply(means.prev_params, grad, means.prev_grads, end, true)
         averaged = kernels.average(means.params, grad, half, true)
-        squared = kernels.average(squares, grad, half, true, squared=True)
         turned = kernels.rotate(means.params, means.grads, true, restart=True)
         product = sum(part.sy * part.s_scale * part.y_scale for part in pair)
-        kinds = [*sums, *pushed, product, *directed, *ended, averaged, squared, *turned]
+        kinds = [*sums, *pushed, product, *directed, *ended, averaged, *leaf.root.arrays.values(), *turned]
         results.append([fetch(x) for x in kinds])
     for expected, result in zip(*results, strict=True):
         np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-9 * size**0.5)

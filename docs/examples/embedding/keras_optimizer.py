@@ -66,33 +66,18 @@ class MLBFGS(keras.optimizers.Optimizer):
         super().build(variables)
         # Leaves may be abstract: only their shape and dtype are needed.
         start = core.Method(self.config).init(variables, xp=np)
-        self._arrays = tuple(
-            (name, tuple(self._variable(name, array) for array in own))
+        arrays = {
+            name: tuple(self._variable(name, array) for array in own)
             for name, own in adapter.leaf_arrays(start).items()
-        )
-        self._numbers = tuple(
-            (name, self._variable(name, own)) for name, own in adapter.coefficients(start).items()
-        )
+        }
+        numbers = {name: self._variable(name, own) for name, own in adapter.coefficients(start).items()}
+        self._state = adapter.with_leaf_arrays(start, arrays)._replace(**numbers)
         self._velocities = self.add_optimizer_variables(variables, "momentum") if self.momentum else []
 
     def _variable(self, name: str, array: np.ndarray) -> keras.Variable:
         return self.add_variable(
             array.shape, lambda shape, dtype: ops.convert_to_tensor(array, dtype), str(array.dtype), name=name
         )
-
-    def _read(self) -> core.State:
-        numbers = {name: variable.value for name, variable in self._numbers}
-        arrays = {name: tuple(variable.value for variable in own) for name, own in self._arrays}
-        state = core.State(**{**dict.fromkeys(core.State._fields, ()), **numbers})
-        return adapter.with_leaf_arrays(state, arrays)
-
-    def _write(self, state: core.State) -> None:
-        arrays, numbers = adapter.leaf_arrays(state), adapter.coefficients(state)
-        for name, own in self._arrays:
-            for variable, value in zip(own, arrays[name], strict=True):
-                _keep(variable, value)
-        for name, variable in self._numbers:
-            _keep(variable, numbers[name])
 
     def _apply_weight_decay(self, variables: list[keras.Variable]) -> None:
         """Does nothing yet: gradients belong to the parameters as they were before the decay."""
@@ -107,13 +92,15 @@ class MLBFGS(keras.optimizers.Optimizer):
             for variable, grad in zip(trainable_variables, grads, strict=True)
         }
         updates, state = core.Method(self.config).step(
-            self._read(),
+            keras.tree.map_structure(lambda variable: variable.value, self._state),
             [ops.stop_gradient(variable.value) for variable in self._trainable_variables],
             [given.get(index) for index in range(len(self._trainable_variables))],
             when_check=_if,
             when_due=_if,
         )
-        self._write(state)
+        # Keras has put a dict of its own in the place of the state's.
+        for own, value in zip(keras.tree.flatten(self._state), keras.tree.flatten(state), strict=True):
+            _keep(own, value)
         for variable in trainable_variables:
             index = self._get_variable_index(variable)
             self._move(variable, updates[index], index, learning_rate, state.accepted)
