@@ -102,10 +102,6 @@ class TorchKernels(core.Kernels):
         """``x - y``."""
         return torch.sub(x, y, out=self.buffer("difference", x, x.dtype))
 
-    def lerp(self, start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-        """``start + weight * (end - start)`` with a 0-d weight."""
-        return torch.lerp(start, end, weight)
-
     def diagonal(
         self,
         v: Tensor,
