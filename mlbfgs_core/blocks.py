@@ -28,7 +28,7 @@ def partition(names: Sequence[str], blocks: BlockSpec = "all") -> Blocks:
     Returns
     -------
     tuple of tuples of int
-        The indices of each block's leaves, blocks in the order of their first leaf.
+        The indices of each block's leaves; blocks are in the order of their first leaf.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def _labeller(names: Sequence[str], blocks: BlockSpec) -> Callable[[str], Hashab
 
 
 def one_block(count: int) -> Blocks:
-    """All of `count` leaves in one block."""
+    """All `count` leaves in one block."""
     return (tuple(range(count)),)
 
 

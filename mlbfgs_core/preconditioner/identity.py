@@ -34,7 +34,7 @@ class Identity:
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """None."""
+        """There are none."""
         return {}
 
     @property
