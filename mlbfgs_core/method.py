@@ -273,7 +273,6 @@ class Method:
         -----
         ``H = R^T (gamma I + B^T C B) R``: reads the history twice. The figures of `d` come from
         coefficients: ``d.g = gamma |z|^2 + b.c``, and without a preconditioner
-
         ``|d|^2 = gamma^2 |g|^2 + 2 gamma b.c + c.G c``.
 
         References

@@ -115,7 +115,6 @@ def observe(
     """Add parameters and gradients to averages and preconditioner; at a check, ask whether a pair is due.
 
     The observation that is returned holds the updated roots.
-
     """
     config, xp, keep = call.config, call.xp, seen.finite
     one, kept = xp.astype(keep, xp.int32), call.kernels.to_leaf(keep)

@@ -114,7 +114,6 @@ class Preconditioner(Protocol):
             Of the leaf's averages.
         weight : 0-d array or None
             The weight of this step's gradient in running means of squares; None if it has been added already.
-
         floor : 0-d array
             What is added to mean squares, so that `R` is defined where gradients have always been zero.
         """
