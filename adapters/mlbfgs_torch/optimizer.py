@@ -53,7 +53,7 @@ class MLBFGS(Optimizer):
         whatever their `lr`; groups with other settings stand alone.
     lr : float or tensor, optional
         Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``; by
-        default 1e-3, with another `step_length` 0.1. A group without its own `lr` takes this one.
+        default 1e-3, or 0.1 with another `step_length`. A group without its own `lr` takes this one.
     momentum : float, optional
         Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
     weight_decay : float
