@@ -47,7 +47,7 @@ BENCHMARKS = {
     "step_cost": (
         "jax,torch",
         "benchmark",
-        "time a step beside its floor, PyTorch's optimizers and optax's",
+        "time a step next to its floor, PyTorch's optimizers and optax's",
     ),
     "array_steps": ("numpy", "benchmark", "time a step in NumPy, or in CuPy with --device cuda"),
     "fit": ("numpy", "benchmark", 'run preset="fit" at constant rates, with and without noise'),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 __all__ = ["BlockSpec", "Blocks", "one_block", "partition", "validate_blocks"]
 
 Blocks = tuple[tuple[int, ...], ...]
-"""For each block the indices of its leaves; every leaf stands in exactly one block."""
+"""The indices of each block's leaves; every leaf is in exactly one block."""
 
 BlockSpec = str | Callable[[str], Hashable]
 """How to form blocks: "all", "layer", "parameter", or a function from a leaf's name to a label."""

@@ -286,7 +286,7 @@ class Kernels:
         return history, xp.concat(products)
 
     def rotate(self, now: Array, before: Array, turn: Array, *, restart: bool) -> tuple[Array, Array]:
-        """Where `turn` (0-d): an average becomes the previous one and, with `restart`, starts again at zero.
+        """If `turn` (0-d), an average becomes the previous one and, with `restart`, starts again at zero.
         Consumes both; moves 4 values."""
         xp = self.leaf_xp
         for tile in self.tiles(now):

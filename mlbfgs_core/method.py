@@ -147,7 +147,7 @@ class Method:
         Notes
         -----
         Reads ``2 m + 1`` values per parameter, one more for the diagonal preconditioner, one for an adaptive
-        schedule and three for ``step_length="clip"``. Reduces as many numbers for each block.
+        schedule and three for ``step_length="clip"``; reduces the same count of numbers for each block.
 
         Examples
         --------

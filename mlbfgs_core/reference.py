@@ -57,7 +57,7 @@ class _Block:
     """Observations on which the previous window's averages rest."""
     pairs: list[tuple[Vector, Vector]] = field(default_factory=list, init=False)
     noise: list[list[float]] = field(default_factory=list, init=False)
-    """For each stored pair the projections of the gradients on `s` since it was stored."""
+    """The projections of the gradients on the `s` of each stored pair, since it was stored."""
     mean_square: Any = field(default=0.0, init=False)
 
 

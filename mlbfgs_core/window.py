@@ -71,7 +71,7 @@ def average(
 
 
 def turn_window(call: Call, state: State, due: Array) -> State:
-    """Where due: this window's averages and counts become the previous ones."""
+    """Where due, make this window's averages and counts the previous ones."""
     xp, kernels, restart = call.xp, call.kernels, call.config.beta is None
     turned = due & (state.leaf_window > 0)
     turn = [kernels.to_leaf(turned[leaf]) for leaf in range(len(state.mean_params))]

@@ -58,7 +58,7 @@ class Cuda:
     """CuPy arrays on one device."""
 
     small = 2**23
-    """As for `Host`."""
+    """The same limit as in `Host`, larger on a GPU."""
 
     def __init__(self, number: int) -> None:
         import array_api_compat.cupy

@@ -30,7 +30,7 @@ class Loaded(NamedTuple):
     config: core.Config
     numbers: dict[str, Any]
     parts: list[tuple[core.State, Sequence[Array] | None, Groups]]
-    """For each unit what `Unit.restore` takes."""
+    """What `Unit.restore` takes, for each unit."""
 
 
 def check_shapes(argument: str, new: core.Config, units: Sequence[Unit]) -> None:
@@ -129,7 +129,7 @@ def _part(
     }
     once = sorted(name for leaf in leaves for name in leaf) == sorted(unit.names)
     if not once or any(len({kind[name] for name in leaf}) != 1 for leaf in leaves):
-        rule = "hold each parameter once, with others of its block and dtype,"
+        rule = "hold each parameter once, beside others of its block and dtype,"
         msg = f"`state_dict` must {rule} in 'unit{number}/leaves', got {leaves}"
         raise ValueError(msg)
     numbers: dict[str, Any] = {}

@@ -33,7 +33,7 @@ class Member(NamedTuple):
     name: str
     array: Array
     shape: tuple[int, ...]
-    """Of the real values: a complex parameter has a last axis of 2."""
+    """Shape of the real values: a complex parameter has a last axis of 2."""
     order: tuple[int, ...]
     """Axes from the largest stride to the smallest."""
     inverse: tuple[int, ...]
@@ -45,7 +45,7 @@ class Member(NamedTuple):
     size: int
     """Number of real values."""
     given: tuple[tuple[int, ...], tuple[int, ...], Any]
-    """Shape, strides and dtype of the parameter when it was handed over."""
+    """Shape, strides and dtype of the parameter when it was given."""
 
     @property
     def like(self) -> Like:

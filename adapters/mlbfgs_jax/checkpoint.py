@@ -94,9 +94,8 @@ def load_state(
     ----------
     path : path-like
     params, state : trees
-        Of the run that is to be resumed, such as ``params, tx.init(params)``, which give structure, shapes,
-        dtypes and placement. May be abstract (``jax.eval_shape(tx.init, params)``), with shardings or
-        without.
+        The run to be resumed, such as ``params, tx.init(params)``: they give structure, shapes, dtypes and
+        placement. They may be abstract (``jax.eval_shape(tx.init, params)``), with shardings or without.
     blocks : {"all", "layer", "parameter"} or callable
         As given to `mlbfgs`.
 

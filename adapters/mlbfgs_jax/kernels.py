@@ -26,7 +26,7 @@ class JaxKernels(core.Kernels):
         super().__init__(jnp)
 
     def device(self, x: Any) -> Any:
-        """Where coefficients that belong to an array lie: on all devices of its mesh, or on its own."""
+        """The place of coefficients that belong to an array: all devices of its mesh, or its own device."""
         if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or not x.committed:
             return None
         if isinstance(x.sharding, NamedSharding):

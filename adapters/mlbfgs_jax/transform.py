@@ -385,7 +385,7 @@ class _Tree(NamedTuple):
     treedef: Any
     names: list[str]
     given: list[Any]
-    """As the user has them."""
+    """The leaves as the user has them."""
     leaves: list[Any]
     blocks: adapter.Blocks | None
 

@@ -1,4 +1,4 @@
-"""What users give: checked before anything is changed."""
+"""Checks of what users give, before anything is changed."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def check_entry(entry: Any, param: Tensor, name: str) -> None:
     together = set(_TOGETHER) if arrays and set(_TOGETHER) & set(arrays) else set()
     if missing := [part for part in (*_TOGETHER, *ROWS) if part in {*together, *ROWS} - entry.keys()]:
         told = arrays[0] if arrays else ROWS[0]
-        msg = f"`state_dict` must hold {missing[0]!r} with a {told!r}, got {sorted(entry)} for {name!r}"
+        msg = f"`state_dict` must hold {missing[0]!r} beside a {told!r}, got {sorted(entry)} for {name!r}"
         raise ValueError(msg)
     for part, width in widths(history_size_of(entry)).items():
         got = tuple(torch.as_tensor(entry[part]).shape)

@@ -132,10 +132,9 @@ def bind(
 ) -> Bound:
     """Gather the core's state from the parameters' dictionaries, and make these views of it.
 
-    A parameter without memory gets an empty one and joins its block. Coefficients, of which all
-    parameters of a block or of the whole carry a copy, are taken from the first that has them. Blocks are
-    labelled from `first_label` on, so that `forget_misfits` recognizes them; `sizes` are their numbers of
-    values.
+    A parameter without memory gets an empty one and joins its block. Every parameter carries the coefficients
+    of its block and of the whole; they are taken from the first that has them. Blocks are labelled from
+    `first_label` on, so that `forget_misfits` recognizes them; `sizes` are their numbers of values.
 
     If other processes own some of the parameters, `absent` are empty leaves that stand for theirs, after
     `leaves`, and `known` are the coefficients.
@@ -243,7 +242,7 @@ def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: 
 
 
 def _change(config: core.Config, member: Member, entry: dict[str, Any]) -> str | None:
-    """What keeps a parameter's memory from being continued."""
+    """The reason why a parameter's memory cannot be continued, or None."""
     like = torch.empty(member.shape, dtype=as_real(member.values.detach()).dtype, device="meta")
     wanted = {own.name: own for own in layout(config, [like], ((0,),)) if own.leaf is not None}
     held = {name: local(entry[name]) for name in LEAF_NAMES if name in entry}

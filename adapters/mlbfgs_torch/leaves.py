@@ -38,11 +38,11 @@ class Member:
     param: Tensor
     group: dict[str, Any]
     share: float
-    """What part of its inner products this process adds to the sums over all."""
+    """The part of its inner products that this process adds to the sums over all processes."""
     sharded: bool
     """Whether it is a `DTensor`: asked once, since asking takes time in each step."""
     shape: tuple[int, ...]
-    """Of this process's real values: a complex parameter has a last axis of 2."""
+    """Shape of this process's real values: a complex parameter has a last axis of 2."""
     order: tuple[int, ...]
     """Axes from the largest stride to the smallest."""
     lazy: bool
@@ -148,7 +148,7 @@ class Leaf(FlatLeaf[Member]):
 
     @property
     def share(self) -> float:
-        """What part of its inner products this process adds."""
+        """The part of its inner products that this process adds."""
         return self.members[0].share
 
     def params(self) -> list[Tensor]:
@@ -242,7 +242,7 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """With a last axis of length 2 where the tensor is complex: a view, except of a tensor that PyTorch
+    """The tensor with a last axis of length 2 if it is complex: a view, except of a tensor that PyTorch
     conjugates or negates when it is read."""
     tensor = tensor.resolve_conj().resolve_neg()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

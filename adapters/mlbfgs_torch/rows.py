@@ -46,7 +46,7 @@ class _Field(NamedTuple):
     flag: bool
 
     def read(self, rows: Array) -> Array:
-        """Its values from one row, or from several along the first axis."""
+        """The field's values from one row, or from several along the first axis."""
         part = rows[..., self.columns]
         part = part.reshape((*part.shape[:-1], *self.shape)) if self.shape else part[..., 0]
         return part != 0 if self.flag else part
@@ -103,7 +103,7 @@ def is_known(entry: Mapping[str, Any]) -> bool:
 
 
 def history_size_of(entry: Mapping[str, Any]) -> int:
-    """For how many pairs there is room in a parameter's dictionary."""
+    """The number of pairs for which a parameter's dictionary has room."""
     return entry["history"].shape[1] if "history" in entry else 0
 
 

@@ -1,4 +1,4 @@
-"""Parameters of which this process holds a part: `DTensor` (FSDP2, HSDP, tensor parallel)."""
+"""Parameters that are sharded over processes: `DTensor` (FSDP2, HSDP, tensor parallel)."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def shard_group(params: Sequence[Tensor]) -> Group | None:
 
 
 def share(param: Tensor, group: Group | None) -> float:
-    """What part of a parameter's inner products this process adds to the group's: the first of all processes
-    that hold a copy of the same values adds them."""
+    """The part of a parameter's inner products that this process adds to the group's: the first of all
+    processes that hold a copy of the same values adds them."""
     if group is None:
         return 1.0
     first = dist.get_global_rank(group, 0)

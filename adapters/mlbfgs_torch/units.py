@@ -63,7 +63,7 @@ class Partition(NamedTuple):
     @property
     def absent(self) -> list[Tensor]:
         """Empty leaves that stand for those of other owners: one whose gradient is always missing, one
-        whose gradient never is, and one for each block of which this process owns nothing."""
+        whose gradient never is missing, and one for each block in which this process owns nothing."""
         if self.dtype is None:
             return []
         count = 2 + sum(not block for block in self.blocks)

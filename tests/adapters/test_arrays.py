@@ -702,7 +702,7 @@ def changed(**entries):
         (changed(**{"unit0/leaves": '[["scale"]]'}), "must hold each parameter once"),
         (
             changed(**{"unit0/leaves": '[["scale", "hidden.weight"], ["hidden.bias", "none"]]'}),
-            "with others of its block",
+            "beside others of its block",
         ),
         (changed(**{"unit0/leaves": "[3]"}), "must hold lists of names as 'unit0/leaves'"),
         (changed(settings="{"), "must hold valid 'settings', got '{'"),

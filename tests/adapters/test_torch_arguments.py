@@ -268,10 +268,10 @@ BAD = {
     "a list of momentum": ({"momentum_buffer": [1.0]}, "tensor as 'momentum_buffer' of 'w1', got list"),
     "a string": ({"coefficients": "1"}, "must hold a tensor as 'coefficients' of 'w1', got str"),
     "an int": ({"counters": 1}, "must hold a tensor as 'counters' of 'w1', got int"),
-    "history alone": (lambda entry: {"history": entry["history"]}, "hold 'mean_params' with a 'history'"),
+    "history alone": (lambda entry: {"history": entry["history"]}, "hold 'mean_params' beside a 'history'"),
     "no counters": (
         lambda entry: {name: entry[name] for name in entry if name != "counters"},
-        "hold 'counters' with a 'history'",
+        "hold 'counters' beside a 'history'",
     ),
     "another shape": (
         {"momentum_buffer": torch.ones(3)},
