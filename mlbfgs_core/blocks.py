@@ -90,7 +90,7 @@ def one_block(count: int) -> Blocks:
 
 
 def validate_blocks(blocks: Blocks, count: int) -> None:
-    """Raise ValueError unless each of `count` leaves stands in exactly one non-empty block."""
+    """Raise ValueError unless each of `count` leaves is in exactly one non-empty block."""
     indices = sorted(index for block in blocks for index in block)
     if indices != list(range(count)) or not all(blocks):
         rule = f"must hold each leaf index 0..{count - 1} exactly once in non-empty blocks"

@@ -43,7 +43,7 @@ def direction(call: Call, state: State, seen: Observation) -> tuple[list[Array |
     norm_square = xp.maximum(part**2 * square + 2.0 * part * bc + cgc, xp.zeros_like(square))
     norm = xp.sqrt(xp.sum(norm_square))
 
-    # The coefficients give the norm of all of ``H' z``: is it also the norm of the update?
+    # The coefficients give the norm of the whole ``H' z``: is it also the norm of the update?
     whole = all(grad is not None for grad in seen.grads)
     exact = whole and call.preconditioner.isometric
     # The update has unit length in these coordinates first, so that nothing overflows outside of them.

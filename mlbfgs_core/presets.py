@@ -99,7 +99,7 @@ def preset_nesterov(preset: str | None) -> bool:
 
 
 def default_rate(step_length: str) -> float:
-    """Learning rate of an optimizer that is given none: 1e-3 for "rms", else 0.1.
+    """The default learning rate of an optimizer: 1e-3 for "rms", else 0.1.
 
     Examples
     --------

@@ -57,7 +57,7 @@ def save_state(path: StrPath, snapshots: Sequence[Snapshot]) -> None:
     Parameters
     ----------
     path : path-like
-        A file; one that exists is replaced once the new one is whole and on the disk.
+        A file; an existing one is replaced once the new one is complete and on the disk.
     snapshots : sequence of Snapshot
         Their arrays must be such that `numpy.asarray` takes them.
 

@@ -31,7 +31,7 @@ class MLBFGS:
         Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``; by
         default 1e-3, or 0.1 with another `step_length`.
     momentum : float, optional
-        Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
+        Momentum on the direction; by default the preset's: 0 for "lbfgs" and "fit", else 0.9.
     weight_decay : float
         Parameters shrink by ``lr * weight_decay`` per step, as in AdamW.
     preset : {"default", "paper", "formulas", "lbfgs", "fit"} or None

@@ -221,7 +221,7 @@ def _place(leaf: Any) -> Sharding | None:
         return sharding
     if jax.sharding.get_abstract_mesh().empty:
         return None
-    # `jax.eval_shape` tells the names of the axes, `jax.set_mesh` the devices.
+    # `jax.eval_shape` gives the names of the axes, `jax.set_mesh` the devices.
     known = jnp.zeros((), device=NamedSharding(sharding.mesh, PartitionSpec())).sharding
     return NamedSharding(known.mesh, sharding.spec)
 

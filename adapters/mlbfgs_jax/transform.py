@@ -71,9 +71,9 @@ def scale_by_mlbfgs(
         path in the tree, joined by dots ("params.Dense_0.kernel").
     axis_name : str or tuple of str, optional
         For `update` inside `jax.shard_map`: the axes over which parameters are sharded; inner products are
-        summed over them. A parameter that is replicated over some of them counts once. Not for axes over
-        which all parameters are replicated and their gradients already summed, and not under `jit`, which
-        knows the shardings.
+        summed over them. A parameter that is replicated over some of them counts once. Leave out axes over
+        which all parameters are replicated and their gradients already summed. Under `jit`, which knows
+        the shardings, give none.
 
     Returns
     -------
@@ -218,7 +218,7 @@ def mlbfgs(
         Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``: about
         1e-3, as for `optax.adam`.
     momentum : float, optional
-        Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
+        Momentum on the direction; by default the preset's: 0 for "lbfgs" and "fit", else 0.9.
     weight_decay : float or schedule
         Parameters shrink by ``learning_rate * weight_decay`` per step, as in `optax.adamw`.
     preset, blocks, axis_name

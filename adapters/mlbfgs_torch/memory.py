@@ -1,4 +1,4 @@
-"""Where parameters lie: each needs memory of its own, since a step reads all of them and then writes."""
+"""Where parameters lie: each needs memory of its own, since a step reads all of them before it writes."""
 
 from __future__ import annotations
 

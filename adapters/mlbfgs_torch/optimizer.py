@@ -55,7 +55,7 @@ class MLBFGS(Optimizer):
         Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``; by
         default 1e-3, or 0.1 with another `step_length`. A group without its own `lr` takes this one.
     momentum : float, optional
-        Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
+        Momentum on the direction; by default the preset's: 0 for "lbfgs" and "fit", else 0.9.
     weight_decay : float
         Parameters shrink by ``lr * weight_decay`` per step, as in AdamW; see `decoupled_weight_decay`.
     blocks : {"all", "layer", "parameter"} or callable
@@ -285,7 +285,8 @@ class MLBFGS(Optimizer):
         Notes
         -----
         Tensors are the optimizer's own, except those that share their memory with others or lie in another
-        order, which are copied: the history of small parameters, all of small shards and channels-last ones.
+        order, which are copied: the history of small parameters, and every tensor of small shards and of
+        channels-last parameters.
         """
         for group in self.param_groups:
             make_plain(group)

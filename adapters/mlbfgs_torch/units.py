@@ -127,7 +127,7 @@ class Unit:
 
     @property
     def state(self) -> core.State:
-        """The core's state, all of it tensors."""
+        """The core's state, as tensors."""
         return self._bound.state
 
     @property
