@@ -17,7 +17,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
-# A session imports a small part of what it installs: that is compiled when it is first imported, and kept.
+# A session imports only a small part of what it installs; that part is compiled when it is first imported.
 OPTIONS = ("--no-compile", "-c", str(ROOT / "constraints.txt"))
 # Each worker computes on one core, so that the workers do not wait for one another; and JAX takes longer to
 # compile what a test runs than to run it.
@@ -26,16 +26,16 @@ ONE_CORE = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
     "JAX_PLATFORMS": "cpu",
 }
-# With these a step compiles in a quarter of the time. Versions of JAX other than ours may not know the flag.
+# With these flags a step compiles in a quarter of the time. Other versions of JAX may not know the last one.
 OLD_EMITTERS = f"{ONE_CORE['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false"
-# On a busy machine they wait long for one another, which JAX takes for a deadlock after less than a minute.
+# A device may wait long for another on a busy machine; JAX takes that for a deadlock in less than a minute.
 EIGHT_DEVICES = (
     f"{ONE_CORE['XLA_FLAGS']} --xla_force_host_platform_device_count=8 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 # What users of each backend install; the tests say themselves which backends they need.
 BACKENDS = {"numpy": "numpy", "array_api_strict": "numpy", "torch": "torch", "jax": "jax"}
-# The modules of `benchmarks`: extras, dependency group, what they do.
+# The modules of `benchmarks`, each with its extras, its dependency group, and what it does.
 BENCHMARKS = {
     "demo": ("torch", "demo", "train on noisy quadratics and handwritten digits; figures go to demo-output"),
     "tasks": (
@@ -47,7 +47,7 @@ BENCHMARKS = {
     "step_cost": (
         "jax,torch",
         "benchmark",
-        "time a step beside its floor, PyTorch's optimizers and optax's",
+        "time a step next to its floor, PyTorch's optimizers and optax's",
     ),
     "array_steps": ("numpy", "benchmark", "time a step in NumPy, or in CuPy with --device cuda"),
     "fit": ("numpy", "benchmark", 'run preset="fit" at constant rates, with and without noise'),
@@ -71,7 +71,7 @@ def install(session: nox.Session, *packages: str, groups: tuple[str, ...] = ()) 
 
 
 def pytest(session: nox.Session, *arguments: str, **env: str) -> None:
-    """Run pytest with the session's own arguments after these, on one core a worker."""
+    """Run pytest with these arguments and then the session's, one core per worker."""
     session.run("pytest", *arguments, *session.posargs, env={**ONE_CORE, **env})
 
 
@@ -106,12 +106,12 @@ def slow(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """Test the benchmarks, and what the documentation claims with their help."""
     install(session, "-e", ".[jax,scipy,torch]", groups=("test", "tasks"))
-    # A file to a worker, since tests of a file share what they have trained.
+    # Each file goes to one worker, since tests of a file share what they have trained.
     pytest(session, "-n", "auto", "--dist", "loadfile", "tests/benchmarks", **compiled_once(session))
 
 
 def declared(*lines: str) -> Iterator[Requirement]:
-    """Requirements as pyproject.toml declares them; those on the package itself are of its extras."""
+    """Requirements as pyproject.toml declares them; one on the package itself stands for its extras."""
     for requirement in map(Requirement, lines):
         if requirement.name != PROJECT["project"]["name"]:
             yield requirement
@@ -185,7 +185,7 @@ def embedding(session: nox.Session) -> None:
 
 @nox.session
 def reliability(session: nox.Session) -> None:
-    """Kill runs, fill disks, and run for long."""
+    """Kill runs, fill disks, and train for a long time."""
     install(session, "-e", ".[jax,scipy,torch]", groups=("test",))
     pytest(session, "-n", "auto", "tests/reliability")
 
@@ -194,7 +194,7 @@ def reliability(session: nox.Session) -> None:
 def distributed(session: nox.Session) -> None:
     """Train on up to four processes, and on eight virtual devices, as one process does; run the examples."""
     install(session, "-e", ".[jax,torch]", groups=("distributed",))
-    # A file to a worker, since tests of a file share what JAX has compiled and what an example has left.
+    # Each file goes to one worker, since tests of a file share what JAX has compiled and what examples wrote.
     pytest(session, "-n", "auto", "--dist", "loadfile", "tests/distributed", XLA_FLAGS=EIGHT_DEVICES)
 
 

@@ -1,7 +1,7 @@
 """mL-BFGS: momentum-averaged curvature pairs, written once against the array API standard.
 
 `Method` holds the verbs, pure functions over a state, for NumPy, CuPy, PyTorch, JAX and any other array API
-namespace. `mlbfgs_core.adapter` is the face for those who write an adapter.
+namespace. `mlbfgs_core.adapter` is the interface for those who write an adapter.
 
 References
 ----------

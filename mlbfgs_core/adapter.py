@@ -1,4 +1,4 @@
-"""The face for those who write an adapter: what lies between a framework's parameters and `Method`."""
+"""The interface for those who write an adapter: what lies between a framework's parameters and `Method`."""
 
 from .blocks import Blocks, BlockSpec, one_block, validate_blocks
 from .call import When

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 __all__ = ["BlockSpec", "Blocks", "one_block", "partition", "validate_blocks"]
 
 Blocks = tuple[tuple[int, ...], ...]
-"""For each block the indices of its leaves; every leaf stands in exactly one block."""
+"""The indices of each block's leaves; every leaf is in exactly one block."""
 
 BlockSpec = str | Callable[[str], Hashable]
 """How to form blocks: "all", "layer", "parameter", or a function from a leaf's name to a label."""
@@ -28,7 +28,7 @@ def partition(names: Sequence[str], blocks: BlockSpec = "all") -> Blocks:
     Returns
     -------
     tuple of tuples of int
-        The indices of each block's leaves, blocks in the order of their first leaf.
+        The indices of each block's leaves; blocks are in the order of their first leaf.
 
     Raises
     ------
@@ -85,12 +85,12 @@ def _labeller(names: Sequence[str], blocks: BlockSpec) -> Callable[[str], Hashab
 
 
 def one_block(count: int) -> Blocks:
-    """All of `count` leaves in one block."""
+    """All `count` leaves in one block."""
     return (tuple(range(count)),)
 
 
 def validate_blocks(blocks: Blocks, count: int) -> None:
-    """Raise ValueError unless each of `count` leaves stands in exactly one non-empty block."""
+    """Raise ValueError unless each of `count` leaves is in exactly one non-empty block."""
     indices = sorted(index for block in blocks for index in block)
     if indices != list(range(count)) or not all(blocks):
         rule = f"must hold each leaf index 0..{count - 1} exactly once in non-empty blocks"

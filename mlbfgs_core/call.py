@@ -1,4 +1,4 @@
-"""What one call of a verb works with: settings, partition, kernels and reduction."""
+"""What one call of a verb of `Method` works with: settings, partition, kernels and reduction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = Any
 Reduce = Callable[[Array], Array]
 """Sums an array of coefficients over all shards."""
 When = bool | Callable[[Array, Callable[[Any], Any], Any], Any] | None
-"""Who decides whether a masked part runs. None: it always runs, and its results are masked. A bool:
+"""What decides whether a masked part runs. None: it always runs, and its results are masked. A bool:
 the host knows. A function ``(predicate, part, operand) -> result``, such as a wrapper of
 ``jax.lax.cond``: it decides on the device."""
 
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     shares: Sequence[float] | None
     xp: Any
     dtype: Any
-    """Of coefficients."""
+    """The dtype of coefficients."""
 
     def scalar(self, value: Array, dtype: Any) -> Array:
         """A coefficient as the kernels take it, in a leaf's dtype."""
@@ -73,7 +73,7 @@ class Call(NamedTuple):
         return Leaf(number, dtype, state.history[number], means, root)
 
     def roots(self, state: State, dtypes: Sequence[Any], weights: Array | None = None) -> list[Any]:
-        """`R` of each leaf whose dtype is given; with `weights` (L,) gradients are to enter it."""
+        """`R` of each leaf whose dtype is given; with `weights` (L,), gradients are still to be added."""
         preconditioner, kernels = self.preconditioner, self.kernels
         floors = state.mean_square * MEAN_SQUARE_FLOOR
         roots: list[Root | None] = [None] * len(dtypes)
@@ -92,13 +92,13 @@ class Call(NamedTuple):
         return roots
 
     def shared(self, part: Array, leaf: int) -> Array:
-        """What this shard adds of a leaf's inner products; a share of 0 keeps what is not finite."""
+        """This shard's part of a leaf's inner products; NaN and infinity remain visible with a share of 0."""
         if self.shares is None or self.shares[leaf] == 1.0:
             return part
         return part * self.shares[leaf]
 
     def block_sums(self, parts: Sequence[Array | None]) -> Array:
-        """Sum each block's parts (None: nothing) of shape (K,) or (): (B, K) or (B,)."""
+        """The sum of each block's parts, of shape (K,) or (), as (B, K) or (B,); None adds nothing."""
         convert, dtype = self.kernels.to_coefficients, self.dtype
         like = convert(next(part for part in parts if part is not None), dtype)
         sums = []
@@ -113,7 +113,7 @@ class Call(NamedTuple):
 
 
 def stack(parts: Sequence[Array], xp: Any) -> Array:
-    """Along a new first axis; cheaper than `xp.stack` for numbers and for a single part."""
+    """Stack along a new first axis; cheaper than `xp.stack` for numbers and for a single part."""
     rows = [part[None, ...] for part in parts]
     return rows[0] if len(rows) == 1 else xp.concat(rows)
 
@@ -128,5 +128,5 @@ def run_if(when: When, predicate: Array, part: Callable[[Any], Any], operand: An
 
 
 def identity(array: Array) -> Array:
-    """The sum over an only shard."""
+    """The sum over the only shard."""
     return array

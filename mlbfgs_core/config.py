@@ -45,9 +45,9 @@ class _Range(NamedTuple):
     open_above: bool = True
 
 
-# Ranges are tested only of Python's and NumPy's numbers, so that a traced hyperparameter passes through.
+# Only numbers of Python and NumPy are tested for their range, so that a traced hyperparameter passes through.
 _INTEGERS: Final = {"history_size": 0, "update_every": 1, "check_every": 1}
-"""With the least that each may be."""
+"""The least value of each."""
 _POSITIVE: Final = _Range("must be finite and >= 0", 0.0, math.inf)
 _FRACTION: Final = _Range("must be in [0, 1)", 0.0, 1.0)
 _PART: Final = _Range("must be in [0, 1]", 0.0, 1.0, open_above=False)
@@ -68,7 +68,7 @@ _REALS: Final = {
 
 
 class _Default:
-    """A default in a signature, which looks like its value; where it is handed back, nothing was given."""
+    """A default in a signature, which looks like its value; an argument that is one counts as not given."""
 
     def __init__(self, value: object) -> None:
         self.value = value
@@ -90,10 +90,10 @@ _RENAMED: Final = {
 
 
 def with_preset(function: _Function) -> _Function:
-    """Let a function name all settings with their defaults; those that are not given are its preset's.
+    """Let a function name all settings with their defaults; those that are not given come from its preset.
 
-    Its settings and options are keyword-only, and `preset` is one of them. Other functions may call it with
-    all defaults of its signature, as `optax.inject_hyperparams` does: these count as not given.
+    Its settings and options are keyword-only, and `preset` is one of them. Other functions may pass it all
+    defaults of its signature, as `optax.inject_hyperparams` does: these count as not given.
 
     Raises
     ------
@@ -144,18 +144,18 @@ class Config:
         no pairs, and none of their memory and cost: what is left is the preconditioned gradient with the
         control of its length.
     update_every : int
-        Steps from one curvature pair to the next, `T`: exactly with ``adaptive=False``, at the
-        latest with ``adaptive=True``. With ``T=1``, ``adaptive=False`` and ``step_length="none"`` the
+        Steps from one curvature pair to the next, `T`: exactly `T` with ``adaptive=False``, at most
+        `T` with ``adaptive=True``. With ``T=1``, ``adaptive=False`` and ``step_length="none"`` the
         very first direction is at most 1 long, as in other implementations of L-BFGS.
     adaptive : bool
         Take a pair as soon as it stands out of the gradient noise.
     check_every : int
-        Steps between two tests of whether it does; a positive test acts at the next step.
+        Steps between two tests of whether a pair does; a positive test acts at the next step.
     signal_to_noise : float
-        How many times the expected noise ``|y|^2`` must exceed.
+        The factor by which ``|y|^2`` must exceed the noise expected in it.
     noise_floor : float
-        Standard deviations of the curvature `mu` that a pair's curvature must exceed at a test,
-        and below which no stored pair's curvature lies.
+        A pair's curvature `mu` must exceed this many of its standard deviations at a test, and no
+        stored pair has less.
     beta : float or None
         Decay of the exponential moving averages of parameters and gradients. ``None``: the plain
         mean over the steps since the last pair.
@@ -169,14 +169,14 @@ class Config:
     step_length : {"rms", "unit", "clip", "none"}
         Scale the direction over all blocks to root mean square 1 over the parameters that have a gradient,
         so that one learning rate, about 1e-3, serves models of every size ("unit": to length 1), or limit
-        it to `clip_factor` times its own running length, or leave it.
+        it to `clip_factor` times its own running length ("clip"), or leave it ("none").
     clip_factor : float
         See `step_length`.
     preconditioner : {"none", "diagonal"}
-        In whose coordinates the method runs. "diagonal": the running mean square of gradients, as in Adam.
-        "none": the parameters' own, as published.
+        The coordinates in which the method runs. "diagonal": scaled by the running mean square of gradients,
+        as in Adam. "none": the parameters' own, as published.
     preconditioner_power : float
-        Power `p` of the diagonal ``(mean square gradient)^(p/2)``: 1 starts from Adam's.
+        Power `p` of the diagonal ``(mean square gradient)^(p/2)``; with 1 it is Adam's.
     preconditioner_beta : float
         Decay of the mean square gradient.
     history_dtype : str or None
@@ -195,11 +195,11 @@ class Config:
     Difference from the paper: the cosine floor, the shrinkage, the adaptive schedule, interval means, the
     fixed root mean square and the preconditioner are not in it; ``preset="paper"`` and
     ``preset="formulas"`` have none of them. The paper's formulas leave ``beta``, ``T``, the damping and the
-    step length open. "paper" takes what the three recipes have in common that the authors published with
+    step length open. "paper" takes what is common to the three recipes that the authors published with
     their code, for ResNet-18 and DeiT on CIFAR-100 and ResNet-50 on ImageNet: ``T = 50``, ``beta = 0.999``,
     damping ``(0.01, 1.5, 0.99)``, 10 pairs, a direction of length 1 over all blocks, heavy-ball momentum
     0.9 and a learning rate of 0.1. Their runs add a cosine schedule down to 1e-4 and a weight decay of 2e-4
-    (DeiT: 5e-4) as a term of the gradient; their code's second average, over the pairs, and its own form of
+    (DeiT: 5e-4) as a term of the gradient; their code's second average, over the pairs, and its variant of
     the first are left out. "formulas" leaves the direction as it is; its values of ``T``, ``beta`` and the
     damping are this library's choice.
 
@@ -265,12 +265,12 @@ class Config:
 
     @property
     def takes_pairs(self) -> bool:
-        """Whether curvature pairs are stored; without any, the base optimizer is left."""
+        """Whether curvature pairs are stored; without them only the base optimizer is left."""
         return self.history_size > 0
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether pairs are asked for by the noise of gradients."""
+        """Whether the noise of gradients decides when a pair is taken."""
         return self.adaptive and self.takes_pairs
 
     @property
@@ -280,14 +280,14 @@ class Config:
 
     @property
     def shrinks(self) -> bool:
-        """Whether noise is taken out of pairs: it is known with an adaptive schedule."""
+        """Whether noise is taken out of pairs: it is known only with an adaptive schedule."""
         whole = isinstance(self.shrinkage, (int, float)) and self.shrinkage == 1
         return self.adaptive and not whole
 
     @property
     def caps_first_step(self) -> bool:
-        """Whether a direction without pairs is shortened to length 1, since with a pair at every step there
-        is one such step only, and no scale is known for it."""
+        """Whether a direction without pairs is shortened to length 1: with a pair at every step there is only
+        one such direction, and no scale is known for it."""
         every = isinstance(self.update_every, int) and self.update_every == 1 and not self.adaptive
         return self.takes_pairs and every and self.step_length == "none"
 
@@ -318,8 +318,8 @@ SETTINGS: Final = tuple(field.name for field in fields(Config))
 
 
 def settings_of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run that an older version may have saved, under their names of today; what else there
-    is stays, except the name of a preset whose settings these are."""
+    """Saved settings, perhaps of an older version, under today's names. Other entries stay, except `preset`,
+    since the settings that it stands for are saved, too."""
     today = {name: value for name, value in settings.items() if name != "preset"}
     if "metric_power" in today:
         power = today.pop("metric_power")
@@ -330,8 +330,8 @@ def settings_of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_number(name: str, value: object, rule: str = "must be a number") -> Any:
-    """A number of Python for one of Python or NumPy (a scalar, or an array without axes); an array of
-    another library, traced or not, passes as it is.
+    """A Python number from one of Python or NumPy (a scalar, or an array without axes); an array of another
+    library, traced or not, is returned as it is.
 
     Raises
     ------
@@ -351,13 +351,13 @@ def as_number(name: str, value: object, rule: str = "must be a number") -> Any:
 
 
 def check_real(name: str, value: object) -> Any:
-    """The number that `as_number` makes of a real argument of a known name (a setting, or an optimizer's
-    rate, momentum or decay).
+    """Check a real argument by its name (a setting, or an optimizer's rate, momentum or decay), and return
+    it as `as_number` does.
 
     Raises
     ------
     TypeError, ValueError
-        No number, or one out of the argument's range; the range of another library's array is not looked at.
+        No number, or one out of the argument's range; an array of another library may have any value.
     """
     rule, low, high, open_above = _REALS[name]
     number = as_number(name, value, rule)

@@ -1,4 +1,4 @@
-"""The inverse Hessian's products, and its eigenvalues and those of the Hessian, from coefficients alone."""
+"""The inverse Hessian times a vector; and eigenvalues of it and of the Hessian, from coefficients alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def inverse_hessian(
     vectors : sequence of arrays
         The parts of the vector: one for each leaf, of its shape and of its averages' dtype.
     blocks : tuple of tuples of int, optional
-        Those of the state; by default one block of all leaves.
+        The state's blocks; by default one block of all leaves.
 
     Returns
     -------
@@ -113,7 +113,7 @@ def spectrum(state: State) -> Spectrum:
     Notes
     -----
     From coefficients alone: on the span of the rows `B`, ``gamma I + B^T C B`` has the eigenvalues of
-    ``gamma I + R C R`` with `R` the symmetric root of the Gram matrix ``B B^T``; outside it is
+    ``gamma I + S C S`` with `S` the symmetric root of the Gram matrix ``B B^T``; outside it they are
     `gamma`. The inverse is the BFGS Hessian, built by the rank-two updates of Nocedal & Wright
     eq. 6.19 in coefficient space. Cost: ``O(m^3)`` per block.
 
@@ -137,23 +137,23 @@ def curvatures(state: State | Diagnostics) -> Array:
     Parameters
     ----------
     state : State or Diagnostics
-        Of which `gram`, `middle_matrix`, `gamma`, `pairs` and `grad_scale` are read. Not consumed.
+        Only `gram`, `middle_matrix`, `gamma`, `pairs` and `grad_scale` are read. Not consumed.
 
     Returns
     -------
     (B, 2m) array
-        Eigenvalues of the inverse of `H`, in rising order, in the coordinates of the preconditioner. NaN
-        behind those that there are: a block with `k` pairs has `2 k` of them, or fewer where the pairs
-        depend on one another or the block is small, and none before its first pair. In every direction
-        outside the span the curvature is ``1 / gamma``.
+        Eigenvalues of the inverse of `H`, in ascending order, in the coordinates of the preconditioner,
+        followed by NaN: a block with `k` pairs has `2 k` of them, or fewer if the pairs depend on one
+        another or the block is small, and none before its first pair. In every direction outside the span
+        the curvature is ``1 / gamma``.
 
     Notes
     -----
-    From coefficients alone, as `spectrum`, and each from the side on which it keeps more digits: the large
+    From coefficients alone, as in `spectrum`, and each from the side on which it keeps more digits: the large
     ones from the Hessian, the small ones as reciprocals from `H`, divided at the geometric mean of the
     extremes. The relative error is then about ``eps * sqrt(condition)``. Cost: ``O(m^3)`` per block. On a GPU
-    PyTorch's eigenvalue routines wait for the device (see `torch.linalg.eigh`); give them a copy of the
-    record on the host where that must not be.
+    PyTorch's eigenvalue routines wait for the device (see `torch.linalg.eigh`); where that must not happen,
+    pass a copy of the record on the host.
 
     References
     ----------
@@ -174,7 +174,7 @@ def curvatures(state: State | Diagnostics) -> Array:
     array([[ 4., nan]])
     """
     xp = array_namespace(state.gamma)
-    # A record tells gamma in the user's units, the state in those of its gradients.
+    # A record holds gamma in the user's units, the state in the units of its gradients.
     gamma = state.gamma if isinstance(state, State) else state.gamma / state.grad_scale
     if state.gram.shape[-1] == 0:
         return xp.zeros_like(state.gram[:, 0, :])
@@ -190,7 +190,7 @@ def curvatures(state: State | Diagnostics) -> Array:
     top = xp.sum(xp.where(last, above, 0.0), axis=1)
     middle = xp.sqrt(xp.maximum(top * below[:, 0], xp.zeros_like(top)))
     values = xp.where(below > middle[:, None], above, below)
-    # Where the two sides meet they differ by rounding, and could be out of order.
+    # Where the two sides meet, they differ by rounding and could be out of order.
     values = xp.sort(xp.where(inside, values, xp.inf), axis=1)
     values = values / state.grad_scale
     return xp.where(inside, values, xp.nan)
@@ -201,7 +201,7 @@ def _largest(gram: Array, inner: Array, scale: Array, size: Array, xp: Any) -> A
     if gram.shape[-1] == 0:
         return scale
     inner, spanned = _on_span(gram, inner, scale, xp)
-    # A direction outside the span keeps `scale`, which counts only if the block has such a one;
+    # A direction outside the span keeps `scale`, which counts only if the block has such a direction;
     # else it is given the value of a spanned direction, which lies between the extremes.
     full = xp.sum(xp.astype(spanned, gram.dtype), axis=1) >= size
     filler = xp.where(full, inner[:, -1, -1], scale)
@@ -209,7 +209,7 @@ def _largest(gram: Array, inner: Array, scale: Array, size: Array, xp: Any) -> A
 
 
 def _eigenvalues_first(inner: Array, spanned: Array, xp: Any, *, descending: bool) -> Array:
-    """Eigenvalues on the span, in order, and behind them numbers without a meaning."""
+    """Eigenvalues on the span, in order, followed by numbers without a meaning."""
     beyond = 2.0 * inner.shape[-1] * xp.max(xp.abs(inner), axis=(1, 2))
     beyond = xp.where(beyond > 0, beyond, 1.0)
     if descending:
@@ -219,9 +219,9 @@ def _eigenvalues_first(inner: Array, spanned: Array, xp: Any, *, descending: boo
 
 def _on_span(gram: Array, inner: Array, scale: Array, xp: Any) -> tuple[Array, Array]:
     """``scale I + B^T inner B`` in an orthonormal basis of the span of the rows: (B, 2m, 2m), and which of
-    its rows and columns (B, 2m) belong to the span; the others are zero but for `scale`."""
+    its rows and columns (B, 2m) belong to the span; the others are zero except for `scale`."""
     unit = xp.eye(gram.shape[-1], dtype=gram.dtype, device=array_device(gram))
-    # Of rows of unit length, since `y` is as long as the curvature is large, and any length must do.
+    # Rows are brought to unit length, since `y` is as long as the curvature is large: any length must do.
     norms = xp.sqrt(xp.sum(gram * unit, axis=2))
     norms = xp.where(norms > 0, norms, 1.0)
     inner = inner * norms[:, :, None] * norms[:, None, :]

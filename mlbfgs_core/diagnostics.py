@@ -1,4 +1,4 @@
-"""What can be read off an optimizer's state: arrays in, arrays out, nothing waits for a device."""
+"""What can be read off an optimizer's state: arrays in, arrays out, without waiting for a device."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Array = Any
 
 
 class Diagnostics(NamedTuple):
-    """Figures of the last step; (B,) arrays where a block has its own, else 0-d.
+    """Figures of the last step; (B,) arrays if each block has its own, else 0-d.
 
-    The arrays stand where the state stands: nothing has been waited for. Most are its own.
+    The arrays are on the state's device, and nothing has been waited for. Most are the state's own.
     """
 
     step: Array
@@ -26,13 +26,13 @@ class Diagnostics(NamedTuple):
     skipped: Array
     """Steps left out because of a non-finite gradient."""
     pairs: Array
-    """(B,): pairs stored ever."""
+    """(B,): pairs stored so far."""
     rejected: Array
-    """(B,): pairs left out for want of usable curvature."""
+    """(B,): pairs left out because they had no usable curvature."""
     window: Array
     """Steps since the last refresh."""
     interval: Array
-    """Steps of the window before, from one refresh to the next; 0 before there was one."""
+    """Steps of the previous window, from one refresh to the next; 0 before there was one."""
     mu: Array
     """(B,): curvature ``s.y / s.s`` of the last pair, before damping."""
     tau: Array
@@ -44,18 +44,18 @@ class Diagnostics(NamedTuple):
     cosine: Array
     """(B,): of the angle between the last direction and gradient."""
     signal_to_noise: Array
-    """Of the last check."""
+    """At the last check: ``|y|^2`` over the noise expected in it."""
     gradient_rms: Array
     """(B,): root of the running mean squared gradient."""
     grad_scale: Array
-    """Power of two by which gradients are multiplied before all else; see `mlbfgs_core.State`."""
+    """Power of two by which gradients are multiplied before anything else; see `mlbfgs_core.State`."""
     gram: Array
     """(B, 2m, 2m): inner products of the stored rows; for `curvatures`."""
     middle_matrix: Array
     """(B, 2m, 2m): `C`, for `curvatures`; in units of `grad_scale`, as are the rows."""
 
     def __repr__(self) -> str:
-        """The numbers, and of the matrices the shape."""
+        """The numbers, and the shapes of the matrices."""
         words = [
             f"{name}=<{tuple(value.shape)}>" if name in ("gram", "middle_matrix") else f"{name}={value!r}"
             for name, value in zip(self._fields, self, strict=True)
@@ -108,7 +108,7 @@ def block_names(names: Sequence[str], blocks: Blocks) -> tuple[str, ...]:
     -------
     tuple of str
         "all" for the only block; the name of a single leaf; else what the names have in common up to a dot,
-        where no other block has that; else the first name and the number of the others.
+        if no other block has the same; else the first name and the number of the others.
 
     Examples
     --------
@@ -127,13 +127,13 @@ def block_names(names: Sequence[str], blocks: Blocks) -> tuple[str, ...]:
             short.append(stem)
         elif own:
             short.append(f"{own[0]} (+{len(own) - 1})")
-        else:  # of another owner
+        else:  # all leaves belong to another owner
             short.append(f"block {number}")
     return tuple(short)
 
 
 def _common_stem(names: Sequence[str]) -> str:
-    """The components that dotted names have in common in front; of a single name, all."""
+    """The leading components that dotted names have in common; all components of a single name."""
     stem: list[str] = []
     for parts in zip(*(name.split(".") for name in names), strict=False):
         if len(set(parts)) > 1:

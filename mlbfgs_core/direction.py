@@ -43,10 +43,10 @@ def direction(call: Call, state: State, seen: Observation) -> tuple[list[Array |
     norm_square = xp.maximum(part**2 * square + 2.0 * part * bc + cgc, xp.zeros_like(square))
     norm = xp.sqrt(xp.sum(norm_square))
 
-    # The coefficients give the norm of all of ``H' z``: is it that of the update?
+    # The coefficients give the norm of the whole ``H' z``: is it also the norm of the update?
     whole = all(grad is not None for grad in seen.grads)
     exact = whole and call.preconditioner.isometric
-    # Of unit length in these coordinates first, so that nothing overflows outside of them.
+    # The update has unit length in these coordinates first, so that nothing overflows outside of them.
     unit = 1.0 / xp.where(norm > 0, norm, 1.0) if config.step_length != "none" else xp.ones_like(norm)
     update, squares = _combine(call, state, seen, c * unit, part * unit)
     moving = state.size
@@ -57,7 +57,7 @@ def direction(call: Call, state: State, seen: Observation) -> tuple[list[Array |
             sums, moving = _with_sizes(call, squares, seen.grads)
         norm_square = sums / unit**2
         norm = xp.sqrt(xp.sum(norm_square))
-    # A direction of this norm is `top` times as long as it seems, and is given a length of its own.
+    # The direction is `top` times as long as this norm, since gamma is in units of `top`.
     factor, length = LENGTHS[config.step_length](call, state, seen, norm, top, moving)
     factor = xp.where(keep, factor / unit, 0.0)
 
@@ -109,8 +109,9 @@ def _with_sizes(
 
 
 def _scale_of_start(call: Call, state: State, seen: Observation) -> Array:
-    """`gamma` of each block; for one without a pair that of the others, or the paper's ``d = g``, which is at
-    most 1 long where a pair comes with every step, and just as long where gradients are out of the ordinary.
+    """`gamma` of each block; for a block without a pair the mean of the others', or if no block has a pair
+    the paper's ``d = g``. With a pair at every step that direction is at most 1 long, and exactly 1 long if
+    gradients are out of the ordinary.
 
     Nocedal & Wright, section 6.1, on the scale of the first step.
     """

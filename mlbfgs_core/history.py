@@ -17,8 +17,8 @@ Array = Any
 
 
 def refresh(call: Call, state: State, seen: Observation | None, due: Array) -> tuple[State, Array | None]:
-    """Take the pair of this window and the previous one where due, and form the new inverse Hessian; with an
-    observation also its `rows`, with the gradient projected on the new pair too."""
+    """Take the pair of this window and the previous one where due, and form the new inverse Hessian. With an
+    observation also return its `rows`, with the gradient projected on the new pair, too."""
     xp, kernels, m = call.xp, call.kernels, call.config.history_size
     if seen is None:
         roots = call.roots(state, [mean.dtype for mean in state.mean_params])
@@ -56,7 +56,7 @@ def refresh(call: Call, state: State, seen: Observation | None, due: Array) -> t
     gram = xp.where(keep[:, None, None], gram, state.gram)
     pairs = state.pairs + xp.astype(keep, xp.int32)
     middle, gamma = two_loop(gram, pairs, xp, call.device(state), kernels.repeat)
-    # Products that overflow all the same, as those of float16 rows may, must not stay: begin anew.
+    # Products that overflow nevertheless, as those of float16 rows may, must not stay: start without pairs.
     sane = xp.all(xp.isfinite(gram), axis=(1, 2)) & xp.all(xp.isfinite(middle), axis=(1, 2))
     lost = keep & ~(sane & xp.isfinite(gamma) & (gamma > 0))
     gram = xp.where(lost[:, None, None], 0.0, gram)

@@ -1,8 +1,8 @@
 """The operations on parameter-sized arrays, in plain array-API calls: the seam for speed.
 
-An adapter may subclass `Kernels` and override any method by a faster one of the same meaning. Arrays that a
-method is documented to consume are updated in place where the backend allows it. No kernel knows a
-preconditioner: what is whitened, or is to be, goes through the leaf's `Root`.
+An adapter may subclass `Kernels` and override any method with a faster one of the same meaning. Arrays that a
+method is documented to consume are updated in place where the backend allows it. No kernel knows of a
+preconditioner: all whitening goes through the leaf's `Root`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Means(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """What is remembered of one leaf, as the passes over it take it."""
+    """What is remembered of one leaf, as an argument of the passes over it."""
 
     number: int
     dtype: Any
-    """Of averages and inner products."""
+    """The dtype of averages and inner products."""
     history: Array | None
     """None where no pairs are stored."""
     means: Any
@@ -59,10 +59,10 @@ class PairTile(NamedTuple):
 
 
 class StepEnd(NamedTuple):
-    """The numbers of the end of a step: Python's, or 0-d arrays beside the leaf."""
+    """The numbers of the end of a step: Python's, or 0-d arrays on the leaf's device."""
 
     length: Any
-    """By which the update is to be multiplied."""
+    """The factor by which the update is to be multiplied."""
     lr: Any
     momentum: Any
     weight_decay: Any
@@ -71,13 +71,13 @@ class StepEnd(NamedTuple):
 
 
 def square_roots(exponent: Any) -> int | None:
-    """How many square roots make a power (none at all for the first), or None where they don't."""
+    """How many square roots give a power (0 for the first power), or None if no number of them does."""
     halvings = -math.log2(exponent) if isinstance(exponent, float) and exponent > 0 else 0.5
     return int(halvings) if halvings.is_integer() and halvings >= 0 else None
 
 
 def part(array: Array, tile: Tile, axes: int = 0) -> Array:
-    """A tile of an array with so many axes more in front than the leaf."""
+    """A tile of an array that has `axes` more axes than the leaf, in front."""
     return array if tile is None else array[(*(slice(None),) * axes, *tile)]
 
 
@@ -87,13 +87,13 @@ class Kernels:
     Parameters
     ----------
     xp : array namespace
-        From `array_api_compat.array_namespace`: that of the coefficients.
+        The namespace of the coefficients, from `array_api_compat.array_namespace`.
     tile : int
         Values of a leaf handled at a time where arrays can be written in place: the size of every
         temporary array. A few times ``2**16`` fits processor caches; a GPU wants it large.
         Backends that cannot write in place always take whole leaves.
     leaf_xp : array namespace, optional
-        That of the leaves, where it is another one.
+        The namespace of the leaves, if it is a different one.
     """
 
     def __init__(self, xp: Any, tile: int = 2**16, leaf_xp: Any = None) -> None:
@@ -110,8 +110,8 @@ class Kernels:
     # Between leaves and coefficients.
 
     def device(self, x: Array) -> Any:
-        """Where coefficients that belong to an array are to lie; None (the default device) for a traced or
-        an abstract one."""
+        """The device for coefficients that belong to an array; None (the default device) for a traced or
+        abstract one."""
         return array_device(x) if is_array_api_obj(x) else None
 
     def to_leaf(self, x: Array, dtype: Any = None) -> Array:
@@ -119,14 +119,14 @@ class Kernels:
         return x if dtype is None else self.cast(x, dtype)
 
     def to_coefficients(self, x: Array, dtype: Any) -> Array:
-        """What a kernel has summed, among the coefficients and in their dtype."""
+        """What a kernel has summed as a coefficient, in the coefficients' dtype."""
         return self.cast(x, dtype)
 
     repeat = staticmethod(repeat)
     """Runs the two loops of the recursion; see `mlbfgs_core.two_loop.two_loop`."""
 
     def after(self, flag: Array, sums: Array) -> Array:
-        """`flag`, once `sums` are known: for a backend that orders its work by data alone."""
+        """`flag`, but not before `sums` are known: for a backend that orders its work by its data alone."""
         return flag
 
     # Memory and tiles.
@@ -136,7 +136,7 @@ class Kernels:
         return self.leaf_xp.zeros((*leading, *leaf.shape), dtype=dtype, device=self.device(leaf))
 
     def scratch(self, number: int, leaf: Array, dtype: Any) -> Array:
-        """An array of a leaf's shape, of any values, for one step; `number` tells which leaf it is."""
+        """An array of a leaf's shape with arbitrary values, for one step; `number` tells which leaf it is."""
         return self.leaf_xp.empty_like(leaf, dtype=dtype)
 
     def tiles(self, leaf: Array) -> Iterator[Tile]:
@@ -161,7 +161,7 @@ class Kernels:
     # Elementary operations.
 
     def cast(self, x: Array, dtype: Any) -> Array:
-        """`x` in a dtype; itself where it has that already, which saves a call."""
+        """`x` in a dtype; `x` itself if it has that already, which saves a call."""
         return x if x.dtype == dtype else self.leaf_xp.astype(x, dtype, copy=False)
 
     def finite(self, x: Array) -> Array:
@@ -169,7 +169,7 @@ class Kernels:
         return self.leaf_xp.where(self.leaf_xp.isfinite(x), x, 0.0)
 
     def masked(self, x: Array, keep: Array) -> Array:
-        """`x` with zeros where `keep` (0-d) is false, whatever it holds there; consumes it."""
+        """`x` if `keep` (0-d) is true, else zeros, whatever it holds; consumes `x`."""
         return self.leaf_xp.where(keep, x, 0.0)
 
     def product(self, x: Array, y: Array) -> Array:
@@ -188,8 +188,8 @@ class Kernels:
         exponent: Any,
         out: Array | None = None,
     ) -> Array:
-        """``(v + floor) ** -exponent`` of a mean of squares, in which the square of a value is entered first
-        where ``(value, weight)`` is given; by square roots where they suffice, which is far cheaper. The
+        """``(v + floor) ** -exponent`` for a mean of squares, to which the square of a value is added first
+        if ``(value, weight)`` is given; by square roots where they suffice, which is far cheaper. The
         result may be `out`."""
         if entering is not None:
             value, weight = entering
@@ -211,7 +211,7 @@ class Kernels:
         return self.leaf_xp.max(self.leaf_xp.abs(x))
 
     def rows(self, history: Array, dtype: Any) -> Array:
-        """A tile of a history as a matrix of 2m rows in `dtype`; a view where it can be."""
+        """A tile of a history as a matrix of 2m rows in `dtype`; a view if possible."""
         return self.cast(self.leaf_xp.reshape(history, (2 * history.shape[1], -1)), dtype)
 
     def times(self, rows: Array, x: Array) -> Array:
@@ -238,8 +238,8 @@ class Kernels:
     ) -> Array:
         """``M += weight * (x - M)`` for a value (or its square) where `keep` (0-d); reads 2 values, writes 1.
 
-        Consumes the mean. A value that is not finite enters as zero, so that it does not spoil the others'
-        pairs; of squares all are finite where `keep`. Where not, nothing enters, whatever the value holds.
+        Consumes the mean. A value that is not finite counts as zero, so that it does not spoil the others'
+        pairs; squares are all finite if `keep`. If not, the mean stays as it is, whatever the value holds.
         """
         for tile in self.tiles(mean):
             old, x = part(mean, tile), self.cast(part(value, tile), mean.dtype)
@@ -279,7 +279,7 @@ class Kernels:
         return history, xp.concat(products)
 
     def rotate(self, now: Array, before: Array, turn: Array, *, restart: bool) -> tuple[Array, Array]:
-        """Where `turn` (0-d): an average becomes the previous one and, with `restart`, begins anew at zero.
+        """If `turn` (0-d), an average becomes the previous one and, with `restart`, starts again at zero.
         Consumes both; moves 4 values."""
         xp = self.leaf_xp
         for tile in self.tiles(now):
@@ -294,8 +294,8 @@ class Kernels:
     ) -> tuple[Array, Array | None]:
         """The end of a step: momentum, weight decay and learning rate where `keep` (0-d).
 
-        Consumes parameter, update and buffer (of the update's dtype; None: no momentum), and returns the
-        first and the last. With ``d = length * update`` the buffer becomes ``u = momentum * u + d``, the step
+        Consumes parameter, update and buffer (of the update's dtype; None: no momentum); returns parameter
+        and buffer. With ``d = length * update`` the buffer becomes ``u = momentum * u + d``, the step
         `p` is `u`, or ``d + momentum * u`` with `nesterov`, and the parameter
         ``(1 - lr * weight_decay) * theta - lr * p``, rounded once. A value that is not finite stays as it is.
         Moves 5 values.
@@ -314,13 +314,13 @@ class Kernels:
             param = self.store(param, tile, new)
         return param, buffer
 
-    # Passes over a leaf, made of the kernels. A backend may fuse the whitening of an elementwise root.
+    # Passes over a leaf, built from the kernels. A backend may fuse the whitening of an elementwise root.
 
     def whiten(
         self, leaf: Leaf, grad: Array, mean: Array | None, scatter_weight: Array
     ) -> tuple[Root, list[Array]]:
-        """Project ``z = R g`` on the stored rows: reads 2m + 1 values (+ 1 scatter, + those of `R`, of which
-        it may write 1).
+        """Project ``z = R g`` on the stored rows: reads 2m + 1 values (+ 1 for the scatter, + those of `R`),
+        and may write 1 of `R`.
 
         Returns
         -------
@@ -441,7 +441,7 @@ class Kernels:
         return scaled
 
     def _tiles(self, leaf: Array, root: Root) -> Iterator[Tile]:
-        """Tiles, of a leaf that its root lets cut."""
+        """Tiles of a leaf; the whole leaf if its root is not elementwise."""
         return self.tiles(leaf) if root.elementwise else iter((None,))
 
     def _pick(self, array: Array, index: Array, axis: int) -> Array:

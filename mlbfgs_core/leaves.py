@@ -17,7 +17,7 @@ __all__ = ["FlatLeaf", "Member", "pack"]
 
 Array = Any
 LARGEST = 2**26
-"""Values in a leaf of several parameters, at most."""
+"""The most values in a leaf of several parameters."""
 
 
 class Member(Protocol):
@@ -34,7 +34,7 @@ class Member(Protocol):
         ...
 
     def flat(self, array: Array) -> Array:
-        """An array like the parameter (or several: more axes in front), as one axis of real values."""
+        """An array like the parameter (or several, along leading axes), as one axis of real values."""
         ...
 
     def shaped(self, flat: Array) -> Array:
@@ -56,15 +56,15 @@ class FlatLeaf(Generic[_Member]):
     def __init__(self, members: Sequence[_Member]) -> None:
         self.members = tuple(members)
         self.is_view = len(members) == 1 and members[0].dense
-        """Whether `gather` of the parameters is their own memory."""
+        """Whether `gather` of the parameters returns their own memory."""
 
     def gather(self, arrays: Sequence[Array]) -> Array:
-        """One array per member (or several: more axes in front) as a flat one."""
+        """One array per member (or several, along leading axes) as a flat one."""
         flats = [member.flat(array) for member, array in zip(self.members, arrays, strict=True)]
         return flats[0] if len(flats) == 1 else self.joined(flats)
 
     def joined(self, flats: Sequence[Array]) -> Array:
-        """Flat arrays behind one another."""
+        """Flat arrays, one after the other."""
         return array_namespace(*flats).concat(flats, axis=-1)
 
     def cut(self, flat: Array) -> list[Array]:
@@ -92,14 +92,14 @@ def pack(
     kinds : sequence of hashable or None
         Parameters of one block and of equal kinds may lie side by side; None: this one lies alone.
     blocks : tuple of tuples of int
-        Of parameters.
+        Blocks of parameters.
 
     Returns
     -------
     groups : list of tuples of int
         The parameters of each leaf, block after block.
     blocks : tuple of tuples of int
-        Of leaves.
+        Blocks of leaves.
 
     Examples
     --------

@@ -14,15 +14,15 @@ __all__ = ["LENGTHS", "clip", "none", "rms", "unit"]
 
 Array = Any
 LengthRule = Callable[[Call, State, Observation, Array, Array, Array], tuple[Array, Array]]
-"""``(call, state, seen, norm, top, moving) -> (factor, length)``: what a direction of this norm, which stands
-for one that is `top` times as long, is to be multiplied by; and the new running length. `moving` (B,) are the
-numbers of parameters that have a gradient."""
+"""``(call, state, seen, norm, top, moving) -> (factor, length)``: the factor for a direction of this norm,
+which stands for one that is `top` times as long; and the new running length. `moving` (B,) are the numbers of
+parameters that have a gradient."""
 
 WARM_UP, WARM_UP_GROWTH, WARM_UP_MOST = 0.01, 1.5, 0.3
 """Length of a direction before the first pair with ``step_length="clip"``, relative to the
 parameters' norm; its growth from step to step, for as long as noise hides the pair; its limit."""
 SHORTENING = 0.5
-"""What the running length, which would grow with a run that diverges, is multiplied by at such a step."""
+"""The factor of the running length at a step that diverges, since it would otherwise grow with the run."""
 LEAST_NORM = 0.01
 """What counts as the norm of parameters that are all zero, relative to the root of the dimension."""
 
@@ -77,4 +77,4 @@ def none(
 
 
 LENGTHS: dict[str, LengthRule] = {"rms": rms, "unit": unit, "clip": clip, "none": none}
-"""By the names of `mlbfgs_core.Config.step_length`."""
+"""The rules, by the names of `mlbfgs_core.Config.step_length`."""

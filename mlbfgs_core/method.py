@@ -1,4 +1,4 @@
-"""`Method`: the verbs of mL-BFGS over a state, with all that they work with."""
+"""`Method`: the verbs of mL-BFGS over a state, together with the settings and kernels that they use."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Method:
     kernels : Kernels, optional
         The operations on parameter-sized arrays; by default plain array-API ones.
     reduce : callable, optional
-        Sums an array of coefficients over all shards; by default the identity. Called once in a
+        Sums an array of coefficients over all shards; by default the identity. It is called once in a
         step, once more with a preconditioner or a missing gradient, twice at a check, three times at a
         refresh.
     shares : sequence of float, optional
-        For each leaf the part of its inner products that this shard adds, by default 1. Where several
-        shards hold copies of a leaf, their shares sum to 1: say, 1 on one of them and 0 on the others.
+        For each leaf the part of its inner products that this shard adds, by default 1. If several shards
+        hold copies of a leaf, their shares sum to 1: for instance, 1 on one of them and 0 on the others.
 
     Raises
     ------
@@ -104,8 +104,8 @@ class Method:
         TypeError
             A leaf that is not of a real floating-point dtype.
         ValueError
-            No leaves, leaves on several devices (give each device a state), blocks that are no partition of
-            them, or a namespace without the history's dtype.
+            No leaves, leaves on several devices (give each device its own state), blocks that are no
+            partition of them, or a namespace without the history's dtype.
 
         Notes
         -----
@@ -127,7 +127,7 @@ class Method:
         *,
         when_scaled: When = None,
     ) -> Observation:
-        """Everything a step must know of its gradient before it may write: one pass, one reduction.
+        """Everything a step must know about its gradient before it may write: one pass, one reduction.
 
         Parameters
         ----------
@@ -142,12 +142,12 @@ class Method:
         -------
         Observation
             A gradient whose square overflows counts as non-finite: in float32 one with a norm of 1.8e19,
-            where the first one was ordinary (`State.grad_scale` is 1).
+            if the run's first gradient was ordinary (`State.grad_scale` is 1).
 
         Notes
         -----
         Reads ``2 m + 1`` values per parameter, one more for the diagonal preconditioner, one for an adaptive
-        schedule and three for ``step_length="clip"``. Reduces ``B * (2 m + 2)`` numbers and as many more.
+        schedule and three for ``step_length="clip"``; reduces the same count of numbers for each block.
 
         Examples
         --------
@@ -168,7 +168,7 @@ class Method:
         observed: Observation | None = None,
         when: When = None,
     ) -> State:
-        """Enter parameters and gradients in the averages; at a check, ask whether a pair is due.
+        """Add parameters and gradients to the averages; at a check, ask whether a pair is due.
 
         Parameters
         ----------
@@ -176,15 +176,15 @@ class Method:
         params, grads : sequence of arrays
             `theta` and the gradient at `theta`, both from before the update; a gradient may be None.
         observed : Observation, optional
-            From `project` of the same arguments, which is called where it is not given.
+            What `project` returned for the same arguments; by default `project` is called here.
         when : None, bool or callable
-            Who decides whether the check runs; see `step`.
+            What decides whether the check runs; see `step`.
 
         Returns
         -------
         State
             ``state.due`` tells whether this step's `refresh` takes a pair, ``state.accepted`` whether the
-            gradient was finite; if not, only the counter `skipped` differs.
+            gradient was finite; if it was not, nothing else changes except the counter `skipped`.
 
         Notes
         -----
@@ -215,14 +215,14 @@ class Method:
         Parameters
         ----------
         state : State
-            As `observe` returned it.
+            The state that `observe` returned.
         due : bool or 0-d bool array
             Where false, the state stays as it is; ``state.due`` is what the schedule asks for.
 
         Returns
         -------
         State
-            With the window closed. A pair without usable curvature is not stored, and counted.
+            With the window closed. A pair without usable curvature is counted instead of stored.
 
         Notes
         -----
@@ -262,7 +262,7 @@ class Method:
         grads : sequence of arrays
             One per leaf, or None.
         params : sequence of arrays, optional
-            Needed with ``step_length="clip"``, which begins relative to their norm.
+            Needed with ``step_length="clip"``, whose first lengths are relative to their norm.
 
         Returns
         -------
@@ -271,8 +271,8 @@ class Method:
 
         Notes
         -----
-        ``H = R^T (gamma I + B^T C B) R``: reads the history twice, and everything about `d` that is not `d`
-        itself comes from coefficients: ``d.g = gamma |z|^2 + b.c``, and without a preconditioner
+        ``H = R^T (gamma I + B^T C B) R``: reads the history twice. The figures of `d` come from
+        coefficients: ``d.g = gamma |z|^2 + b.c``, and without a preconditioner
         ``|d|^2 = gamma^2 |g|^2 + 2 gamma b.c + c.G c``.
 
         References
@@ -313,19 +313,19 @@ class Method:
             The leaves given to `init`, with their present values.
         grads : sequence of arrays
             The gradient at `params`, of the same shapes and dtypes. None where there is none: that leaf
-            keeps still.
+            does not move.
         when_check, when_due : None, bool or callable
-            Who decides whether the check or the refresh runs. None: both always run, and what is not
+            What decides whether the check or the refresh runs. None: both always run, and what is not
             asked for is masked. A bool: the caller knows, for instance from `upcoming`. A function
             ``(predicate, part, operand) -> result``, such as a wrapper of ``jax.lax.cond``. A part that
             runs unasked changes nothing; one that is asked for must run.
         when_scaled : None, bool or callable
-            The same of the gradients' scale, which the very first gradient decides; see
-            `mlbfgs_core.adapter.is_scaled`. With None each step reads the gradient once more, and without
-            False it multiplies it (which a compiler fuses).
+            The same for the gradients' scale, which the very first gradient determines; see
+            `mlbfgs_core.adapter.is_scaled`. With None each step reads the gradient once more, and unless
+            this is False it also multiplies it (which a compiler fuses).
         observed : Observation, optional
-            From `project` of the same arguments, which are then not checked again; a caller with several
-            states may replace its `finite` by the conjunction of all.
+            What `project` returned for the same arguments, which are then not checked again; a caller with
+            several states may replace its `finite` by whether all of them are finite.
 
         Returns
         -------
@@ -334,7 +334,7 @@ class Method:
             None; zero on a skipped step.
         state : State
             ``state.accepted`` and ``state.due`` are false where the gradient was non-finite: everything else
-            but the counter `skipped` is then as it was.
+            except the counter `skipped` is then as it was.
 
         Notes
         -----
@@ -435,7 +435,7 @@ class Method:
 
 
 def _check_leaves(state: State, params: Any, grads: Any) -> None:
-    """Raise ValueError or TypeError unless parameters and gradients are those of the state's leaves."""
+    """Raise ValueError or TypeError unless parameters and gradients fit the state's leaves."""
     count = state.leaf_steps.shape[0]
     shapes: Sequence[tuple[int, ...] | None] = [None] * count
     known = leaf_arrays(state)

@@ -1,4 +1,4 @@
-"""The noise of gradients: along the stored pairs, and what of it is expected in a new pair."""
+"""The noise of gradients: along the stored pairs, and how much of it is expected in a new pair."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def _row_norms(state: State, xp: Any) -> Array:
 
 
 def window_noise(call: Call, state: State) -> tuple[Array, Array]:
-    """Variance of ``M_g - P_g`` in units of one gradient's; and what is expected of ``|y|``, over all
-    blocks, from noise alone: from the scatters and their degrees of freedom."""
+    """Variance of ``M_g - P_g`` in units of one gradient's; and the ``|y|``, over all blocks, that noise
+    alone would give: from the scatters and their degrees of freedom."""
     config, xp = call.config, call.xp
     now = xp.astype(xp.maximum(state.window, xp.ones_like(state.window)), call.dtype)
     before = xp.astype(xp.maximum(state.prev_window, xp.ones_like(state.window)), call.dtype)
     if config.beta is None:
         spread, freedom = 1.0 / now + 1.0 / before, now + before - 2.0
     else:
-        # Exponential averages that started at their first value: P has the variance `prev`, of which
-        # a part stays in M, and the `now` gradients since have geometric weights.
+        # Exponential averages that started at their first value: P has the variance `prev`, a part of
+        # which stays in M, and the `now` gradients since then have geometric weights.
         beta = xp.ones_like(now) * config.beta
         first = xp.astype(state.step - state.window, call.dtype)
         limit = (1.0 - beta) / (1.0 + beta)
@@ -70,8 +70,8 @@ def window_noise(call: Call, state: State) -> tuple[Array, Array]:
 
 
 def row_noise(call: Call, state: State) -> tuple[Array, Array]:
-    """(B,): mean variance along the stored `s` on which two samples or more are known; and whether
-    there is one."""
+    """(B,): mean variance along those stored `s` for which two or more samples are known; and whether
+    there are any."""
     xp = call.xp
     slots = xp.arange(state.row_age.shape[1], dtype=state.pairs.dtype, device=call.device(state))
     known = (slots[None, :] < state.pairs[:, None]) & (state.row_age >= 4)

@@ -1,4 +1,4 @@
-"""What a step learns of its gradient before it may write, and what it then remembers of it."""
+"""What a step learns about its gradient before it may write, and what it then remembers of it."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class Observation(NamedTuple):
     finite: Array
     """0-d bool, over all blocks."""
     diverges: Array
-    """0-d bool: whether the gradient is much longer than it was, where steps are as long as it makes them."""
+    """0-d bool: whether the gradient is much longer than usual, with ``step_length="clip"`` only."""
     scale: Array
-    """0-d: the state's `grad_scale`, which the very first gradient decides."""
+    """0-d: the state's `grad_scale`, which the very first gradient determines."""
     grads: tuple[Array | None, ...]
-    """The gradients times `scale`, or as they were given where that is known to be 1."""
+    """The gradients times `scale`, or as they were given if that is known to be 1."""
     weights: Weights
     roots: tuple[Any, ...]
-    """The `Root` of each leaf, which its gradient has not entered yet, with what it keeps for this step,
-    which consumes it; None for a leaf without a gradient where the parameters are not known."""
+    """The `Root` of each leaf, to which its gradient has not been added yet, with what it keeps for this
+    step, which consumes it; None for a leaf without a gradient if the parameters are not known."""
     dtypes: tuple[Any, ...]
-    """Of each leaf's averages; None where its root is."""
+    """The dtype of each leaf's averages; None where its root is None."""
 
 
 def project(
@@ -56,11 +56,11 @@ def project(
     observed: bool = False,
     when_scaled: When = None,
 ) -> Observation:
-    """Whiten a gradient and project it; `observed`: it is in the averages already."""
+    """Whiten a gradient and project it; `observed` says that it is in the averages already."""
     config, kernels, xp = call.config, call.kernels, call.xp
     scale = state.grad_scale
     dtypes = call.dtypes(grads if params is None else params)
-    if not observed:  # else the gradient of an earlier step has decided
+    if not observed:  # else the gradient of an earlier step has determined it
         scale = run_if(
             when_scaled, is_scaled(state, xp), lambda old: first_scale(call, state, params, grads, old), scale
         )
@@ -112,9 +112,9 @@ def _needed(params: Sequence[Array] | None) -> Sequence[Array]:
 def observe(
     call: Call, state: State, params: Sequence[Array], seen: Observation, when: When
 ) -> tuple[State, Observation]:
-    """Enter parameters and gradients in averages and preconditioner; at a check, ask whether a pair is due.
+    """Add parameters and gradients to averages and preconditioner; at a check, ask whether a pair is due.
 
-    The observation that is returned holds the roots after this.
+    The observation that is returned holds the updated roots.
     """
     config, xp, keep = call.config, call.xp, seen.finite
     one, kept = xp.astype(keep, xp.int32), call.kernels.to_leaf(keep)

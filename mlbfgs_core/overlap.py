@@ -1,4 +1,4 @@
-"""Which arrays share memory: by their addresses, without reading a value, on every device alike."""
+"""Which arrays share memory: told by their addresses, without reading a value, on any device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Overlap", "Place", "find_overlap"]
 
 Array = Any
 _MOST_WORK = 10_000
-"""What `numpy.shares_memory` may try for one question; those on slices and transposes need a few."""
+"""The most work that `numpy.shares_memory` may do for one question; slices and transposes need little."""
 
 
 class Place(NamedTuple):
@@ -22,13 +22,13 @@ class Place(NamedTuple):
     start: int
     """Address of the first value."""
     width: int
-    """Size of one."""
+    """Size of one value."""
     shape: Sequence[int]
     strides: Sequence[int]
 
 
 class Overlap(NamedTuple):
-    """Two arrays that share memory; or one, twice, of whose values some lie at the same place."""
+    """Two arrays that share memory; or twice the same array, if some of its values lie at the same place."""
 
     first: int
     second: int
@@ -41,8 +41,8 @@ def find_overlap(places: Sequence[Place]) -> Overlap | None:
 
     Notes
     -----
-    Arrays are sorted by their addresses, and only two that may meet are looked at closely, so that thousands
-    of arrays take milliseconds, also where all are views of one.
+    Arrays are sorted by their addresses, and only those that may meet are compared closely, so that thousands
+    of arrays take milliseconds, even if all are views of one.
     """
     blocks = {i: _Blocks.of(place) for i, place in enumerate(places) if math.prod(place.shape)}
     for i, own in blocks.items():
@@ -66,7 +66,7 @@ class _Blocks:
 
     @classmethod
     def of(cls, place: Place) -> _Blocks:
-        """Of an array that holds a value."""
+        """The blocks of an array that is not empty."""
         pairs = list(zip(place.strides, place.shape, strict=True))
         start = place.start + sum((number - 1) * stride for stride, number in pairs if stride < 0)
         axes = sorted((abs(stride), number) for stride, number in pairs if number > 1)
@@ -76,10 +76,10 @@ class _Blocks:
         return cls(start, width, axes)
 
     def parts(self) -> Iterator[tuple[_Blocks, _Blocks]]:
-        """Pairs of parts, of which one shares memory if two blocks do.
+        """Pairs of parts: if any two blocks share memory, so do the parts of at least one pair.
 
-        Take two such blocks, and the first axis along which they stand at different places. Only differences
-        count, so one of the two may be taken for the first along it and along the axes before.
+        Take two such blocks, and the first axis along which their places differ. Only differences count, so
+        one of the two may be assumed to be the first along this axis and along those before it.
         """
         reach = self.width
         for distance, number in self.axes:
@@ -98,7 +98,7 @@ class _Blocks:
 
     @cached_property
     def view(self) -> Array:
-        """Something at this place for NumPy, which computes with the address only, even of a GPU."""
+        """An array at this place for NumPy, which uses only its address, even if that is on a GPU."""
         return np.asarray(_At(self))
 
 
@@ -117,8 +117,8 @@ class _At:
 def _candidates(blocks: dict[int, _Blocks]) -> Iterator[tuple[int, int]]:
     """Pairs that may share memory."""
     for group in _touching({i: (own.start, own.stop) for i, own in blocks.items()}):
-        # Views that lie between one another: all distances in them are multiples of one, within which each
-        # has its own place.
+        # Interleaved views: all their distances are multiples of one step, within which each view has its
+        # own place.
         step = math.gcd(*(distance for i in group for distance, _ in blocks[i].axes))
         if step == 0 or any(blocks[i].width > step for i in group):
             yield from _pairs(group)
@@ -130,7 +130,7 @@ def _candidates(blocks: dict[int, _Blocks]) -> Iterator[tuple[int, int]]:
 
 
 def _touching(ranges: dict[int, tuple[int, int]]) -> Iterator[list[int]]:
-    """Groups of several whose half-open ranges hang together."""
+    """Groups of two or more whose half-open ranges are connected."""
     group: list[int] = []
     reach = 0
     for i in sorted(ranges, key=ranges.__getitem__):

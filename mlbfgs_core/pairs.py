@@ -138,7 +138,7 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
 
 
 def _length_of_sum(length: Array, along: Array, added: Array, xp: Any) -> Array:
-    """Length of ``y + added s`` with a unit `s`, if `y` is of this length and has this part along `s`."""
+    """Length of ``y + added s`` for a unit vector `s`, if `y` has this length and this part along `s`."""
     top = xp.maximum(length, added)
     top = xp.where(top > 0, top, 1.0)
     square = (length / top) ** 2 + 2.0 * (along / top) * (added / top) + (added / top) ** 2
@@ -167,7 +167,7 @@ def paper_tau(config: Config, mu: Array, xp: Any) -> Array:
 
 
 def common_scale(scales: Array, xp: Any) -> tuple[Array, Array]:
-    """The largest of the blocks' scales, 0-d; and each in units of it."""
+    """The largest of the blocks' scales, 0-d; and each scale in units of it."""
     top = xp.max(scales)
     return top, scales / xp.where(top > 0, top, 1.0)
 
@@ -188,7 +188,7 @@ def _add_scaled(
     y_total: Array,
     xp: Any,
 ) -> list[Array]:
-    """Sum products over the last axis, from their own scales to common ones."""
+    """Sum products over the last axis, after converting them from their own scales to common ones."""
     s_part = s_scale / xp.where(s_total > 0, s_total, 1.0)
     y_part = y_scale / xp.where(y_total > 0, y_total, 1.0)
     return [

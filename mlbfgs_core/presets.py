@@ -1,4 +1,4 @@
-"""What each preset sets: of the method's settings, and of the step that an optimizer makes of a direction."""
+"""What each preset sets: the method's settings, and how an optimizer turns a direction into a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Preset = Literal["default", "paper", "formulas", "lbfgs", "fit"]
 
 class _Preset(NamedTuple):
     settings: dict[str, Any]
-    """Which settings differ from the defaults of `mlbfgs_core.Config`."""
+    """The settings that differ from the defaults of `mlbfgs_core.Config`."""
     momentum: float = 0.9
     nesterov: bool = False
 
@@ -38,7 +38,7 @@ PRESETS: Final[dict[str, _Preset]] = {
             "update_every": 50,  # run-SLIM.sh, --update-freq
             # opt/slimblock.py, tao_lb and tao_ub; tau_0 is 1 less the --lbfgs-damping=0.01 of run-SLIM.sh.
             "damping": (0.01, 1.5, 0.99),
-            "step_length": "unit",  # opt/slimblock.py, __grad_cond: the direction by its norm over all blocks
+            "step_length": "unit",  # opt/slimblock.py, __grad_cond divides by the norm over all blocks
         }
     ),
     # The formulas alone leave beta, T and the damping open: these are this library's choice.
@@ -86,7 +86,7 @@ def preset_momentum(preset: str | None) -> float:
 
 
 def preset_nesterov(preset: str | None) -> bool:
-    """Whether a preset's momentum looks ahead, as Nesterov's: that of the default does, the others' do not.
+    """Whether a preset's momentum looks ahead, as Nesterov's does: only that of the default preset.
 
     A step is then ``d + momentum * buffer`` instead of ``buffer``.
 
@@ -99,7 +99,7 @@ def preset_nesterov(preset: str | None) -> bool:
 
 
 def default_rate(step_length: str) -> float:
-    """Learning rate of an optimizer that is given none: 1e-3 for "rms", else 0.1.
+    """The default learning rate of an optimizer: 1e-3 for "rms", else 0.1.
 
     Examples
     --------

@@ -50,14 +50,14 @@ class _Block:
     P_g: Vector
     v: Vector
     seen: Vector
-    """Observations ever."""
+    """Observations so far."""
     n: Vector
     """Observations in this window."""
     n_P: Vector
     """Observations on which the previous window's averages rest."""
     pairs: list[tuple[Vector, Vector]] = field(default_factory=list, init=False)
     noise: list[list[float]] = field(default_factory=list, init=False)
-    """For each stored pair the projections of the gradients on `s` since it was stored."""
+    """The projections of the gradients on the `s` of each stored pair, since it was stored."""
     mean_square: Any = field(default=0.0, init=False)
 
 
@@ -82,7 +82,7 @@ class Reference:
         self.length = 0.0
 
     def extend(self, block: int, count: int) -> None:
-        """Add coordinates of which nothing is known yet to a block, or a new block after the last."""
+        """Add coordinates that have not been observed yet to a block, or to a new block after the last."""
         if block == len(self.blocks):
             self.blocks.append(_Block(*(np.zeros(0) for _ in range(8))))
         own, zeros = self.blocks[block], np.zeros(count)
@@ -98,7 +98,7 @@ class Reference:
     ) -> list[Vector]:
         """The directions of one step, to be subtracted; zeros for a non-finite gradient.
 
-        `present` tells for each coordinate whether there is a gradient; one without keeps still.
+        `present` tells for each coordinate whether there is a gradient; one without does not move.
         """
         cfg = self.config
         here = [np.ones(len(g), dtype=bool) for g in grads] if present is None else present

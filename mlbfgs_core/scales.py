@@ -1,6 +1,6 @@
 """Scales that keep squares in range: of gradients, of pairs, and of the parameters' norm.
 
-A square over- or underflows at the root of what its factors can hold, 1e19 and 1e-19 in float32. So whatever
+A square over- or underflows at the root of what a number can hold, 1e19 and 1e-19 in float32. So whatever
 is squared or multiplied is brought near 1 beforehand, by powers of two, which round nothing. Within the
 ordinary range all of them are 1.
 """
@@ -24,17 +24,17 @@ class _Limits(NamedTuple):
     """Exponents of 2 for a dtype of averages."""
 
     usual: float
-    """Up to which a gradient is ordinary."""
+    """A gradient up to this size is ordinary."""
     change: float
-    """The most that a scale may change gradients of a loss near 1, which are about the inverse of the
-    parameters, since the first gradient may be unlike the others."""
+    """How far a scale may be from that of a loss near 1, whose gradients are about the inverse of the
+    parameters. It is limited since the first gradient may be unlike the others."""
     most: float
-    """The largest of a scale."""
+    """The largest scale."""
     lost: float
-    """How far below the parameters a gradient is out of the ordinary all the same, since they would round
-    away a step as long as it."""
+    """A gradient this far below the parameters is out of the ordinary, too, since a step of its length would
+    be rounded away."""
     far: int
-    """Of the scales on which very large and very small parameters are squared."""
+    """The scales with which very large and very small parameters are squared."""
 
 
 _LIMITS = {
@@ -42,19 +42,19 @@ _LIMITS = {
     "float32": _Limits(31.0, 50.0, 124.0, 17.0, 80),
 }
 _USUAL_WITH_HALF = {"float16": 4.0, "bfloat16": 31.0}
-"""Up to which a gradient is ordinary for a history of half precision, whose rows must themselves be near 1; a
-first gradient that is unlike the others is then not allowed for."""
+"""`usual` for a history of half precision, whose rows must themselves be near 1; a first gradient that is
+unlike the others is then not allowed for."""
 _USUAL_PAIR = {"float64": 255, "float16": 8}
-"""Up to which a pair's curvature is, for a dtype of the history; else 31. Rows of float16 have little range
-of their own."""
+"""A pair's curvature up to this size is ordinary, by the history's dtype; 31 for the others. Rows of float16
+have little range of their own."""
 
 
 def is_scaled(state: State, xp: Any = None) -> Array:
     """Whether a step has to multiply its gradients: 0-d array of bool.
 
-    The first one whose gradient is not zero always does, since that decides on the scale, and so do those
-    before it; later ones do where the scale is not 1. A host that copies it without waiting can hand it to
-    the next `project` or `step` as `when_scaled`, beside what `upcoming` says. `xp` may be given.
+    The first one whose gradient is not zero always does, since that determines the scale, and so do those
+    before it; later ones do where the scale is not 1. A host that copies the answer without waiting can pass
+    it to the next `project` or `step` as `when_scaled`, along with what `upcoming` says.
     """
     xp = array_namespace(state.gamma) if xp is None else xp
     return _is_first(state, xp) | (state.grad_scale != 1.0)
@@ -63,8 +63,8 @@ def is_scaled(state: State, xp: Any = None) -> Array:
 def first_scale(
     call: Call, state: State, params: Sequence[Array] | None, grads: Sequence[Array | None], scale: Array
 ) -> Array:
-    """The scale of gradients, which the largest value of the very first one decides; that of the parameters
-    tells how large the others may be."""
+    """The scale of gradients, from the largest value of the very first one; the largest value of the
+    parameters tells how large the others may be."""
     xp = call.xp
     tops = call.reduce(xp.stack([_top(call, state, grads), _top(call, state, params or ())]))
     usable = xp.isfinite(tops) & (tops > 0)
@@ -86,7 +86,7 @@ def first_scale(
 
 
 def _is_first(state: State, xp: Any) -> Array:
-    """Whether no gradient but zero has been seen."""
+    """Whether all gradients so far were zero."""
     return xp.all(state.mean_square == 0.0)
 
 
@@ -102,9 +102,9 @@ def _top(call: Call, state: State, leaves: Sequence[Array | None]) -> Array:
 
 
 def pair_scale(call: Call, length: Array, history_dtype: str) -> Array:
-    """(B,): what both members of a pair are multiplied by after their division by ``|s|``, if `y` is then of
-    this length: the inverse of its root where it is out of the ordinary. Both are then as long as one another
-    is short, and neither's square leaves the range; `H` does not depend on it."""
+    """(B,): what both members of a pair are multiplied by after their division by ``|s|``, if `y` then has
+    this length: the inverse of its square root if it is out of the ordinary, else 1. The lengths of `s` and
+    `y` are then inverse to each other, and neither square leaves the range; `H` does not depend on it."""
     xp, usual = call.xp, _USUAL_PAIR.get(history_dtype, 31)
     usable = xp.isfinite(length) & (length > 0)
     exponent = xp.log2(xp.where(usable, length, 1.0))
@@ -118,7 +118,7 @@ def param_squares(call: Call, params: Sequence[Array], leaf: int, dtype: Any) ->
 
 
 def norm_of_squares(params: Sequence[Array], squares: Array, xp: Any) -> Array:
-    """0-d: the norm from each block's sums (B, 3) of `param_squares`: from those whose squares are in range.
+    """0-d: the norm, from each block's sums (B, 3) of `param_squares`; from those whose squares are in range.
 
     References
     ----------
@@ -131,5 +131,5 @@ def norm_of_squares(params: Sequence[Array], squares: Array, xp: Any) -> Array:
 
 
 def _limits(leaves: Sequence[Array | None]) -> _Limits:
-    """Those of the dtype of averages that has the least range."""
+    """The limits of the leaves' narrowest dtype of averages."""
     return _LIMITS[min(accumulation_dtype(leaf) for leaf in leaves if leaf is not None)]

@@ -16,8 +16,8 @@ __all__ = ["check", "diverges", "is_check", "is_due"]
 
 Array = Any
 DIVERGENCE = 6.0
-"""How many times its running mean the squared norm of a gradient is where a run of ``step_length="clip"``
-diverges."""
+"""A run with ``step_length="clip"`` diverges where the squared norm of a gradient exceeds its running mean by
+this factor."""
 
 
 def is_check(config: Config, window: Array, state: State) -> Array:
@@ -34,8 +34,8 @@ def is_due(config: Config, window: Array, state: State) -> Array:
 
 
 def check(call: Call, state: State, roots: Sequence[Root], asked: Array) -> tuple[Array, Array]:
-    """Ask whether the pair stands out of the gradient noise: whether the next step takes it, and how far
-    it stands out; the state's `pending` and `signal_to_noise`.
+    """Whether the pair stands out of the gradient noise, so that the next step takes it, and how far: the
+    state's `pending` and `signal_to_noise`.
 
     ``|y|^2`` must exceed `signal_to_noise` times the noise expected in it, and the curvature
     `noise_floor` times its standard deviation, once that is known.
@@ -47,7 +47,7 @@ def check(call: Call, state: State, roots: Sequence[Root], asked: Array) -> tupl
     y_norm = joint_norm(pair.yy, y_top, y_part, xp)
     spread, y_noise = window_noise(call, state)
     noise, known = row_noise(call, state)
-    rise = y_top * xp.sum(pair.sy * s_part * y_part)  # s.y in units of the largest s_scale, as is the next
+    rise = y_top * xp.sum(pair.sy * s_part * y_part)  # s.y in units of the largest s_scale; so is the next
     rise_noise = xp.sqrt(spread * xp.sum(pair.ss * s_part**2 * noise))
     passed = (y_norm > xp.sqrt(xp.ones_like(y_norm) * config.signal_to_noise) * y_noise) & (
         (rise > config.noise_floor * rise_noise) | ~xp.any(known)
@@ -62,8 +62,8 @@ def check(call: Call, state: State, roots: Sequence[Root], asked: Array) -> tupl
 def diverges(call: Call, state: State, grad_square: Array) -> Array:
     """Whether the inverse Hessian must be too large along some direction, since gradients have grown.
 
-    Steps that overshoot there go to and fro, which the means over a window of even length hide from the
-    next pair. So one falls due at once, and steps are shortened.
+    Steps that overshoot there go back and forth, which the means over a window of even length hide from the
+    next pair. So a pair is taken at once, and steps are shortened.
     """
     xp = call.xp
     if call.config.step_length != "clip":

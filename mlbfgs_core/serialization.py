@@ -1,6 +1,6 @@
 """One neutral, versioned checkpoint: saved in one framework, resumed in another.
 
-A file is of the safetensors format: arrays, and a header of text. Nothing in it is ever executed.
+A file has the safetensors format: arrays, and a header of text. Nothing in it is ever executed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["load_state", "save_state"]
 Array = Any
 StrPath = str | os.PathLike[str]
 FORMAT, VERSION = "mlbfgs", 2
-"""The header's one entry, and the version of what it tells."""
+"""The only entry of the header, and the version of its content."""
 ABANDONED_AFTER = 3600
 """Seconds since the last write to a temporary file."""
 _NO_DIGEST = "0" * 64
@@ -57,9 +57,9 @@ def save_state(path: StrPath, snapshots: Sequence[Snapshot]) -> None:
     Parameters
     ----------
     path : path-like
-        A file; one that exists is replaced once the new one is whole and on the disk.
+        A file; an existing one is replaced once the new one is complete and on the disk.
     snapshots : sequence of Snapshot
-        Of arrays that `numpy.asarray` takes.
+        Their arrays must be such that `numpy.asarray` takes them.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def save_state(path: StrPath, snapshots: Sequence[Snapshot]) -> None:
     Notes
     -----
     Writes the state, the parameters and the momentum, without leaves that never had a gradient, and reads
-    the file once for its SHA-256. A process killed in the middle leaves a file ``.NAME.*.tmp`` beside, which
+    the file once for its SHA-256. A process killed meanwhile leaves a file ``.NAME.*.tmp`` next to it, which
     is never read, and which a later call removes once it is an hour old.
 
     Examples
@@ -134,7 +134,7 @@ def save_state(path: StrPath, snapshots: Sequence[Snapshot]) -> None:
 
 
 def load_state(path: StrPath, like: Sequence[Snapshot] | None = None) -> list[Snapshot]:
-    """Read a checkpoint, after all of it has been checked.
+    """Read a checkpoint, all of which is checked first.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def load_state(path: StrPath, like: Sequence[Snapshot] | None = None) -> list[Sn
         A file that `save_state` or an adapter has written.
     like : sequence of Snapshot, optional
         What is to be resumed: the file must hold the same names, blocks, shapes and dtypes, and the result
-        has their order. Only shapes and dtypes of its arrays are read, so they may be abstract.
+        has their order. Only the shapes and dtypes of these arrays are read, so they may be abstract.
 
     Returns
     -------
@@ -222,7 +222,7 @@ def _parse(part: dict[str, Any], prefix: str, arrays: dict[str, Array]) -> Snaps
     own = {name[len(prefix) :]: arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
     if "preconditioner" in part:
         preconditioner = part["preconditioner"]
-    else:  # of version 1
+    else:  # a file of version 1
         preconditioner = "diagonal" if part["metric"] else "none"
         own = {_of_today(name): array for name, array in own.items()}
         own.setdefault("grad_scale", np.ones_like(own["length"]))
@@ -244,7 +244,7 @@ def _parse(part: dict[str, Any], prefix: str, arrays: dict[str, Array]) -> Snaps
 
 
 def _of_today(name: str) -> str:
-    """The name of an array, or of a leaf's, in a file of version 1 as it is today."""
+    """Today's name of an array, or of a leaf's array, that has this name in a file of version 1."""
     field, slash, leaf = name.partition("/")
     return RENAMED.get(field, field) + slash + leaf
 
@@ -279,9 +279,9 @@ def _refusal(path: StrPath, rule: str) -> ValueError:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what processes that were killed have left; one that lives writes more often than this."""
+    """Remove the files that killed processes have left; a live process writes more often than this."""
     for partial in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        with contextlib.suppress(OSError):  # somebody else may have removed it
+        with contextlib.suppress(OSError):  # another process may have removed it
             if time.time() - partial.stat().st_mtime > ABANDONED_AFTER:
                 partial.unlink()
 

@@ -1,4 +1,4 @@
-"""A run at rest: one core state with its names, parameters and momentum, and what makes two of them alike."""
+"""A run at rest: one core state with its names, parameters and momentum, and when two of them match."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Snapshot(NamedTuple):
     """One core state with all that belongs to it, as NumPy arrays; a checkpoint holds one or more."""
 
     names: tuple[str, ...]
-    """A distinct name for each leaf; leaves are found again by it, in whatever order."""
+    """A distinct name for each leaf, by which leaves are found again in any order."""
     blocks: Blocks
     state: State
     params: tuple[Array, ...]
@@ -61,8 +61,8 @@ class Snapshot(NamedTuple):
             Maps a name to the new one.
         transform : callable, optional
             Maps a (new) name and an array to the array in the new shape. It is called for the leaf's
-            value, averages and momentum, and for its history, which has two axes more in front. It may
-            permute the leaf's axes (such as ``np.swapaxes(array, -1, -2)``), not mix values.
+            value, averages and momentum, and for its history, which has two more axes in front. It may
+            permute the leaf's axes (such as ``np.swapaxes(array, -1, -2)``), but not mix values.
 
         Returns
         -------
@@ -154,7 +154,7 @@ def _told(kind: tuple[tuple[int, ...], str] | None) -> str:
 def matched(found: Sequence[Snapshot], wanted: Snapshot, where: str) -> Snapshot:
     """The snapshot with the names of the wanted one, in its order of leaves and blocks.
 
-    Raises ValueError where there is none, or one of other blocks, shapes or dtypes.
+    Raises ValueError if there is none, or if its blocks, shapes or dtypes differ.
     """
     same = [snapshot for snapshot in found if set(snapshot.names) == set(wanted.names)]
     if not same:
@@ -222,7 +222,7 @@ def coefficients(state: State) -> dict[str, Array]:
 
 
 def shape_settings(history_size: int, history_dtype: str | None, preconditioner: str) -> Config:
-    """Settings of which only what shapes a state is meant."""
+    """Settings that stand only for the shapes and dtypes of a state's arrays."""
     return Config(
         history_size=history_size,
         history_dtype=history_dtype,
@@ -231,7 +231,7 @@ def shape_settings(history_size: int, history_dtype: str | None, preconditioner:
 
 
 def settings_of(state: State) -> Config:
-    """`shape_settings` with the layout of a state."""
+    """The `shape_settings` that give the layout of a state."""
     dtypes = {dtype_name(history) for history in state.history}
     own = all(
         dtype_name(history) == dtype_name(mean)

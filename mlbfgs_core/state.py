@@ -43,7 +43,7 @@ class State(NamedTuple):
     Symbols are those of the paper (Niu et al. 2023); shapes never change.
     """
 
-    # Of each leaf: a tuple with one array per leaf; an empty one where nothing of the kind is remembered.
+    # For the leaves: a tuple with one array per leaf, or an empty tuple where there are none of the kind.
     history: tuple[Array, ...]
     """``(2, m, *leaf)``: `s` in [0], damped `y` in [1], each divided by the norm of `s` (and, where ``|y|``
     and ``|s|`` differ by many orders of magnitude, multiplied by a common power of two)."""
@@ -56,11 +56,11 @@ class State(NamedTuple):
     prev_grads: tuple[Array, ...]
     preconditioner: dict[str, tuple[Array | None, ...]]
     """What the preconditioner remembers, by the names of its layout: an array per leaf, or None for a leaf
-    that has none of the kind. ``exp_avg_sq``: `v`, the running mean of squared gradients."""
+    without one. ``exp_avg_sq``: `v`, the running mean of squared gradients."""
 
     # Per leaf, (L,) int32.
     leaf_steps: Array
-    """Observations ever."""
+    """Observations so far."""
     leaf_window: Array
     """Observations in this window."""
     leaf_prev_window: Array
@@ -78,7 +78,7 @@ class State(NamedTuple):
     gamma: Array
     """Scale of the initial inverse Hessian."""
     pairs: Array
-    """int32: pairs stored ever; modulo m the ring's next slot."""
+    """int32: pairs stored so far; modulo m, the ring's next slot."""
     rejected: Array
     """int32: pairs that carried no usable curvature."""
     row_projection: Array
@@ -106,12 +106,12 @@ class State(NamedTuple):
     window: Array
     """int32 `n`: accepted steps in this window."""
     prev_window: Array
-    """int32 `n_P`: the same of the previous window; 0 before there is one."""
+    """int32 `n_P`: the same for the previous window; 0 before there is one."""
     scatter: Array
     """`r`: scatter of the gradient about its mean in this window."""
     prev_scatter: Array
     signal_to_noise: Array
-    """Of the last check: ``|y|^2`` over the noise expected in it."""
+    """At the last check: ``|y|^2`` over the noise expected in it."""
     pending: Array
     """bool: a check has passed, and the next accepted step takes the pair."""
     due: Array
@@ -120,7 +120,7 @@ class State(NamedTuple):
     """Running length of the direction, for ``step_length="clip"``; 0 before the first pair."""
     grad_scale: Array
     """Power of two by which every gradient is multiplied before anything else, so that no square over- or
-    underflows; 1 unless the very first gradient was out of the ordinary. `gamma` and all that is formed of
+    underflows; 1 unless the very first gradient was out of the ordinary. `gamma` and all that comes from
     gradients are in these units, so that the inverse Hessian is ``grad_scale * (gamma I + B^T C B)``."""
 
 
@@ -131,13 +131,13 @@ COEFFICIENTS = State._fields[6:]
 LEAF_COUNTS = State._fields[6:9]
 """Names of the fields that hold one number per leaf."""
 RENAMED = {"moment": "exp_avg_sq", "operator": "middle_matrix"}
-"""Names of arrays in states that older versions have written, with those of today."""
+"""Names of arrays in states that older versions have written, and their names today."""
 
 
 def leaf_arrays(state: State) -> dict[str, tuple[Array | None, ...]]:
     """All that is remembered of leaves, by name: for each leaf an array, or None where it has none.
 
-    An adapter's state may hold trees, whose truth means nothing, in place of the tuples.
+    An adapter's state may hold trees in place of the tuples; their truth value says nothing.
     """
     own = {name: getattr(state, name) for name in _LEAF_FIELDS}
     return {name: arrays for name, arrays in own.items() if not _is_empty(arrays)} | state.preconditioner
@@ -148,7 +148,7 @@ def _is_empty(arrays: Any) -> bool:
 
 
 def with_leaf_arrays(state: State, arrays: Mapping[str, tuple[Array | None, ...]]) -> State:
-    """The state with others in place of its `leaf_arrays`, of which it takes all that is given."""
+    """The state with these arrays in place of its `leaf_arrays`; what is not given becomes empty."""
     own = {name: tuple(arrays.get(name, ())) for name in _LEAF_FIELDS}
     rest = {name: tuple(values) for name, values in arrays.items() if name not in own}
     return state._replace(**own, preconditioner=rest)
@@ -209,8 +209,8 @@ def init(
     TypeError
         A leaf that is not of a real floating-point dtype.
     ValueError
-        No leaves, leaves on several devices (give each device a state), blocks that are no partition,
-        or a namespace without the history's dtype.
+        No leaves, leaves on several devices (give each device its own state), blocks that are no
+        partition, or a namespace without the history's dtype.
 
     Notes
     -----
@@ -253,7 +253,7 @@ def init(
 
 
 def _zeros(kernels: Kernels, leaf: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Zeros placed like the leaf, where they have its shape behind others."""
+    """Zeros, placed like the leaf if their last axes have its shape."""
     count = len(shape) - len(leaf.shape)
     if count >= 0 and shape[count:] == tuple(leaf.shape):
         return kernels.zeros(leaf, shape[:count], dtype)
@@ -306,12 +306,12 @@ def coefficient_dtype(leaves: Sequence[Array]) -> str:
 
 
 def dtype_name(leaf: Array) -> str:
-    """The same name, such as "float32", for NumPy's, PyTorch's and JAX's dtypes."""
+    """Name of the dtype, such as "float32", the same for NumPy, PyTorch and JAX."""
     return str(leaf.dtype).rpartition(".")[2]
 
 
 def layout(config: Config, leaves: Sequence[Array], blocks: Blocks) -> Iterator[Entry]:
-    """Every array of the state: its one definition."""
+    """Every array of the state; nothing else defines which there are."""
     m, count, number = config.history_size, len(leaves), len(blocks)
     preconditioner = preconditioner_of(config)
     for index, leaf in enumerate(leaves):

@@ -1,4 +1,4 @@
-"""The two-loop recursion in coefficient space: Gram matrix in, operator out."""
+"""The two-loop recursion in coefficient space: Gram matrix in, middle matrix out."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Repeat = Callable[[int, Callable[[Any, Any], Any], Any], Any]
 
 
 def ring_order(pairs: Array, m: int, xp: Any, device: Any = None) -> Array:
-    """Slots of the ring from the newest pair to the oldest; its own inverse permutation.
+    """Slots of the ring from the newest pair to the oldest: a permutation that is its own inverse.
 
     Parameters
     ----------
     pairs : (B,) array of int
-        Pairs stored ever.
+        Pairs stored so far.
     m : int
-        Slots.
+        Number of slots.
 
     Returns
     -------
@@ -31,7 +31,7 @@ def ring_order(pairs: Array, m: int, xp: Any, device: Any = None) -> Array:
 
 
 def repeat(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """``body(i, carry)`` for each i."""
+    """Repeat ``carry = body(i, carry)`` for each i below `count`."""
     for i in range(count):
         carry = body(i, carry)
     return carry
@@ -48,14 +48,14 @@ def two_loop(
         Inner products of the rows ``B = [s_1..s_m; y_1..y_m]`` as they lie in the ring; rows of
         empty slots are zero.
     pairs : (B,) array of int
-        Pairs stored ever, which tells the newest slot.
+        Pairs stored so far, which tells the newest slot.
     repeat : callable, optional
         ``(count, body, carry) -> carry``, a loop over ``carry = body(i, carry)``, such as
         ``jax.lax.fori_loop`` from 0; by default a Python loop.
 
     Returns
     -------
-    operator : (B, 2m, 2m) array
+    middle_matrix : (B, 2m, 2m) array
         `C`, in the ring's order.
     gamma : (B,) array
         ``s.y / y.y`` of the newest pair; 1 where there is none.
@@ -73,8 +73,8 @@ def two_loop(
 
     >>> import numpy as np
     >>> rows = np.asarray([[1.0, 0.0], [2.0, 0.0]])
-    >>> operator, gamma = two_loop((rows @ rows.T)[None], np.asarray([1]), np)
-    >>> gamma[0] * np.eye(2) + rows.T @ operator[0] @ rows
+    >>> middle_matrix, gamma = two_loop((rows @ rows.T)[None], np.asarray([1]), np)
+    >>> gamma[0] * np.eye(2) + rows.T @ middle_matrix[0] @ rows
     array([[0.5, 0. ],
            [0. , 0.5]])
     """

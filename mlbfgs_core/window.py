@@ -15,18 +15,18 @@ Array = Any
 
 
 class Weights(NamedTuple):
-    """How a step's gradient enters, per leaf (L,)."""
+    """How a step's gradient is weighted, per leaf (L,)."""
 
     increments: Array | int
     """Observations to add."""
     mean: Array
     """Weight of a new observation in the averages."""
     square: Array
-    """That of its square in the preconditioner's mean of squares."""
+    """Weight of its square in the preconditioner's mean of squares."""
 
 
 def weights_of(call: Call, state: State, grads: Sequence[Array | None]) -> Weights:
-    """How gradients enter; a leaf without one keeps what it has."""
+    """How gradients are weighted; a leaf without one keeps what it has."""
     config, xp = call.config, call.xp
     increments: Array | int = 1
     steps, window = state.leaf_steps + 1, state.leaf_window + 1
@@ -44,7 +44,7 @@ def weights_of(call: Call, state: State, grads: Sequence[Array | None]) -> Weigh
 
 
 def mean_square_weight(config: Config, steps: Array) -> Array:
-    """Weight of the newest of so many squared gradients in their bias-corrected running mean."""
+    """Weight of the newest of this many squared gradients in their bias-corrected running mean."""
     return (1.0 - config.preconditioner_beta) / (1.0 - config.preconditioner_beta**steps)
 
 
@@ -71,7 +71,7 @@ def average(
 
 
 def turn_window(call: Call, state: State, due: Array) -> State:
-    """Where due: this window's averages and counts become the previous ones."""
+    """Where due, make this window's averages and counts the previous ones."""
     xp, kernels, restart = call.xp, call.kernels, call.config.beta is None
     turned = due & (state.leaf_window > 0)
     turn = [kernels.to_leaf(turned[leaf]) for leaf in range(len(state.mean_params))]

@@ -1,4 +1,4 @@
-"""What a user hands over: parameters and gradients in one array, a sequence or a mapping; numbers."""
+"""What a user passes: parameters and gradients in one array, a sequence or a mapping; and numbers."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Structure(NamedTuple):
 
     @classmethod
     def of(cls, params: Any) -> Structure:
-        """Of checked parameters.
+        """The structure of parameters, which are checked.
 
         Raises
         ------
         TypeError, ValueError
-            Something else than plain, writable NumPy or CuPy arrays of a known dtype, none at all, or
+            Anything but plain, writable NumPy or CuPy arrays of a known dtype, none at all, or
             arrays that share memory, which one step would write to twice.
         """
         if isinstance(params, Mapping):
@@ -115,8 +115,8 @@ class Structure(NamedTuple):
 
 
 def check_number(name: str, value: Any) -> Any:
-    """A checked learning rate, momentum or weight decay: a number of Python; but a rate that is an array
-    without axes, of NumPy or CuPy, as it is, since it may change.
+    """A checked learning rate, momentum or weight decay, as a Python number; a rate that is an array of
+    NumPy or CuPy without axes is returned as it is, since its value may change.
 
     Raises
     ------

@@ -1,5 +1,5 @@
 """Where arrays lie: NumPy's on the host, CuPy's on a device, each with kernels and a way to decide what a
-step does. CuPy is imported only for who already uses it."""
+step does. CuPy is imported only if arrays of it are given."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Array = Any
 
 
 def as_numpy(array: Array) -> Array:
-    """An array of either library as one of NumPy; a view of one of NumPy."""
+    """An array of either library as one of NumPy; a NumPy array itself."""
     return array.get() if is_cupy_array(array) else np.asarray(array)
 
 
@@ -29,7 +29,7 @@ class Host:
 
     xp = array_api_compat.numpy
     small = 2**16
-    """Parameters of at most so many values are laid side by side."""
+    """Parameters of at most this many values are laid side by side."""
 
     def __init__(self) -> None:
         self.kernels = NumpyKernels()
@@ -38,7 +38,7 @@ class Host:
         return "the host"
 
     def on(self) -> AbstractContextManager[Any]:
-        """No warning about a gradient that is not finite, and no exception in the middle of a step."""
+        """Suppress warnings about gradients that are not finite, and exceptions in the middle of a step."""
         return np.errstate(all="ignore")
 
     def asarray(self, array: Array) -> Array:
@@ -58,7 +58,7 @@ class Cuda:
     """CuPy arrays on one device."""
 
     small = 2**23
-    """As for `Host`."""
+    """The same limit as in `Host`, larger on a GPU."""
 
     def __init__(self, number: int) -> None:
         import array_api_compat.cupy
@@ -97,7 +97,7 @@ Backend = Host | Cuda
 
 
 class HostFlags:
-    """What the next step is to do, at hand."""
+    """What the next step is to do, already on the host."""
 
     def send(self, flags: Array) -> None:
         """Remember it."""
@@ -118,7 +118,7 @@ class CudaFlags:
 
         self._host = cupyx.empty_pinned(3, dtype=bool)
         self._event = cupy.cuda.Event(disable_timing=True)
-        # The memory may not go to somebody else while a copy to it is under way.
+        # The memory must not be reused while a copy to it is under way.
         weakref.finalize(self, self._event.synchronize)
 
     def send(self, flags: Array) -> None:

@@ -30,7 +30,7 @@ class Loaded(NamedTuple):
     config: core.Config
     numbers: dict[str, Any]
     parts: list[tuple[core.State, Sequence[Array] | None, Groups]]
-    """For each unit what `Unit.restore` takes."""
+    """What `Unit.restore` takes, for each unit."""
 
 
 def check_shapes(argument: str, new: core.Config, units: Sequence[Unit]) -> None:
@@ -153,8 +153,8 @@ def _part(
 def _entries(
     number: int, unit: Unit, config: core.Config, buffers: bool
 ) -> Iterator[tuple[str, str, int | None, tuple[tuple[int, ...], str]]]:
-    """What a dictionary holds of a unit: the name of each array, its field, the index of its parameter (None:
-    it belongs to no one's), its shape and dtype."""
+    """What a dictionary holds of a unit: the name of each array, its field, the index of its parameter (None
+    if it belongs to none), its shape and dtype."""
     likes = [member.like for member in unit.members]
     entries = list(adapter.layout(config, likes, unit.blocks))
     if buffers:
@@ -180,7 +180,7 @@ def _of_today(given: Mapping[str, Any], units: Sequence[Unit]) -> dict[str, Any]
         first, slash, rest = name.partition("/")
         last = RENAMED.get(rest, rest) if first.startswith("unit") else rest
         result[RENAMED.get(first, first) + slash + last] = given[name]
-    for number in range(len(units)):  # there was no `grad_scale` once
+    for number in range(len(units)):  # older versions had no `grad_scale`
         if f"unit{number}/length" in given:
             result.setdefault(f"unit{number}/grad_scale", given[f"unit{number}/length"] * 0 + 1)
     return result
@@ -218,7 +218,7 @@ def _config(given: Mapping[str, Any]) -> core.Config:
 
 
 def _number(value: Any) -> Any:
-    """A Python number, but a CuPy array as it is."""
+    """A Python number, or a copy of a CuPy array."""
     return value.copy() if is_cupy_array(value) else np.asarray(value).item()
 
 

@@ -3,8 +3,8 @@
 A pass that sums is a loop of many threads at equal distances; each adds up its own part of the sums, in the
 order of the leaf, and a second, small sum adds the parts. No product goes through a matrix library, so that
 inner products have full precision whatever that library is allowed, and a history of half precision is read
-as it is stored. `R` of the diagonal preconditioner is formed within a pass; under another one the passes are
-the core's, made of their kernels.
+as it is stored. `R` of the diagonal preconditioner is formed within a pass; with another preconditioner the
+passes are the core's, built from the kernels.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class CupyKernels(core.Kernels):
         return param, buffer
 
     def _parts(self, count: int, leaf: Array, dtype: Any) -> Array:
-        """Memory for each thread's part of so many sums over a leaf."""
+        """Memory for each thread's part of `count` sums over a leaf."""
         threads = max(1, min(_THREADS, leaf.shape[0] // _OWN))
         return self.xp.empty((count, threads), dtype=dtype, device=self.device(leaf))
 
@@ -232,7 +232,7 @@ def _is_formed(root: Root) -> bool:
 
 
 def _rows(leaf: Leaf, grad: Array) -> tuple[int, Array]:
-    """How many rows there are, and the history; where there is none, an array of which nothing is read."""
+    """The number of rows, and the history; if there is none, an array that is not read."""
     return (0, grad) if leaf.history is None else (2 * leaf.history.shape[1], leaf.history)
 
 

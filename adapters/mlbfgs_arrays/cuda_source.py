@@ -1,6 +1,6 @@
 """The bodies of the CUDA kernels, in the C of `cupy.ElementwiseKernel`.
 
-`i` is the number of the thread or of the value. Single letters are dtypes: `T` that of the averages, `P` the
+`i` is the number of the thread or of the value. Single letters are dtypes: `T` the averages', `P` the
 parameter's, `G` that of a gradient, of its whitened form or of an averaged value, `H` the history's. With
 `DIAGONAL` a body forms `R` from the mean of squares; `ROOT` is the power. A pass that sums is a loop of
 `threads` threads at equal distances; each adds up its own part of the sums, in the order of the leaf.
@@ -195,4 +195,4 @@ BODIES = {
     "rotate": _ROTATE,
     "apply": _APPLY,
 }
-"""By the kernels' names."""
+"""The bodies, by the kernels' names."""

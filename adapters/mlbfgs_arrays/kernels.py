@@ -20,12 +20,12 @@ class NumpyKernels(core.Kernels):
 
     def __init__(self) -> None:
         super().__init__(xp)
-        # The C library returns free memory to the system, from which it comes back page by page, at a higher
-        # cost than that of the arithmetic; but no more than twice the largest array that it has seen freed.
+        # The C library returns free memory to the system, and to get it back page by page costs more than
+        # the arithmetic. But it keeps up to twice the size of the largest array that it has seen freed.
         np.empty(16 * self.tile)
 
     def finite(self, x: Array) -> Array:
-        """`x` with zeros for what is not finite; itself where there is no such value."""
+        """`x` with zeros for what is not finite; `x` itself if there is no such value."""
         finite = np.isfinite(x)
         return x if finite.all() else np.where(finite, x, 0.0)
 
@@ -65,7 +65,7 @@ class NumpyKernels(core.Kernels):
     def average(
         self, mean: Array, value: Array, weight: Array, keep: Array, *, squared: bool = False
     ) -> Array:
-        """``M += weight * (x - M)``; only a gradient's square is averaged, and one that is kept is finite."""
+        """``M += weight * (x - M)``; squares are those of gradients, which are finite if they are kept."""
         for tile in self.tiles(mean) if keep else ():
             old, x = part(mean, tile), self.cast(part(value, tile), mean.dtype)
             change = (x * x if squared else self.finite(x)) - old

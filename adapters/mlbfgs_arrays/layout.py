@@ -21,7 +21,7 @@ def real(array: Array) -> Array:
 
 
 class Like(NamedTuple):
-    """What the core must know of a leaf to lay out its state."""
+    """What the core must know about a leaf to lay out its state."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -33,7 +33,7 @@ class Member(NamedTuple):
     name: str
     array: Array
     shape: tuple[int, ...]
-    """Of the real values: a complex parameter has a last axis of 2."""
+    """Shape of the real values: a complex parameter has a last axis of 2."""
     order: tuple[int, ...]
     """Axes from the largest stride to the smallest."""
     inverse: tuple[int, ...]
@@ -45,7 +45,7 @@ class Member(NamedTuple):
     size: int
     """Number of real values."""
     given: tuple[tuple[int, ...], tuple[int, ...], Any]
-    """Shape, strides and dtype of the parameter when it was handed over."""
+    """Shape, strides and dtype of the parameter when it was given."""
 
     @property
     def like(self) -> Like:
@@ -54,7 +54,7 @@ class Member(NamedTuple):
 
     @classmethod
     def of(cls, name: str, array: Array) -> Member:
-        """With the layout of the parameter."""
+        """A member with the layout of its parameter."""
         view = real(array)
         axes = tuple(range(view.ndim))
         order = tuple(sorted(axes, key=lambda axis: -view.strides[axis]))
@@ -64,8 +64,8 @@ class Member(NamedTuple):
         return cls(name, array, view.shape, order, inverse, plain, dense, math.prod(view.shape), given)
 
     def check(self) -> None:
-        """Raise ValueError where the parameter has been given another form since: NumPy lets one assign an
-        array's shape, strides and dtype, and resize it."""
+        """Raise ValueError if the parameter has been given another form since then: NumPy allows assigning an
+        array's shape, strides and dtype, and resizing it."""
         array = self.array
         now = array.shape, array.strides, array.dtype
         if now != self.given:
@@ -74,7 +74,7 @@ class Member(NamedTuple):
             raise ValueError(msg)
 
     def flat(self, array: Array) -> Array:
-        """An array like the parameter (or several: more axes in front), as one axis in memory order."""
+        """An array like the parameter (or several, along leading axes), as one axis in memory order."""
         array = array if self.plain else real(array)
         lead = array.ndim - len(self.order)
         if not self.plain:
@@ -96,9 +96,9 @@ class Leaf(FlatLeaf[Member]):
     Parameters
     ----------
     members : sequence of Member
-        Of all parameters.
+        The members of all parameters.
     indices : sequence of int
-        Which of them lie here.
+        Which of them lie in this leaf.
     """
 
     def __init__(self, members: Sequence[Member], indices: Sequence[int]) -> None:
@@ -115,7 +115,7 @@ class Leaf(FlatLeaf[Member]):
         return self.gather([member.array for member in self.members])
 
     def gather(self, arrays: Sequence[Array]) -> Array:
-        """One array per member (or several: more axes in front) as a flat one."""
+        """One array per member (or several, along leading axes) as a flat one."""
         if self._plain and arrays[0].ndim == len(self.members[0].shape):
             return array_namespace(arrays[0]).concat(arrays, axis=None)
         return super().gather(arrays)

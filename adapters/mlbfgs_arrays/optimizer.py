@@ -29,9 +29,9 @@ class MLBFGS:
         or complex128, which `step` updates in place. Without names they are "param0", "param1", ...
     lr : float or 0-d array, optional
         Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``; by
-        default 1e-3, with another `step_length` 0.1.
+        default 1e-3, or 0.1 with another `step_length`.
     momentum : float, optional
-        Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
+        Momentum on the direction; by default the preset's: 0 for "lbfgs" and "fit", else 0.9.
     weight_decay : float
         Parameters shrink by ``lr * weight_decay`` per step, as in AdamW.
     preset : {"default", "paper", "formulas", "lbfgs", "fit"} or None
@@ -45,7 +45,7 @@ class MLBFGS:
         Whether the momentum looks ahead (Nesterov's), as in `torch.optim.SGD`, or is heavy-ball. The
         default preset looks ahead, the others do not.
     maximize : bool
-        Climb instead of descending.
+        Maximize instead of minimizing.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ class MLBFGS:
     parameters count as pairs of reals. Memory with default settings: ``(2 * history_size + 6) * 4`` bytes
     per float32 parameter, and 4 more during a step (12 for a parameter that is small or not contiguous);
     `mlbfgs_core.plan_memory` gives the exact figure without the momentum's array. No step
-    waits for a GPU, but for the first after a start, a load or a change of `config`; with parameters in
+    waits for a GPU, except the first after a start, a load or a change of `config`; with parameters in
     several places each step waits, since a NaN in one of them skips the step of all.
 
     References
@@ -131,7 +131,7 @@ class MLBFGS:
         self.lr, self.momentum, self.weight_decay = numbers.values()
 
     def _form(self, structure: Structure, blocks: Blocks, config: core.Config, maximize: bool) -> None:
-        """One unit for each place where parameters lie, each with its own part of the blocks."""
+        """Make one unit for each place where parameters lie, each with its own part of the blocks."""
         self._structure, self._blocks, self._maximize = structure, blocks, maximize
         self._momentum = 0.0
         places: dict[Any, list[int]] = {}
@@ -220,7 +220,8 @@ class MLBFGS:
         ----------
         grads : array, sequence or mapping
             In the form of the parameters. Each gradient has the shape and the dtype of its parameter (or
-            float32 for one of half precision) and lies beside it; None for a parameter that keeps still.
+            float32 for one of half precision) and lies in the same place; None for a parameter that must not
+            move.
             They are not written to.
 
         Raises
@@ -231,7 +232,7 @@ class MLBFGS:
 
         Notes
         -----
-        With gradients of None only, nothing happens, and nothing is counted.
+        If all gradients are None, nothing happens, and nothing is counted.
         """
         self._check(writes=True)
         given = self._structure.gradients(grads)
@@ -255,7 +256,7 @@ class MLBFGS:
         return [adapter.block_names(unit.names, unit.blocks) for unit in self.units]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the parameters, under flat names; see `load_state_dict`.
+        """Everything except the parameters, under flat names; see `load_state_dict`.
 
         Returns
         -------
@@ -284,7 +285,7 @@ class MLBFGS:
         ------
         ValueError, TypeError
             A state of other parameters, blocks or settings that fix shapes; a parameter that `step` would
-            refuse for its form. Nothing has changed then.
+            refuse because of its form. Nothing has changed then.
 
         Notes
         -----
@@ -306,7 +307,7 @@ class MLBFGS:
         Parameters
         ----------
         path : path-like
-            A file, by convention ``*.safetensors``; one that exists is replaced once the new one is whole.
+            A file, by convention ``*.safetensors``; an existing one is replaced once the new one is complete.
 
         Raises
         ------
@@ -332,7 +333,7 @@ class MLBFGS:
         core.save_state(path, [unit.snapshot() for unit in self.units])
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
-        """Go on from a file of `save_state`, whichever adapter has written it.
+        """Resume from a file of `save_state`, whichever adapter has written it.
 
         Parameters
         ----------
@@ -342,7 +343,7 @@ class MLBFGS:
         ------
         ValueError
             A damaged file, or one of other parameters, blocks, shapes or dtypes; a parameter that `step`
-            would refuse for its form. Nothing has changed then.
+            would refuse because of its form. Nothing has changed then.
         OSError, ImportError
             As `mlbfgs_core.load_state`.
 

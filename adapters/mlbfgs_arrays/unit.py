@@ -56,7 +56,7 @@ class Unit:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the parameters."""
+        """The names of the parameters."""
         return tuple(member.name for member in self.members)
 
     @property
@@ -94,7 +94,7 @@ class Unit:
             return core.diagnostics(self._state)
 
     def constant(self, value: bool) -> Array:
-        """A 0-d array beside the parameters."""
+        """A 0-d array in the place of the parameters."""
         with self.backend.on():
             return self.backend.xp.full((), value, dtype=self.backend.xp.bool)
 
@@ -189,7 +189,7 @@ class Unit:
         self._sent = False
 
     def snapshot(self) -> core.Snapshot:
-        """The parameters and what is remembered of them, on the host; views where they lie there."""
+        """The parameters and what is remembered of them, on the host; views if they lie there already."""
 
         with self.backend.on():
             state, momentum = self.export()
@@ -223,7 +223,7 @@ class Unit:
         return pack(sizes, own, self.blocks)[0]
 
     def _lay(self, groups: Sequence[tuple[int, ...]]) -> None:
-        """Form a leaf of each group, and the method for the blocks of leaves."""
+        """Form a leaf from each group, and the method for the blocks of leaves."""
         block_of = {index: number for number, block in enumerate(self.blocks) for index in block}
         self._leaves = [Leaf(self.members, group) for group in groups]
         numbers = [block_of[group[0]] for group in groups]
@@ -233,7 +233,7 @@ class Unit:
         self._method = core.Method(self._config, blocks, self.backend.kernels)
 
     def _split(self, missing: Sequence[bool]) -> None:
-        """Part members with a gradient from those without, in leaves that hold both."""
+        """Separate members with a gradient from those without, in leaves that hold both."""
         parts = [_parted(leaf.indices, missing) for leaf in self._leaves]
         if all(len(groups) == 1 for groups in parts):
             return
@@ -259,8 +259,8 @@ class Unit:
     def _moved(
         self, state: core.State, function: Callable[[Sequence[Array]], Sequence[Array]], source: Sequence[int]
     ) -> core.State:
-        """A state of other leaves: its arrays by a function of those of all leaves, its counts by the numbers
-        of the leaves from which they come."""
+        """A state of other leaves: `function` makes its arrays from those of all leaves, and `source` gives
+        the leaf from which each count comes."""
         arrays = {name: tuple(function(own)) for name, own in adapter.leaf_arrays(state).items()}
         counts = {}
         for name in LEAF_COUNTS:

@@ -1,4 +1,4 @@
-"""Runs in JAX written to and read from the neutral checkpoint."""
+"""The neutral checkpoint of a run in JAX: written, and read again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def save_state(
     Parameters
     ----------
     path : path-like
-        A file, by convention ``*.safetensors``; one that exists is replaced once the new one is whole.
+        A file, by convention ``*.safetensors``; an existing one is replaced once the new one is complete.
     params : tree of arrays
     state : tree
         Of `mlbfgs`, or of any chain that holds one `MLBFGSState` and at most one `optax.TraceState`.
@@ -47,7 +47,7 @@ def save_state(
     OSError, ImportError
         As `mlbfgs_core.save_state`.
     RuntimeError
-        Where another process could not write the file.
+        If another process could not write the file.
 
     Notes
     -----
@@ -55,7 +55,7 @@ def save_state(
     the device. Schedules and every other part of the state are not in the file.
 
     Arrays that are spread over several processes are gathered, one at a time, in the memory of each device
-    and then of process 0, which writes; all processes must call, and go on once the file is written.
+    and then of process 0, which writes; all processes must call this, and go on once the file is written.
 
     Examples
     --------
@@ -88,15 +88,14 @@ def load_state(
     *,
     blocks: adapter.BlockSpec = "all",
 ) -> tuple[optax.Params, optax.OptState]:
-    """Go on from a file of `save_state`, whichever adapter has written it.
+    """Resume from a file of `save_state`, whichever adapter has written it.
 
     Parameters
     ----------
     path : path-like
     params, state : trees
-        Of the run that is to be resumed, such as ``params, tx.init(params)``, which give structure, shapes,
-        dtypes and placement. May be abstract (``jax.eval_shape(tx.init, params)``), with shardings or
-        without.
+        The run to be resumed, such as ``params, tx.init(params)``: they give structure, shapes, dtypes and
+        placement. They may be abstract (``jax.eval_shape(tx.init, params)``), with shardings or without.
     blocks : {"all", "layer", "parameter"} or callable
         As given to `mlbfgs`.
 
@@ -150,7 +149,7 @@ def load_state(
 def _snapshot(
     params: optax.Params, state: optax.OptState, blocks: adapter.BlockSpec
 ) -> tuple[core.Snapshot, list[optax.TraceState]]:
-    """The run but for the momentum, and the parts of the state that hold that."""
+    """The run except the momentum, and the parts of the state that hold the momentum."""
     parts = [part for part in jax.tree.leaves(state, is_leaf=_is_part) if _is_part(part)]
     states = [part for part in parts if isinstance(part, MLBFGSState)]
     traces = [part for part in parts if isinstance(part, optax.TraceState)]
@@ -159,7 +158,7 @@ def _snapshot(
         msg = f"`state` {rule}, got {len(states)} and {len(traces)}"
         raise ValueError(msg)
     own = states[0]
-    # Of a masked optimizer the parameters are not all in the state, which may hold no array of any.
+    # The state of a masked optimizer does not have all parameters, and may hold no array of any.
     trees = [*adapter.leaf_arrays(own).values(), *(trace.trace for trace in traces), params]
     names = tuple(named_leaves(trees[0]))
     partition = core.partition(names, blocks)
@@ -222,7 +221,7 @@ def _place(leaf: Any) -> Sharding | None:
         return sharding
     if jax.sharding.get_abstract_mesh().empty:
         return None
-    # `jax.eval_shape` tells the names of the axes, `jax.set_mesh` the devices.
+    # `jax.eval_shape` gives the names of the axes, `jax.set_mesh` the devices.
     known = jnp.zeros((), device=NamedSharding(sharding.mesh, PartitionSpec())).sharding
     return NamedSharding(known.mesh, sharding.spec)
 

@@ -1,4 +1,4 @@
-"""The figures of the last step, out of any state of optax that holds them."""
+"""The figures of the last step, from any state of optax that holds them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def diagnostics(opt_state: optax.OptState) -> list[core.Diagnostics]:
 
     Notes
     -----
-    Works on traced arrays too. Nothing waits for the device until somebody reads a value; donating the
-    state to the next step deletes what has not been read (`mlbfgs_diagnostics.Recorder` copies it).
+    Works on traced arrays, too. Nothing waits for the device until a value is read; donating the state to
+    the next step deletes what has not been read (`mlbfgs_diagnostics.Recorder` copies it).
 
     Examples
     --------

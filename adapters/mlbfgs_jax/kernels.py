@@ -1,4 +1,4 @@
-"""The core's kernels in JAX: no array is reshaped or contracted where it may be sharded without saying so."""
+"""The core's kernels in JAX: sharded axes are not reshaped, and products say how they are sharded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["JaxKernels"]
 
 Array = jax.Array
 _LARGE = 2**14
-"""Values from which on a matrix product is worth its compilation, which takes longer than that of a sum."""
+"""From this many values on, a matrix product is worth its compilation, which takes longer than a sum's."""
 
 
 class JaxKernels(core.Kernels):
@@ -26,7 +26,7 @@ class JaxKernels(core.Kernels):
         super().__init__(jnp)
 
     def device(self, x: Any) -> Any:
-        """Where coefficients that belong to an array lie: on all devices of its mesh, or on its own."""
+        """The place of coefficients that belong to an array: all devices of its mesh, or its own device."""
         if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or not x.committed:
             return None
         if isinstance(x.sharding, NamedSharding):
@@ -47,8 +47,8 @@ class JaxKernels(core.Kernels):
         return lax.fori_loop(0, count, body, carry)
 
     def after(self, flag: Array, sums: Array) -> Array:
-        """`flag`, of which XLA does not see that it does not depend on `sums`: it would copy an array that
-        it may write to before all that reads it has been done."""
+        """`flag`, which to XLA seems to depend on `sums`. So the write that it guards comes after all reads;
+        otherwise XLA would copy the array that is written to."""
         total = jnp.sum(sums)
         return flag & ((total <= jnp.inf) | jnp.isnan(total))
 
@@ -64,7 +64,7 @@ class JaxKernels(core.Kernels):
         return _contract(a, b, b.ndim, 0) if b.size >= _LARGE else jnp.sum(a * b)
 
     def square(self, leaf: Array, dtype: Any, factor: float = 1.0) -> Array:
-        """Sum of squares of a multiple. XLA would square the factor apart, and this overflows."""
+        """Sum of squares of a multiple. XLA would square the factor separately, which overflows."""
         x = self.finite(leaf.astype(dtype))
         x = x if factor == 1.0 else lax.optimization_barrier(x * factor)
         return self.dot(x, x)
@@ -74,7 +74,7 @@ class JaxKernels(core.Kernels):
         if rows.dtype == x.dtype and x.size >= _LARGE:
             return _contract(rows, x, x.ndim, 1)
         # A sum reads rows of another dtype as they are stored; a product would convert all of them
-        # beforehand. Both have as many axes, since JAX may be told to refuse anything else.
+        # beforehand. Both factors have the same number of axes, since JAX may be told to refuse others.
         return jnp.sum(rows.astype(x.dtype) * x[None, ...], axis=tuple(range(1, rows.ndim)))
 
     def weighted(self, coefficients: Array, rows: Array, like: Array) -> Array:
@@ -88,8 +88,8 @@ class JaxKernels(core.Kernels):
     def push(
         self, history: Array, slot: Array, pair: tuple[Array, Array], keep: Array, z: Array | None
     ) -> tuple[Array, Array]:
-        """Store a pair and form its inner products, these with the history as it was: XLA would copy it
-        to read it after it has been written to."""
+        """Store a pair and form its inner products with the history as it was before: to read the history
+        after writing to it, XLA would copy it."""
         m, dtype = history.shape[1], pair[0].dtype
         old = lax.dynamic_index_in_dim(history, slot[0], axis=1, keepdims=False)
         new = jnp.where(keep, jnp.stack(pair).astype(history.dtype), old)

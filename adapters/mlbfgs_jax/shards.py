@@ -64,7 +64,7 @@ class Shards(NamedTuple):
         return total if copies == 1 else total * copies
 
     def shares(self, leaves: Sequence[Any]) -> list[float]:
-        """What a shard adds of each leaf's inner products: of so many copies, that part."""
+        """The part of each leaf's inner products that a shard adds: 1 over the number of copies."""
         return [1.0 / self._number(name for name in self.sizes if name not in _varying(x)) for x in leaves]
 
     def block_sizes(self, leaves: Sequence[Any], blocks: Blocks | None) -> list[float]:

@@ -28,7 +28,7 @@ _COMPLEX = {"complex64": "float32", "complex128": "float64"}
 class MLBFGSState(core.State):
     """The core's state with trees like that of the parameters in place of tuples with an array per leaf.
 
-    A leaf of `history` has two axes more than its parameter, in front. A complex parameter counts as a
+    A leaf of `history` has two more leading axes than its parameter. A complex parameter counts as a
     real one with a last axis of length 2.
     """
 
@@ -64,16 +64,16 @@ def scale_by_mlbfgs(
     ----------
     preset : {"default", "paper", "formulas", "lbfgs", "fit"} or None
         As in `mlbfgs_core.Config`. The settings `history_size` to `history_dtype` are those of
-        `mlbfgs_core.Config`, which explains them; those not given are the preset's. Numbers but
+        `mlbfgs_core.Config`, which explains them; those not given are the preset's. All numbers except
         `history_size` may be traced.
     blocks : {"all", "layer", "parameter"} or callable
         Which parameters share curvature; a callable maps a parameter's name to a label. A name is the
         path in the tree, joined by dots ("params.Dense_0.kernel").
     axis_name : str or tuple of str, optional
-        For `update` inside `jax.shard_map`: the axes over which parameters are sharded, over which inner
-        products are summed. A parameter that is replicated over some of them counts once. Not for axes
-        over which all parameters are replicated and their gradients already summed, and not under `jit`,
-        which knows the shardings.
+        For `update` inside `jax.shard_map`: the axes over which parameters are sharded; inner products are
+        summed over them. A parameter that is replicated over some of them counts once. Leave out axes over
+        which all parameters are replicated and their gradients already summed. Under `jit`, which knows
+        the shardings, give none.
 
     Returns
     -------
@@ -92,8 +92,8 @@ def scale_by_mlbfgs(
 
     Notes
     -----
-    A non-finite gradient gives a direction of zero and changes nothing in the state but the counter
-    `skipped`. A gradient of None keeps its parameter still. Donate the state to the compiled step
+    A non-finite gradient gives a direction of zero and changes nothing in the state except the counter
+    `skipped`. A parameter whose gradient is None does not move. Donate the state to the compiled step
     (``jax.jit(step, donate_argnums=...)``), or each step copies it. State: ``(2 * history_size + 5) * 4``
     bytes per float32 parameter with default settings.
 
@@ -140,7 +140,7 @@ def _directions(
                 state = state._replace(size=jnp.asarray(sizes, state.size.dtype))
         return tree.folded(state)
 
-    # Compiled as a whole, since outside `jit` each `cond` would be compiled anew at every step.
+    # Compiled as a whole, since outside `jit` each `cond` would be compiled again at every step.
     @partial(jax.jit, inline=True)
     def compiled(
         updates: optax.Updates, state: MLBFGSState, params: optax.Params
@@ -218,7 +218,7 @@ def mlbfgs(
         Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``: about
         1e-3, as for `optax.adam`.
     momentum : float, optional
-        Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
+        Momentum on the direction; by default the preset's: 0 for "lbfgs" and "fit", else 0.9.
     weight_decay : float or schedule
         Parameters shrink by ``learning_rate * weight_decay`` per step, as in `optax.adamw`.
     preset, blocks, axis_name
@@ -246,7 +246,7 @@ def mlbfgs(
     The chain computes in float32 where parameters are of half precision, and rounds its update once. A
     step with a non-finite gradient leaves parameters, momentum and the schedules' counts as they were.
     Memory: 4 bytes per float32 parameter more than `scale_by_mlbfgs`, for the momentum. To change numbers
-    in mid-run use `optax.inject_hyperparams`, with `history_size` (and `blocks` and `mask`, where they are
+    during a run, use `optax.inject_hyperparams`, with `history_size` (and `blocks` and `mask`, if they are
     functions) in its `static_args`.
 
     References
@@ -279,7 +279,7 @@ def mlbfgs(
         optax.chain(
             _directions(config, blocks, axis_name, wide=True),
             optax.identity() if adapter.is_zero(decay) else _trace(decay, nesterov=nesterov),
-            # A decay of zero would still make a NaN of an infinite parameter.
+            # A decay of zero would still turn an infinite parameter into a NaN.
             optax.identity() if adapter.is_zero(shrinkage) else _decayed_weights(shrinkage, mask),
             _scale_by_rate(rate),
         )
@@ -287,7 +287,7 @@ def mlbfgs(
 
 
 def _trace(decay: Any, *, nesterov: bool) -> optax.GradientTransformation:
-    """`optax.trace`, whose initial state is sharded like the parameters in a compiled `init` too, and which
+    """`optax.trace`, but its initial state is sharded like the parameters even in a compiled `init`, and it
     promotes no dtype."""
     zeros = JaxKernels().zeros
 
@@ -310,7 +310,7 @@ def _trace(decay: Any, *, nesterov: bool) -> optax.GradientTransformation:
 
 
 def _scale_by_rate(rate: Any) -> optax.GradientTransformation:
-    """`optax.scale_by_learning_rate`, which promotes no dtype."""
+    """`optax.scale_by_learning_rate`, but it promotes no dtype."""
     theirs = optax.scale_by_learning_rate(rate)
     if callable(rate):
         return theirs
@@ -325,7 +325,7 @@ def _scale_by_rate(rate: Any) -> optax.GradientTransformation:
 
 
 def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights`, which promotes no dtype, and with a mask takes gradients of None too."""
+    """`optax.add_decayed_weights`, but it promotes no dtype, and takes gradients of None with a mask."""
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -337,7 +337,7 @@ def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformati
         def decayed(update: Any, param: Any, chosen: bool) -> Any:
             if not chosen:
                 return update
-            # An infinite parameter stays as it is, of which its own decay would make a NaN.
+            # An infinite parameter stays as it is; its own decay would turn it into a NaN.
             finite = jnp.where(jnp.isfinite(param), param, jnp.zeros((), param.dtype))
             return update + jnp.asarray(rate, update.dtype) * finite
 
@@ -385,7 +385,7 @@ class _Tree(NamedTuple):
     treedef: Any
     names: list[str]
     given: list[Any]
-    """As the user has them."""
+    """The leaves as the user has them."""
     leaves: list[Any]
     blocks: adapter.Blocks | None
 
@@ -421,9 +421,9 @@ class _Tree(NamedTuple):
             raise ValueError(msg) from error
 
     def check(self, state: MLBFGSState, grads: Sequence[Any | None], config: core.Config) -> None:
-        """Raise ValueError unless the state is one of these parameters, and gradients fit them.
+        """Raise ValueError unless the state belongs to these parameters, and gradients fit them.
 
-        Shapes and dtypes of a state never change, so it cannot follow parameters whose own have changed.
+        Shapes and dtypes of a state never change, so it cannot follow parameters whose shape or dtype has.
         """
         arrays = next(iter(adapter.leaf_arrays(state).values()), None)
         if arrays is not None and (held := list(named_leaves(arrays))) != self.names:
@@ -453,7 +453,7 @@ class _Tree(NamedTuple):
 
 
 def map_leaf_arrays(function: Callable[[Any], Any], state: Any, *others: Any) -> Any:
-    """The state with a function of all leaves' arrays of one kind, and of those of other states."""
+    """The state with `function` applied to all leaves' arrays of each kind, with those of other states."""
     found = [adapter.leaf_arrays(own) for own in (state, *others)]
     arrays = {name: function(*(own[name] for own in found)) for name in found[0]}
     own = {name: arrays.pop(name) for name in state.preconditioner}
@@ -469,7 +469,7 @@ def path_names(paths: Sequence[tuple[Any, ...]]) -> list[str]:
 
 
 def check_params(names: Sequence[str], params: Sequence[Any], state: core.State, config: core.Config) -> None:
-    """Raise ValueError unless parameters are like those of whose values a state holds averages."""
+    """Raise ValueError unless parameters are like those whose averages a state holds."""
     held = adapter.leaf_arrays(state)
     for entry in adapter.layout(config, list(map(as_real, params)), ()):
         if entry.leaf is None or entry.kind == "history":
@@ -513,7 +513,7 @@ def _number(name: str, value: Any) -> Any:
 
 
 def _real(number: jax.Array) -> jax.Array:
-    """A number as `optax.inject_hyperparams` gives it, which makes it complex where a parameter is."""
+    """A real number, which `optax.inject_hyperparams` makes complex if a parameter is complex."""
     return jnp.real(number) if jnp.issubdtype(number.dtype, jnp.complexfloating) else number
 
 

@@ -1,4 +1,4 @@
-"""mL-BFGS for PyTorch: `MLBFGS` drops in where `torch.optim.AdamW` stands."""
+"""mL-BFGS for PyTorch: `MLBFGS` takes the place of `torch.optim.AdamW`."""
 
 from .optimizer import MLBFGS
 

@@ -1,4 +1,4 @@
-"""What users give: checked before anything is changed."""
+"""Checks of what users give, before anything is changed."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ NUMBERS = ("lr", "momentum", "weight_decay")
 """Names of the numbers that a group has in addition to its settings."""
 _NUMBERS_AND_SETTINGS = (*NUMBERS, *SETTINGS)
 SWITCHES = {"nesterov": False, "maximize": False, "decoupled_weight_decay": True, "capturable": False}
-"""Options that are on or off, with what they are in a state dict that does not know them."""
+"""Options that are on or off, with their values for a state dict that lacks them."""
 ADDED = {"shrinkage": 1.0}
-"""Settings that older versions did not have, with what they did."""
+"""Settings that older versions did not have, with the values that do what those versions did."""
 _TOGETHER = tuple(
     entry.name
     for entry in layout(core.Config(preconditioner="none"), [torch.empty(0, device="meta")], ((0,),))
     if entry.leaf is not None
 )
-"""Names of the arrays of which a parameter has all or none: those that pairs need."""
+"""Names of the arrays that pairs need: a parameter has all of them or none."""
 _DTYPES = (
     *(getattr(torch, name) for name in LEAF_DTYPES),
     torch.complex32,
@@ -62,11 +62,11 @@ _DTYPES = (
     torch.complex128,
 )
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
-"""What a gradient may be beside its parameter's dtype: that of the averages."""
+"""The dtype that a gradient may have instead of its parameter's: that of the averages."""
 
 
 def check_hyperparameters(values: dict[str, Any]) -> dict[str, Any]:
-    """The numbers among them, as Python's; the rate may be a tensor."""
+    """The numbers among the hyperparameters, as Python's; the rate may be a tensor."""
     numbers = {}
     for name in NUMBERS:
         value = values[name]
@@ -85,8 +85,8 @@ def check_hyperparameters(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_plain(group: dict[str, Any]) -> None:
-    """Turn numbers of NumPy in a group, such as a scheduler may have computed, into Python's: others do not
-    fit in a file that is read without pickles."""
+    """Turn numbers of NumPy in a group, such as a scheduler may have computed, into Python's: only these can
+    be read from a file without pickles."""
     for name in _NUMBERS_AND_SETTINGS:
         if isinstance(group.get(name), (np.number, np.ndarray)):
             group[name] = as_number(name, group[name])
@@ -98,8 +98,8 @@ def match_names(
     """A name for each parameter of a group that may have been edited, with or without its names.
 
     A parameter keeps the name by which it is `known`, as long as the group has that name. One that is not
-    known has the given name at its place, where there is one for each parameter, or else that of an
-    unnamed one.
+    known takes the given name at its place, if there is one for each parameter, or else its name in
+    `unnamed`.
     """
     present = set(given)
     kept = [known[param] if known.get(param) in present else None for param in params]
@@ -134,8 +134,8 @@ def check_groups(groups: Iterable[dict[str, Any]]) -> None:
 
 
 def of_today(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict in which settings and arrays that an older version has written have their names of today;
-    the one that is given stays as it is."""
+    """The state dict with today's names for settings and arrays that an older version has written; the given
+    one is not changed."""
     groups = [settings_of_today(group) for group in state_dict["param_groups"]]
     state = {
         key: {RENAMED.get(name, name): value for name, value in entry.items()}
@@ -172,7 +172,7 @@ def check_entry(entry: Any, param: Tensor, name: str) -> None:
     arrays = [part for part in arrays if part != "momentum_buffer"]
     if not arrays and not is_known(entry):
         return
-    # Which arrays there are is a matter of the settings, which come with the state; but some come together.
+    # The settings, which come with the state, decide which arrays there are; but some only come together.
     together = set(_TOGETHER) if arrays and set(_TOGETHER) & set(arrays) else set()
     if missing := [part for part in (*_TOGETHER, *ROWS) if part in {*together, *ROWS} - entry.keys()]:
         told = arrays[0] if arrays else ROWS[0]
@@ -191,7 +191,7 @@ def _numbers(value: Any) -> bool:
 
 
 def check_gradient(member: Member) -> None:
-    """Raise unless a parameter's gradient is dense, of its dtype (or that of the averages) and of its shape."""
+    """Raise unless a parameter's gradient is dense, and of its dtype (or the averages') and shape."""
     param, name = member.param, member.name
     grad: Any = param.grad
     if grad.dtype is param.dtype and grad.shape == param.shape and grad.layout is torch.strided:

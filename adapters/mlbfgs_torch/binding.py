@@ -1,4 +1,4 @@
-"""The core's state on one side, PyTorch's dictionary per parameter on the other.
+"""The core's state, bound to PyTorch's dictionary per parameter.
 
 The dictionaries hold views of the core's flat leaves, in the parameters' shapes.
 """
@@ -53,7 +53,7 @@ class Bound:
 
     @property
     def host_state(self) -> core.State:
-        """The state with its numbers as arrays of NumPy; of a CPU only."""
+        """The state with its numbers as arrays of NumPy; on a CPU only."""
         return self._state._replace(**self._rows.host.read(), size=self._state.size.numpy())
 
     def store(self, new: core.State) -> None:
@@ -68,9 +68,9 @@ def forget_misfits(
 ) -> None:
     """Empty the memory of blocks that do not continue exactly one block with the same settings and shapes.
 
-    A block's coefficients hold for its own parameters only. Momentum is kept, except of a parameter whose
-    shape has changed. `parts` gives settings and blocks of all
-    parameters; `gather`, where other processes own some of them, what every process says.
+    A block's coefficients hold for its own parameters only. Momentum is kept, except for a parameter whose
+    shape has changed. `parts` gives settings and blocks of all parameters; if other processes own some of
+    them, `gather` gives what every process says.
     """
     for _, own in parts:
         for member in (member for block in own for member in block):
@@ -132,19 +132,18 @@ def bind(
 ) -> Bound:
     """Gather the core's state from the parameters' dictionaries, and make these views of it.
 
-    A parameter without memory gets an empty one and joins its block. Coefficients, which all
-    parameters of a block or of the whole carry, are taken from the first that has them. Blocks are
-    labelled from `first_label` on, so that `forget_misfits` knows them again; `sizes` are their numbers of
-    values.
+    A parameter without memory gets an empty one and joins its block. Every parameter carries the coefficients
+    of its block and of the whole; they are taken from the first that has them. Blocks are labelled from
+    `first_label` on, so that `forget_misfits` recognizes them; `sizes` are their numbers of values.
 
-    Where other processes own some of the parameters, `absent` are empty leaves that stand for theirs,
-    behind `leaves`, and `known` the coefficients.
+    If other processes own some of the parameters, `absent` are empty leaves that stand for theirs, after
+    `leaves`, and `known` are the coefficients.
     """
     params = [[member.param for member in leaf.members] for leaf in leaves] + [[] for _ in absent]
     like = [*(leaf.like() for leaf in leaves), *absent]
-    # A parameter alone keeps the memory that it has.
+    # A parameter alone in its leaf keeps the memory that it has.
     alone = [len(leaf.members) == 1 and is_known(memory[leaf.members[0].param]) for leaf in leaves]
-    # Empty leaves in their places, since all leaves decide the dtype of coefficients.
+    # Empty leaves stand in their places, since all leaves together decide the dtype of coefficients.
     new = [x[:0] if own else x for x, own in zip(like, [*alone, *(False for _ in absent)], strict=True)]
     fresh = core.Method(config).init(new, xp=xp)
     arrays: dict[str, list[Any]] = {name: list(own) for name, own in leaf_arrays(fresh).items()}
@@ -154,7 +153,7 @@ def bind(
         for name, of_leaves in arrays.items():
             if own:
                 kept = leaf.gather([local(entries[0][name])])
-                # The run may have been moved.
+                # The parameter may have been moved.
                 of_leaves[i] = kept.to(of_leaves[i].device, of_leaves[i].dtype).contiguous()
             else:
                 _copy_known(name, leaf, entries, of_leaves[i])
@@ -186,8 +185,8 @@ def bind(
 def coefficients(
     fresh: core.State, params: Sequence[Sequence[Tensor]], blocks: Blocks, memory: Memory
 ) -> dict[str, Tensor]:
-    """The coefficients of a state, except the size, from the first parameter of each leaf, block or of all
-    that carries them; else as in a fresh state. `params` gives each leaf's."""
+    """The coefficients of a state, except the size. Those of a leaf, of a block and of the whole come from
+    the first parameter that carries them, else from a fresh state. `params` gives each leaf's."""
 
     def carried(carriers: Sequence[Tensor]) -> Mapping[str, Tensor]:
         entries = (memory.get(param, {}) for param in carriers)
@@ -243,7 +242,7 @@ def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: 
 
 
 def _change(config: core.Config, member: Member, entry: dict[str, Any]) -> str | None:
-    """What keeps a parameter's memory from being continued."""
+    """The reason why a parameter's memory cannot be continued, or None."""
     like = torch.empty(member.shape, dtype=as_real(member.values.detach()).dtype, device="meta")
     wanted = {own.name: own for own in layout(config, [like], ((0,),)) if own.leaf is not None}
     held = {name: local(entry[name]) for name in LEAF_NAMES if name in entry}

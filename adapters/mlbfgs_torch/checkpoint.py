@@ -86,7 +86,7 @@ def restore(
 
 
 def whole(tensor: Tensor) -> Any:
-    """All values of a tensor, which may share its memory; of one on "meta", zeros without memory."""
+    """All values of a tensor, which may share its memory; for a tensor on "meta", zeros without memory."""
     if tensor.is_meta:
         return outline(tensor)
     tensor = tensor.detach()
@@ -100,7 +100,7 @@ def outline(tensor: Tensor) -> Any:
 
 
 def contribution(tensor: Tensor) -> Any:
-    """This process's part in `whole` of another, of which it keeps nothing."""
+    """Take part in another process's `whole`, and keep nothing of the result."""
     if is_sharded(tensor):
         tensor.detach().full_tensor()
     return outline(tensor)

@@ -24,7 +24,7 @@ __all__ = ["FusedKernels"]
 _BLOCK = 2048
 _PROGRAMS = 1024
 _OPTIONS = {"num_warps": 8}
-# Stored rows, over which loops are unrolled, at most.
+# The most stored rows, over which loops are unrolled.
 _ROWS = 64
 
 
@@ -42,7 +42,7 @@ def _inverse_power(x, ROOTS: tl.constexpr, EXPONENT: tl.constexpr):
 
 @triton.jit
 def _rounded(x, DTYPE: tl.constexpr):
-    """`x` in a dtype: there is no conversion from float64 to the shortest."""
+    """`x` in a dtype, by way of float32: there is no conversion from float64 to half precision."""
     if DTYPE.primitive_bitwidth < 32:
         x = x.to(tl.float32)
     return x.to(DTYPE)
@@ -272,8 +272,8 @@ def _apply(
 class FusedKernels(TorchKernels):
     """Kernels for leaves that are flat, contiguous tensors on a CUDA GPU.
 
-    Passes over a leaf whose root is diagonal or the identity are single ones. Histories of many rows, whose
-    loops Triton would unroll, are left to PyTorch's operations.
+    A pass over a leaf whose root is diagonal or the identity is a single kernel. Histories of many rows,
+    whose loops Triton would unroll, are left to PyTorch's operations.
 
     Parameters
     ----------
@@ -282,7 +282,7 @@ class FusedKernels(TorchKernels):
 
     @classmethod
     def check(cls, device: torch.device) -> None:
-        """Compile and run the shortest of them, and raise whatever Triton does where it can't."""
+        """Compile and run the shortest kernel, and raise what Triton raises if it cannot."""
         now, before = torch.zeros(2, 1, device=device)
         cls(device).rotate(now, before, torch.ones((), dtype=torch.bool, device=device), restart=True)
 
@@ -476,7 +476,7 @@ def _blocks(leaf: Tensor) -> int:
 
 
 def _parts(count: int, leaf: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for each program's part of so many sums over a leaf."""
+    """Memory for each program's part of `count` sums over a leaf."""
     return leaf.new_empty((count, min(_PROGRAMS, _blocks(leaf))), dtype=dtype)
 
 

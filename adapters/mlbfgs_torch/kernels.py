@@ -1,4 +1,4 @@
-"""The core's kernels on flat PyTorch tensors: the same meaning, fewer and faster operations."""
+"""The core's kernels on flat PyTorch tensors: with the same meaning, in fewer and faster operations."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class TorchKernels(core.Kernels):
         return torch.maximum(high, -low)
 
     def times(self, rows: Tensor, x: Tensor) -> Tensor:
-        """Inner products of rows of any dtype with a vector, accumulated in the vector's."""
+        """Inner products of rows of any dtype with a vector, accumulated in the vector's dtype."""
         if rows.dtype != x.dtype:
             products = [self.times(part, x[own]) for own, part in self._converted(rows, x.dtype)]
             return torch.stack(products).sum(0)
@@ -185,14 +185,14 @@ class TorchKernels(core.Kernels):
         self, mean: Tensor, value: Tensor, weight: Tensor, keep: Tensor, *, squared: bool = False
     ) -> Tensor:
         """``M += weight * (x - M)`` for a value or its square where `keep`."""
-        # Weights of zero instead of a choice by element, which is slow; finite values, since 0 * nan
-        # is nan.
+        # Weights of zero take the place of a choice by element, which is slow; values are made finite, since
+        # 0 * nan is nan.
         dtype = mean.dtype
         kept = keep.to(dtype)
         weight = weight * kept
         for tile in self.tiles(mean):
             x = self._clean(part(value, tile), dtype)
-            if squared:  # which may overflow
+            if squared:  # the square of a gradient that is not kept may overflow
                 x = x.mul_(kept).square_()
             part(mean, tile).lerp_(x, weight)
         return mean
@@ -342,7 +342,7 @@ def as_array(x: Any) -> Any:
 
 
 def quiet() -> AbstractContextManager[Any]:
-    """Neither a warning about a gradient that is not finite nor an exception in the middle of a step."""
+    """Suppress warnings about gradients that are not finite, and exceptions in the middle of a step."""
     return nullcontext() if torch.compiler.is_compiling() else np.errstate(all="ignore")
 
 

@@ -38,11 +38,11 @@ class Member:
     param: Tensor
     group: dict[str, Any]
     share: float
-    """What part of its inner products this process adds to the sums over all."""
+    """The part of its inner products that this process adds to the sums over all processes."""
     sharded: bool
     """Whether it is a `DTensor`: asked once, since asking takes time in each step."""
     shape: tuple[int, ...]
-    """Of this process's real values: a complex parameter has a last axis of 2."""
+    """Shape of this process's real values: a complex parameter has a last axis of 2."""
     order: tuple[int, ...]
     """Axes from the largest stride to the smallest."""
     lazy: bool
@@ -50,13 +50,13 @@ class Member:
     dense: bool
     """Whether `flat` is a view."""
     place: tuple[Any, ...]
-    """What `place` said of it."""
+    """What `place` returned for it."""
     carries: bool
     """Whether it has momentum."""
 
     @classmethod
     def of(cls, name: str, param: Tensor, group: dict[str, Any], share: float) -> Member:
-        """With the layout of the parameter."""
+        """A member with the layout of its parameter."""
         values = local(param).detach()
         real, lazy = as_real(values), values.is_conj() or values.is_neg()
         order = tuple(sorted(range(real.ndim), key=lambda axis: -real.stride(axis)))
@@ -96,14 +96,14 @@ class Member:
         return matching(grad, self.param) if self.sharded and grad is not None else grad
 
     def write(self, real: Tensor) -> None:
-        """Give the parameter these values, of which a complex one takes pairs."""
+        """Give the parameter these values; a complex one takes them in pairs."""
         values = self.values.detach()
         if values.is_complex() and self.size:
             real = torch.view_as_complex(real.contiguous())
         values.copy_(real.reshape(values.shape))
 
     def flat(self, tensor: Tensor) -> Tensor:
-        """A tensor like the parameter (or several: more axes in front), as one axis in memory order."""
+        """A tensor like the parameter (or several, along leading axes), as one axis in memory order."""
         tensor = as_real(tensor)
         lead = tensor.ndim - len(self.order)
         order = (*range(lead), *(lead + axis for axis in self.order))
@@ -131,9 +131,9 @@ class Leaf(FlatLeaf[Member]):
             m.order == tuple(range(len(m.shape))) and not m.param.is_complex() and not m.lazy and m.size > 0
             for m in members
         )
-        """Whether all members are real, lie in the order of their axes, and have values as they are read."""
+        """Whether all members are real, not lazy and not empty, and lie in the order of their axes."""
         self.lazy = any(m.lazy for m in members)
-        """Whether some member is."""
+        """Whether some member is lazy."""
 
     @property
     def group(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Leaf(FlatLeaf[Member]):
 
     @property
     def share(self) -> float:
-        """What part of its inner products this process adds."""
+        """The part of its inner products that this process adds."""
         return self.members[0].share
 
     def params(self) -> list[Tensor]:
@@ -157,7 +157,7 @@ class Leaf(FlatLeaf[Member]):
 
     @cached_property
     def _whole(self) -> list[Tensor] | None:
-        """The parameters, where their values are these themselves."""
+        """The parameters, if they are their own values, not sharded; else None."""
         if any(member.sharded for member in self.members):
             return None
         return [member.param for member in self.members]
@@ -171,8 +171,8 @@ class Leaf(FlatLeaf[Member]):
     def flat_params(self) -> Tensor:
         """The parameters' values as a flat tensor, in their own memory if it `is_view`.
 
-        On a CPU the memory is the same at every step, since views of it take longer to make than small
-        parameters to copy.
+        On a CPU the memory is the same at every step, since making views of it takes longer than copying
+        small parameters.
         """
         if self.is_view or not self.plain or not self._keeps_room:
             return self.gather(self.params()).detach()
@@ -200,17 +200,17 @@ class Leaf(FlatLeaf[Member]):
         torch._foreach_copy_(params, parts)
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor per member (or several: more axes in front) as a flat one."""
+        """One tensor per member (or several, along leading axes) as a flat one."""
         if self.plain and len(tensors) > 1 and tensors[0].ndim == len(self.members[0].shape):
             return _flatten_dense_tensors(tensors)
         return super().gather(tensors)
 
     def joined(self, flats: Sequence[Tensor]) -> Tensor:
-        """Flat tensors behind one another."""
+        """Flat tensors, one after the other."""
         return torch.cat(flats, dim=-1)
 
     def spread(self, flat: Tensor) -> Sequence[Tensor]:
-        """Views of a flat tensor (or several: more axes in front) in the members' shapes."""
+        """Views of a flat tensor (or several, along leading axes) in the members' shapes."""
         if self.plain and flat.ndim == 1:
             return _unflatten_dense_tensors(flat, self.params())
         return super().spread(flat)
@@ -219,8 +219,8 @@ class Leaf(FlatLeaf[Member]):
 def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tuple[tuple[Leaf, ...], Blocks]:
     """Leaves for blocks of members, and the blocks of leaves.
 
-    Members share a leaf if they are small and have been observed equally often; whoever has a gradient
-    on this step does not share with who has none.
+    Members share a leaf if they are small and have been observed equally often; those with a gradient
+    on this step do not share with those without one.
     """
     known = [m.param for m in members if is_known(memory.get(m.param, {}))]
     found = counts_and_label([memory[param] for param in known])
@@ -242,7 +242,7 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """With a last axis of length 2 where the tensor is complex: a view, except of a tensor that PyTorch
+    """The tensor with a last axis of length 2 if it is complex: a view, except of a tensor that PyTorch
     conjugates or negates when it is read."""
     tensor = tensor.resolve_conj().resolve_neg()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -260,6 +260,6 @@ def real_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _small(param: Tensor) -> int:
-    # Of sharded parameters a state dict copies what lies side by side: only little may.
+    # A state dict copies sharded parameters that lie side by side, so only small ones may.
     device = "cpu" if is_sharded(param) else param.device.type
     return _SMALL.get(device, _DEVICE_SMALL)

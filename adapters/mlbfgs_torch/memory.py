@@ -1,4 +1,4 @@
-"""Where parameters lie: each needs memory of its own, since a step reads all of them and then writes."""
+"""Where parameters lie: each needs memory of its own, since a step reads all of them before it writes."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def check_memory(named: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def _place(tensor: Tensor) -> tuple[Any, Place | None]:
-    """What addresses count in (a device, or the storage of a tensor without memory), and a tensor's place;
-    None for one that does not tell where its values are."""
+    """The space of a tensor's addresses (a device, or the storage of a tensor without memory), and its place;
+    None for a tensor that does not tell where its values are."""
     if tensor.numel() == 0 or tensor.layout != torch.strided:
         return None, None
     width = tensor.element_size()
     try:
         start, storage = tensor.data_ptr(), tensor.untyped_storage()
         space: Any = tensor.device
-        if storage.data_ptr() == 0:  # on "meta", or memory that is given back for a while
+        if storage.data_ptr() == 0:  # on "meta", or memory that has been released for a while
             space, start = storage._cdata, (1 + tensor.storage_offset()) * width
-    except (RuntimeError, NotImplementedError):  # of a subclass without memory of its own
+    except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
         return None, None
     return space, Place(start, width, tensor.shape, [stride * width for stride in tensor.stride()])

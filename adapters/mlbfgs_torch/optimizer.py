@@ -53,9 +53,9 @@ class MLBFGS(Optimizer):
         whatever their `lr`; groups with other settings stand alone.
     lr : float or tensor, optional
         Root mean square of a step's changes, before momentum, with the default ``step_length="rms"``; by
-        default 1e-3, with another `step_length` 0.1. A group without its own takes this one.
+        default 1e-3, or 0.1 with another `step_length`. A group without its own `lr` takes this one.
     momentum : float, optional
-        Momentum on the direction; by default that of the preset, 0.9 or (for "lbfgs" and "fit") 0.
+        Momentum on the direction; by default the preset's: 0 for "lbfgs" and "fit", else 0.9.
     weight_decay : float
         Parameters shrink by ``lr * weight_decay`` per step, as in AdamW; see `decoupled_weight_decay`.
     blocks : {"all", "layer", "parameter"} or callable
@@ -65,7 +65,7 @@ class MLBFGS(Optimizer):
         Whether the momentum looks ahead (Nesterov's), as in `torch.optim.SGD`, or is heavy-ball. The
         default preset looks ahead, the others do not.
     maximize : bool
-        Climb instead of descending.
+        Maximize instead of minimizing.
     decoupled_weight_decay : bool
         False adds ``weight_decay`` times the parameter to the gradient instead, as in SGD: curvature
         then includes it.
@@ -73,13 +73,13 @@ class MLBFGS(Optimizer):
         For steps captured in a CUDA graph: the host decides nothing, so every step does the work of a
         check and of a new pair, and masks what was not asked for. Under `torch.compile` it is always so.
     shard_group : torch.distributed.ProcessGroup, optional
-        The processes over which parameters are divided, where each process constructs the optimizer with
+        The processes over which parameters are divided, if each process constructs the optimizer with
         those that it owns, as `torch.distributed.optim.ZeroRedundancyOptimizer` does. Names begin with
         the owner's rank ("rank0.param2") where none are given. Sharded parameters (`DTensor`) and
         replicated ones need no group. Owned parameters take memory from the first step on, with or
         without a gradient: leave frozen ones out.
     preset : {"default", "paper", "formulas", "lbfgs", "fit"} or None
-        Which settings there are where none are given; see `mlbfgs_core.Config`.
+        The values of settings that are not given; see `mlbfgs_core.Config`.
     history_size, ..., history_dtype
         The settings of the method, as `mlbfgs_core.Config` explains them.
 
@@ -87,23 +87,23 @@ class MLBFGS(Optimizer):
     ------
     ValueError, TypeError
         Settings out of range, no parameters, parameters that are not floating-point or complex, that share
-        memory or are expanded views, a `DTensor` held as summands or beside a `shard_group`.
+        memory or are expanded views, a `DTensor` held as summands or together with a `shard_group`.
 
     Notes
     -----
     A step whose gradients hold a NaN or an infinity changes nothing; `diagnostics` counts it, as it does
-    where `torch.amp.GradScaler` found one. A parameter without a gradient keeps still. Complex
+    where `torch.amp.GradScaler` found one. A parameter without a gradient does not move. Complex
     parameters count as pairs of reals. Memory: ``(2 * history_size + 6) * 4`` bytes per float32
     parameter with default settings and momentum (`mlbfgs_core.plan_memory` gives the exact figure
     without the momentum's array), and 4 more during a step, on a CPU also between steps. No step waits
     for a GPU, except the first after loading a state or after the set of parameters with gradients has
     changed. Changing `history_size`, `history_dtype`, the blocks or a parameter's shape during a run makes it
-    forget its curvature, with a warning; to another dtype or device the state follows its parameter.
+    forget its curvature, with a warning; the state follows its parameter to another dtype or device.
 
     The state of a `DTensor` is sharded like it, and inner products are summed over its mesh: one all-reduce
-    of ``B * (2 * history_size + 1)`` numbers and up to 2 more for each of B blocks in a step, with a metric
-    one more of B numbers (2 B with a `shard_group` or a missing gradient), 2 more at a check, 3 at a new
-    pair. All processes must take the same steps.
+    of ``B * (2 * history_size + 1)`` numbers and up to 2 more for each of B blocks in a step, one more of B
+    numbers with a preconditioner (2 B with a `shard_group` or a missing gradient), 2 more at a check, 3 at a
+    new pair. All processes must take the same steps.
 
     References
     ----------
@@ -119,7 +119,7 @@ class MLBFGS(Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    """`torch.amp.GradScaler` hands over its scale and what it found, and leaves the gradients."""
+    """`torch.amp.GradScaler` passes on its scale and what it found, and leaves the gradients as they are."""
 
     @adapter.with_preset
     def __init__(
@@ -284,14 +284,15 @@ class MLBFGS(Optimizer):
 
         Notes
         -----
-        Tensors are the optimizer's own, except copies of those that lie in memory among others or in
-        another order: the history of small parameters, all of small shards and of channels-last ones.
+        Tensors are the optimizer's own, except those that share their memory with others or lie in another
+        order, which are copied: the history of small parameters, and every tensor of small shards and of
+        channels-last parameters.
         """
         for group in self.param_groups:
             make_plain(group)
         self._named()
         members = [member for unit in self._units for member in unit.part.members]
-        # Other owners may not be asked here: they need not take part.
+        # Other owners cannot be asked here, since they need not call this method.
         if self._shard_group is None and any(member.place != place(member.param) for member in members):
             self._init_group()
         result = super().state_dict()  # hooks may have put anything in it
@@ -342,7 +343,7 @@ class MLBFGS(Optimizer):
         Parameters
         ----------
         path : path-like
-            A file, by convention ``*.safetensors``; one that exists is replaced once the new one is whole.
+            A file, by convention ``*.safetensors``; an existing one is replaced once the new one is complete.
 
         Raises
         ------
@@ -353,8 +354,8 @@ class MLBFGS(Optimizer):
         -----
         Parameters are known by their names: pass ``model.named_parameters()``. Buffers of the model,
         hyperparameters and schedulers are not in the file. Waits for the device. With sharded parameters
-        every process calls it: one tensor after the other is gathered, and the first process writes the
-        file; for a state that one machine cannot hold, there is `torch.distributed.checkpoint`.
+        every process must call this: one tensor after the other is gathered, and the first process writes
+        the file; for a state that one machine cannot hold, there is `torch.distributed.checkpoint`.
 
         Examples
         --------
@@ -365,7 +366,7 @@ class MLBFGS(Optimizer):
         >>> core.load_state(path)[0].names
         ('weight', 'bias')
         """
-        self._init_group()  # what has been moved or changed since the last step
+        self._init_group()  # parameters may have been moved or changed since the last step
         parts = self._knowing_all()
         group = parts[0].group if parts else None
         read = whole if sharding.is_first(group) else contribution
@@ -374,7 +375,7 @@ class MLBFGS(Optimizer):
 
     @torch.no_grad()
     def load_state(self, path: str | os.PathLike[str]) -> None:
-        """Go on from a file of `save_state`, whichever adapter has written it.
+        """Resume from a file of `save_state`, whichever adapter has written it.
 
         Parameters
         ----------
@@ -406,7 +407,7 @@ class MLBFGS(Optimizer):
         self._forget_units()
 
     def _knowing_all(self) -> list[Partition]:
-        """The partitions, where this process has all parameters or a part of each."""
+        """The partitions; this process must have all parameters or a part of each."""
         if self._shard_group is not None:
             rule = "must be None for a file of the whole run (see `state_dict`)"
             msg = f"`shard_group` {rule}, got {self._shard_group}"
@@ -431,7 +432,7 @@ class MLBFGS(Optimizer):
         self._signature: Any = None
 
     def _members(self, shards: Any) -> dict[tuple[core.Config, torch.device], list[Member]]:
-        """All parameters, by settings and device; `shards` are the processes that sum those of meshes."""
+        """All parameters, by settings and device; `shards` are the processes that sum over sharded ones."""
         named = self._named()
         check_memory([(name, param) for name, param, _ in named])
         found: dict[tuple[core.Config, torch.device], list[Member]] = {}
@@ -444,8 +445,8 @@ class MLBFGS(Optimizer):
     def _named(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         """All parameters, each once, with their names and groups.
 
-        Users edit groups during a run: parameters keep the names that they have had, and what belongs to
-        those that are in no group any more is forgotten.
+        Users edit groups during a run: parameters keep the names that they have had, and the state of those
+        that are in no group any more is forgotten.
         """
         prefix = "" if self._shard_group is None else f"rank{dist.get_rank(self._shard_group)}."
         found: dict[Tensor, tuple[str, Tensor, dict[str, Any]]] = {}
@@ -505,7 +506,7 @@ class MLBFGS(Optimizer):
         if self._shard_group is None:
             self._bind([part.active(self.state) for part in self._partitions()], bound)
         elif bound and self._units and layout == self._signature[0]:
-            # Others need not have noticed anything: they cannot be asked.
+            # Other owners may not have noticed any change, so they cannot be asked.
             self._bind([unit.part for unit in self._units], bound)
         else:
             self._bind(self._partitions(), bound=False, ask=partial(gather, self._shard_group))
@@ -514,7 +515,7 @@ class MLBFGS(Optimizer):
     def _bind(
         self, parts: Sequence[Partition], bound: bool, ask: Callable[[Any], list[Any]] | None = None
     ) -> None:
-        """Make units of partitions; `ask` tells what the other owners know."""
+        """Make units from partitions; `ask` gathers what all owners know."""
         parts = [part for part in parts if part.blocks]
         known = [unit.part.key for unit in self._units] == [part.key for part in parts]
         if known and bound and not any(unit.splits() for unit in self._units):
@@ -534,8 +535,8 @@ class MLBFGS(Optimizer):
         self._units = units
 
     def _verdict(self, seen: Sequence[adapter.Observation], own: Any) -> tuple[Any, Any]:
-        """Whether the step is accepted; and, with a learning rate of 0, whether it is none at all (else
-        None); of the kind of `own`, a unit's own verdict.
+        """Whether the step is accepted; and, with a learning rate of 0, whether it is no step at all (else
+        None). Both are tensors or arrays, as `own` is, a unit's own verdict.
 
         A step with a rate of 0 and gradients of zero is how `torch.distributed.checkpoint` makes an
         optimizer create its state: it must not count.

@@ -31,10 +31,10 @@ def gather(group: Any, value: Any) -> list[Any]:
 def divide(
     found: Mapping[tuple[core.Config, torch.device], Sequence[Member]], spec: BlockSpec, group: Any
 ) -> list[Partition]:
-    """Partitions of all processes' parameters, which are known by their names: this one's members, in
-    blocks, of which one that others own is empty.
+    """Partitions of all processes' parameters, which are known by their names. They hold this process's
+    members, in blocks; a block whose parameters all belong to others is empty.
 
-    Every process calls it together with the others.
+    All processes must call this together.
     """
     this = dist.get_rank(group)
     own = [

@@ -1,4 +1,4 @@
-"""The numbers of a state, laid in two rows for each parameter, so that a checkpoint has few entries.
+"""The numbers of a state, kept in two rows for each parameter, so that a checkpoint has few entries.
 
 "coefficients" holds the reals of the parameter's block and of the whole, "counters" the integers and flags
 of the parameter, its block and the whole, and the label of its block.
@@ -38,7 +38,7 @@ class _Field(NamedTuple):
 
     name: str
     scope: str
-    """"leaf", "block" or "unit": what has one value of it."""
+    """"leaf", "block" or "unit": each of these has one value of it."""
     real: bool
     """Whether it is among the coefficients, not the counters."""
     columns: slice
@@ -46,7 +46,7 @@ class _Field(NamedTuple):
     flag: bool
 
     def read(self, rows: Array) -> Array:
-        """Its values from one row, or from several along the first axis."""
+        """The field's values from one row, or from several along the first axis."""
         part = rows[..., self.columns]
         part = part.reshape((*part.shape[:-1], *self.shape)) if self.shape else part[..., 0]
         return part != 0 if self.flag else part
@@ -85,11 +85,11 @@ def _names(scope: str) -> tuple[str, ...]:
 PER_BLOCK = _names("block")
 """Names of the numbers and small arrays that a state has for each block."""
 PER_UNIT = _names("unit")
-"""Names of the numbers that it has once."""
+"""Names of the numbers that a state has once."""
 
 
 ADDED_SINCE = {"coefficients": 1, "counters": 0}
-"""How many numbers, which stand last and were 1, the rows of older versions lack: `grad_scale`."""
+"""How many numbers the rows of older versions lack at their end, where today's were 1: `grad_scale`."""
 
 
 def widths(history_size: int) -> dict[str, int]:
@@ -103,7 +103,7 @@ def is_known(entry: Mapping[str, Any]) -> bool:
 
 
 def history_size_of(entry: Mapping[str, Any]) -> int:
-    """For how many pairs there is room in a parameter's dictionary."""
+    """The number of pairs for which a parameter's dictionary has room."""
     return entry["history"].shape[1] if "history" in entry else 0
 
 
@@ -118,7 +118,7 @@ def unpack(entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def counts_and_label(entries: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[int, ...], int]]:
-    """Of each entry the counts of its own and the label of its block; waits for the device once."""
+    """For each entry its own counts and the label of its block; waits for the device once."""
     if not entries:
         return []
     rows = [torch.as_tensor(entry["counters"]) for entry in entries]
@@ -155,7 +155,7 @@ class Rows:
 
     @property
     def host(self) -> _Reader:
-        """The same memory as arrays of NumPy; of a CPU only."""
+        """The same memory as arrays of NumPy; on a CPU only."""
         if self._arrays is None:
             parts = (self._coefficients, self._counters, self._firsts)
             self._arrays = _Reader(self._layout, *(part.numpy() for part in parts))
@@ -239,7 +239,7 @@ class _Reader:
 
     def write(self, state: core.State, own: Array) -> None:
         """Take over the numbers that are not the views that were read; `own` tells the block of each leaf.
-        Of arrays: on tensors it would be an operation for each field."""
+        This is for arrays: with tensors each field would be an operation."""
         views = self._views or {}
         for field in self._fields:
             value = getattr(state, field.name)

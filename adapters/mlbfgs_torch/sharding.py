@@ -1,4 +1,4 @@
-"""Parameters of which this process holds a part: `DTensor` (FSDP2, HSDP, tensor parallel)."""
+"""Parameters that are sharded over processes: `DTensor` (FSDP2, HSDP, tensor parallel)."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def local(tensor: Any) -> Any:
 
 
 def matching(grad: Tensor, param: Tensor) -> Tensor:
-    """This process's part of a gradient, laid out like the parameter: with a collective where tensor
-    parallelism left it otherwise, such as as summands."""
+    """This process's part of a gradient, laid out like the parameter; this takes a collective if tensor
+    parallelism left it otherwise, for instance as summands."""
     if is_sharded(grad) and grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
     return local(grad)
@@ -67,10 +67,10 @@ def like_param(part: Tensor, param: Tensor, lead: int) -> Tensor:
 
 
 def apart(value: Any) -> Any:
-    """A value of a state that can be sent and staged: a tensor that lies among others in memory is copied.
+    """A state's value as it can be sent and staged: a tensor that shares its memory with others is copied.
 
-    Broadcasts want contiguous tensors, and the asynchronous `torch.distributed.checkpoint` a part of a
-    `DTensor` at the beginning of its memory.
+    Broadcasts need contiguous tensors, and the asynchronous `torch.distributed.checkpoint` needs the part of
+    a `DTensor` to lie at the beginning of its memory.
     """
     if not isinstance(value, Tensor):
         return value
@@ -83,7 +83,7 @@ def apart(value: Any) -> Any:
 
 
 def placed(whole: Tensor, param: Tensor, lead: int) -> Tensor:
-    """The whole of a tensor, which every process has, as one sharded like the parameter."""
+    """A whole tensor, which every process has, as one sharded like the parameter."""
     if not is_sharded(param):
         return whole
     from torch.distributed.tensor import DTensor, Replicate
@@ -95,7 +95,7 @@ def placed(whole: Tensor, param: Tensor, lead: int) -> Tensor:
 
 
 def _placements(param: Tensor, lead: int) -> list[Any]:
-    """Those of a tensor with `lead` more axes in front."""
+    """The parameter's placements, for a tensor with `lead` more axes in front."""
     return [
         placement if placement.is_replicate() else _shifted(placement, lead) for placement in param.placements
     ]
@@ -110,8 +110,8 @@ def _shifted(placement: Any, lead: int) -> Any:
 def shard_group(params: Sequence[Tensor]) -> Group | None:
     """The processes over which inner products are summed; None without sharded parameters.
 
-    Those of the largest mesh if it holds those of all others, else all. Replicas sum too: so their
-    numbers, and hence their decisions, are the same bit by bit.
+    Those of the largest mesh if it holds those of all others, else all. Replicas take part, too, so that
+    their numbers, and hence their decisions, are the same bit by bit.
     """
     meshes = {param.device_mesh for param in params if is_sharded(param)}
     if not meshes:
@@ -130,15 +130,15 @@ def shard_group(params: Sequence[Tensor]) -> Group | None:
 
 
 def share(param: Tensor, group: Group | None) -> float:
-    """What part of a parameter's inner products this process adds to the group's: of all processes that
-    hold a copy of the same values, the first adds them."""
+    """The part of a parameter's inner products that this process adds to the group's: the first of all
+    processes that hold a copy of the same values adds them."""
     if group is None:
         return 1.0
     first = dist.get_global_rank(group, 0)
     if not is_sharded(param):
         return float(dist.get_rank() == first)
     mesh = param.device_mesh
-    if first not in mesh.mesh.flatten().tolist():  # a mesh beside that of the first, with the same values
+    if first not in mesh.mesh.flatten().tolist():  # another mesh than the first's, with the same values
         return 0.0
     place = mesh.get_coordinate()
     copies = [i for i, placement in zip(place, param.placements, strict=True) if placement.is_replicate()]
@@ -146,7 +146,7 @@ def share(param: Tensor, group: Group | None) -> float:
 
 
 def check_placements(name: str, param: Tensor, *, owned: bool) -> None:
-    """Raise ValueError for a parameter that is held as summands, or is sharded beside owned ones."""
+    """Raise ValueError for a parameter that is held as summands, or is sharded while others are owned."""
     if not is_sharded(param):
         return
     if owned:
@@ -171,7 +171,7 @@ def reduction(group: Group | None, device: torch.device) -> Callable[[Tensor], T
 
 
 def once(group: Group | None, act: Callable[[], None]) -> None:
-    """Let the first process of a group act, and all wait until it has, or has failed."""
+    """Let the first process of a group act, while the others wait until it has succeeded or failed."""
     if group is None:
         act()
         return

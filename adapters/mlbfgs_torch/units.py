@@ -1,4 +1,4 @@
-"""Parameters with common settings and device, and the core state that is theirs."""
+"""Parameters with common settings and device, and their core state."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Partition(NamedTuple):
     sizes: tuple[float, ...]
     """Number of values of each block, over all processes."""
     dtype: torch.dtype | None
-    """Where other processes own some of the parameters: the widest dtype of all averages."""
+    """The widest dtype of all averages if other processes own some of the parameters, else None."""
     group: Any
     """The processes that sum their inner products, or None."""
 
@@ -57,14 +57,14 @@ class Partition(NamedTuple):
 
     @property
     def reduce_device(self) -> torch.device:
-        """Where the group's collectives work: that of the mesh, also where parameters are offloaded."""
+        """The device of the group's collectives: that of the mesh, even if parameters are offloaded."""
         meshes = [m.param.device_mesh for m in self.members if sharding.is_sharded(m.param)]
         return torch.device(meshes[0].device_type) if meshes else self.device
 
     @property
     def absent(self) -> list[Tensor]:
         """Empty leaves that stand for those of other owners: one whose gradient is always missing, one
-        whose gradient never is, and one for each block of which this process owns nothing."""
+        whose gradient never is missing, and one for each block in which this process owns nothing."""
         if self.dtype is None:
             return []
         count = 2 + sum(not block for block in self.blocks)
@@ -85,7 +85,7 @@ class Partition(NamedTuple):
         return Partition.of(self.config, self.device, members, tuple(b for b in blocks if b), self.group)
 
     def agreed(self, memory: Memory, ask: Callable[[Any], list[Any]]) -> dict[str, Tensor]:
-        """The coefficients that the owners have between them."""
+        """The coefficients that the owners have, the same on all of them."""
         blocks = [[self.members[i] for i in block] for block in self.blocks]
         return agreed(self.config, blocks, self.dtype, self.device, memory, ask)
 
@@ -128,19 +128,19 @@ class Unit:
 
     @property
     def state(self) -> core.State:
-        """The core's state, all of it tensors."""
+        """The core's state, as tensors."""
         return self._bound.state
 
     @property
     def kernels(self) -> TorchKernels:
-        """The fastest there are here; a compiled step is fused by the compiler."""
+        """The fastest kernels on this device; a compiled step is fused by the compiler."""
         if self._device.type != "cuda" or torch.compiler.is_compiling():
             return self._plain_kernels
         return fused_kernels(self._device) or self._plain_kernels
 
     def call(self) -> tuple[core.State, core.Method]:
-        """The state for one step, and the method; coefficients are those of NumPy where it can work on them,
-        and nothing is captured or compiled."""
+        """The state for one step, and the method; coefficients are NumPy's if it can work on them and nothing
+        is captured or compiled."""
         if self._host_kernels is None or self._captured():
             return self.state, self._method(self.kernels, self._reduce)
         return self._bound.host_state, self._on_host
@@ -149,17 +149,17 @@ class Unit:
         return core.Method(self.config, self.blocks, kernels, reduce, self._shares)
 
     def _captured(self) -> bool:
-        """Whether a step is recorded, to be made again without this code."""
+        """Whether a step is recorded, to be repeated without this code."""
         return torch.compiler.is_compiling() or any(leaf.group["capturable"] for leaf in self.leaves)
 
     def coefficients(self) -> dict[str, Tensor]:
-        """Those of blocks and of the whole."""
+        """The coefficients of blocks and of the whole."""
         state = self.state
         return {name: getattr(state, name) for name in (*PER_BLOCK, *PER_UNIT)}
 
     def is_bound(self, memory: Memory) -> bool:
         """Whether the dictionaries still hold this unit's arrays, not others put in their place."""
-        return all([memory.get(param, _NOTHING).get("counters") is row for param, row in self._rows])
+        return all(memory.get(param, _NOTHING).get("counters") is row for param, row in self._rows)
 
     def splits(self) -> bool:
         """Whether some, but not all, parameters of a leaf have a gradient."""
@@ -170,10 +170,10 @@ class Unit:
         return [*(leaf.flat_params() for leaf in self.leaves), *self._absent]
 
     def grads(self, scale: Tensor | None) -> list[Tensor | None]:
-        """The gradients, or None, divided by a scale: never written to, where they are the user's own."""
+        """The gradients, or None, divided by a scale; those that are the user's own are never written to."""
         own = [_gradient(leaf, scale) for leaf in self.leaves]
-        # Whether a gradient is missing decides how often processes sum; if none were there, one would not
-        # take part.
+        # Whether a gradient is missing decides how often processes sum, so one is missing on all of them; and
+        # a process without any gradient would not take part, so each has one.
         return [*own, None, *self._absent[1:]] if self._absent else own
 
     def asked(self, state: core.State) -> tuple[bool | None, bool | None, bool | None]:
@@ -229,10 +229,10 @@ class Unit:
 
 @cache
 def fused_kernels(device: torch.device) -> TorchKernels | None:
-    """Kernels in Triton, with a warning where it is there and does not work; None where there are none."""
+    """Kernels in Triton; None if it is missing, or, with a warning, if it does not work."""
     try:
         from .fused import FusedKernels
-    except ImportError:  # PyTorch's builds for Windows and for CPUs have no Triton
+    except ImportError:  # PyTorch's builds for Windows and for CPUs lack Triton
         return None
     try:
         FusedKernels.check(device)

@@ -1,6 +1,6 @@
-"""In whose coordinates the method runs: `R` of each leaf, so that the inverse Hessian is ``R^T H' R``.
+"""The coordinates in which the method runs: `R` of each leaf; the inverse Hessian is ``R^T H' R``.
 
-A preconditioner is a module with a class under the contract of `Preconditioner`, an entry in
+A preconditioner is a module with a class that fulfils the contract of `Preconditioner`, an entry in
 `PRECONDITIONERS` and a name in `mlbfgs_core.Config`; its dense twin stands in `mlbfgs_core.reference`.
 """
 
@@ -17,5 +17,5 @@ PRECONDITIONERS: dict[str, Preconditioner] = {"none": Identity(), "diagonal": Di
 
 
 def preconditioner_of(config: Config) -> Preconditioner:
-    """The one that settings ask for."""
+    """The preconditioner that the settings ask for."""
     return PRECONDITIONERS[config.preconditioner]

@@ -43,9 +43,9 @@ class DiagonalRoot(NamedTuple):
     exp_avg_sq: Array
     """`v`, of the leaf's shape."""
     weight: Array | None
-    """0-d: of this step's square in `v`; None where it has been entered already."""
+    """0-d: the weight of this step's square in `v`; None if it has been added already."""
     floor: Array
-    """0-d."""
+    """0-d: what is added to `v`."""
     exponent: Any
     """``p / 4``."""
     kept: Array | None = None
@@ -53,12 +53,12 @@ class DiagonalRoot(NamedTuple):
 
     @property
     def elementwise(self) -> bool:
-        """It is."""
+        """Always: a diagonal acts on each value alone."""
         return True
 
     @property
     def keeps(self) -> bool:
-        """The diagonal."""
+        """Always: the diagonal."""
         return True
 
     @property
@@ -67,7 +67,7 @@ class DiagonalRoot(NamedTuple):
         return {"exp_avg_sq": self.exp_avg_sq}
 
     def keeping(self, kept: Array) -> DiagonalRoot:
-        """The same with its diagonal."""
+        """The same root with its diagonal."""
         return self._replace(kept=kept)
 
     def at(
@@ -81,7 +81,7 @@ class DiagonalRoot(NamedTuple):
         return _Scaling(kernels, kernels.diagonal(v, entering, self.floor, self.exponent, out))
 
     def update(self, kernels: Kernels, grad: Array, keep: Array) -> DiagonalRoot:
-        """Enter the gradient's square; reads 2 values, writes 1."""
+        """Add the gradient's square to the mean; reads 2 values, writes 1."""
         if self.weight is None:
             return self
         entered = kernels.average(self.exp_avg_sq, grad, self.weight, keep, squared=True)
@@ -89,7 +89,7 @@ class DiagonalRoot(NamedTuple):
 
 
 class _Scaling(NamedTuple):
-    """A diagonal of a tile."""
+    """The diagonal at a tile."""
 
     kernels: Kernels
     kept: Array
@@ -109,7 +109,7 @@ class _Scaling(NamedTuple):
         return x
 
     def back(self, x: Array) -> Array:
-        """``R x``: it is symmetric."""
+        """``R x``, since `R` is symmetric."""
         kept = self.kept
         kept *= x
         return kept

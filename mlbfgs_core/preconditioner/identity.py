@@ -29,12 +29,12 @@ class Identity:
     def root(
         self, config: Config, arrays: dict[str, Array], dtype: Any, weight: Array | None, floor: Array
     ) -> Identity:
-        """Itself."""
+        """The identity itself."""
         return self
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """None."""
+        """There are none."""
         return {}
 
     @property
@@ -43,17 +43,17 @@ class Identity:
         return None
 
     def keeping(self, kept: Array) -> Identity:
-        """Itself."""
+        """The identity itself."""
         return self
 
     def at(
         self, kernels: Kernels, tile: Any, grad: Array | None = None, out: Array | None = None
     ) -> Identity:
-        """Itself."""
+        """The identity itself."""
         return self
 
     def update(self, kernels: Kernels, grad: Array, keep: Array) -> Identity:
-        """Itself."""
+        """The identity itself."""
         return self
 
     def whiten(self, x: Array) -> Array:

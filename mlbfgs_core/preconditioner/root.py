@@ -19,7 +19,7 @@ class TileRoot(Protocol):
 
     @property
     def kept(self) -> Array | None:
-        """What `Root.keeping` is to be handed of this tile, of its shape; None where there is nothing."""
+        """This tile's part of what `Root.keeping` takes, of the tile's shape; None if there is nothing."""
         ...
 
     def white(self, grad: Array) -> Array:
@@ -36,7 +36,7 @@ class TileRoot(Protocol):
         ...
 
     def back(self, x: Array) -> Array:
-        """``R^T x``, for directions; consumes `x` and what is kept, in whose memory the result may be."""
+        """``R^T x``, for directions; consumes `x` and what is kept, whose memory the result may use."""
         ...
 
 
@@ -51,7 +51,7 @@ class Root(Protocol):
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """What the state remembers of it, by names."""
+        """What the state remembers of it, by name."""
         ...
 
     @property
@@ -61,27 +61,27 @@ class Root(Protocol):
 
     @property
     def kept(self) -> Array | None:
-        """What `keeping` was handed."""
+        """What `keeping` was given."""
         ...
 
     def at(
         self, kernels: Kernels, tile: Any, grad: Array | None = None, out: Array | None = None
     ) -> TileRoot:
-        """`R` at a tile, which is None for a leaf that is not `elementwise`.
+        """`R` at a tile, which is None for a root that is not `elementwise`.
 
-        With a gradient of that tile: as `R` will be once the gradient has been entered by `update`. What the
-        tile keeps may be put into `out`, of its shape.
+        If that tile's gradient is given, `R` is as it will be once `update` has added the gradient. What the
+        tile keeps may be written to `out`, an array of its shape.
         """
         ...
 
     def keeping(self, kept: Array) -> Root:
-        """The same with what its tiles have `kept`, an array of the leaf's shape, for the rest of the step,
-        whose last pass writes the update over it."""
+        """The same root with what its tiles have `kept`, an array of the leaf's shape, for the rest of the
+        step; the last pass overwrites this array with the update."""
         ...
 
     def update(self, kernels: Kernels, grad: Array, keep: Array) -> Root:
-        """Enter the gradient where `keep` (0-d) is true; consumes the arrays. Where it is false nothing
-        changes, whatever the gradient holds."""
+        """Add the gradient if `keep` (0-d) is true; consumes the arrays. If it is false, nothing changes,
+        whatever the gradient holds."""
         ...
 
 
@@ -90,14 +90,14 @@ class Preconditioner(Protocol):
 
     @property
     def isometric(self) -> bool:
-        """Whether ``|R x| = |x|``: then norms need not be formed anew behind it."""
+        """Whether ``|R x| = |x|``: then norms need not be computed again after it."""
         ...
 
     def layout(
         self, config: Config, shape: tuple[int, ...], dtype: str
     ) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """Name, shape and dtype of each array that the state holds for a leaf, whose averages are of this
-        dtype; zeros in the beginning."""
+        dtype. The arrays start as zeros."""
         ...
 
     def root(
@@ -113,7 +113,7 @@ class Preconditioner(Protocol):
         dtype : data-type
             Of the leaf's averages.
         weight : 0-d array or None
-            Of this step's gradient in running means of squares; None where it has been entered already.
+            The weight of this step's gradient in running means of squares; None if it has been added already.
         floor : 0-d array
             What is added to mean squares, so that `R` is defined where gradients have always been zero.
         """

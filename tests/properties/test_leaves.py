@@ -1,4 +1,4 @@
-"""Parameters and flat leaves: each parameter lies in one leaf of its block, and comes back as it was."""
+"""Parameters and flat leaves: each parameter lies in one leaf of its block, and comes back unchanged."""
 
 from __future__ import annotations
 

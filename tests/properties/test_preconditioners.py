@@ -1,4 +1,4 @@
-"""What every preconditioner promises; one that is added to `PRECONDITIONERS` is tested by that."""
+"""What every preconditioner promises; adding one to `PRECONDITIONERS` is enough to test it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def settings(name, power=1.0, **others):
 
 
 def gradients(rng, count):
-    """Of values that differ in size."""
+    """Gradients whose values differ in size."""
     return rng.normal(size=(count, DIM)) * np.geomspace(0.2, 5, DIM)
 
 
@@ -55,7 +55,7 @@ def fed(config, rng, xp, shapes=(SHAPE,), dtype="float64"):
 
 
 def root_of(config, state, xp, leaf=0):
-    """`R` of a leaf, into which all gradients have been entered."""
+    """`R` of a leaf, which includes all gradients."""
     arrays = {name: own[leaf] for name, own in state.preconditioner.items()}
     floor = state.mean_square[0] * 1e-16
     return PRECONDITIONERS[config.preconditioner].root(config, arrays, xp.float64, None, floor)
@@ -76,7 +76,7 @@ def test_back_is_the_transpose_of_whiten_and_dual_its_inverse(xp, name, rng, pow
     config = settings(name, power)
     of_leaf, kernels = root_of(config, fed(config, rng, xp), xp), core.Kernels(xp)
 
-    def verb(name):  # the last of them, `back`, may write over what the root has formed
+    def verb(name):  # `at` is called each time: `back` may overwrite what the root has formed
         return dense(lambda leaf: getattr(of_leaf.at(kernels, None), name)(leaf), xp)
 
     R, white, back, dual = map(verb, ("whiten", "white", "back", "dual"))

@@ -1,4 +1,4 @@
-"""The runs that were saved halfway, and how they go on."""
+"""The runs that were saved halfway, and how they continue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAVED_AT, END, STRIDE = 16, 28, 3
 
 
 class Saved(NamedTuple):
-    """A file: who has written it, and of which run."""
+    """A file: which backend wrote it, and for which run."""
 
     kind: str
     case: Case
@@ -28,15 +28,15 @@ class Saved(NamedTuple):
         return f"{self.kind}, {self.case}, {self.dtype}"
 
     def path(self, suffix: str) -> Path:
-        """Where it lies."""
+        """The place of the file."""
         return DATA / f"{self}.{suffix}".replace(", ", "-").replace(" ", "_")
 
     def readers(self) -> list[str]:
-        """Who reads it; the first is recorded."""
+        """The backends that read it; the continuation by the first is recorded."""
         return ["groups"] if self.kind == "groups" else readers(self.case)
 
     def begin(self, kind: str, values: np.ndarray) -> Any:
-        """A run of these settings that begins anywhere."""
+        """A run of these settings that begins at any values."""
         named = {name: np.asarray(array, self.dtype) for name, array in split(values).items()}
         return begin(kind, self.case, named)
 
@@ -50,24 +50,24 @@ FILES = [
     Saved("torch", Case("default", "all", "tiny")),
     Saved("torch", Case("default", "all"), "float32"),
 ]
-"""Of `save_state`, which every adapter reads."""
+"""Files of `save_state`, which every adapter reads."""
 NATIVE = [
     *(Saved(kind, Case("default", "layer", "missing")) for kind in ("numpy", "torch", "groups")),
     *(Saved(kind, Case("power 0", "all")) for kind in ("numpy", "torch")),
     *(Saved(kind, Case("clip", "all")) for kind in ("numpy", "torch")),
 ]
-"""Of `state_dict`, which is for the adapter that gave it."""
+"""Files of `state_dict`, which only the adapter that wrote it reads."""
 
 
 def load(kind: str, saved: Saved) -> Any:
-    """A run that goes on from a neutral file, which brings the parameters, too."""
+    """A run that continues from a neutral file, which holds the parameters, too."""
     run = saved.begin(kind, np.zeros(SIZE))
     run.load(saved.path("safetensors"))
     return run
 
 
 def save_native(run: Any, saved: Saved) -> None:
-    """Write the `state_dict`, as the pages on checkpoints have it."""
+    """Write the `state_dict`, as the pages on checkpoints show it."""
     if saved.kind == "numpy":
         np.savez_compressed(saved.path("npz"), **run.native())
     else:
@@ -75,7 +75,7 @@ def save_native(run: Any, saved: Saved) -> None:
 
 
 def load_native(saved: Saved, values: np.ndarray) -> Any:
-    """A run that goes on from a `state_dict` and parameters of its own."""
+    """A run that continues from a `state_dict` and from given parameters."""
     run = saved.begin(saved.kind, values)
     if saved.kind == "numpy":
         with np.load(saved.path("npz")) as content:

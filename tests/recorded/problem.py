@@ -32,8 +32,8 @@ DATA = Path(__file__).parent / "data"
 TOLERANCE = 1e-14
 """In float64, relative to the largest parameter; up to 0.6 of it was measured between backends."""
 GROWTH = {"clip": 4, "fit": 4}
-"""More for runs that begin with steps of a thousandth of the parameters: three digits are lost in the
-differences that make their first pair."""
+"""The tolerance's factor for runs that begin with steps of a thousandth of the parameters: three digits are
+lost in the differences that make their first pair."""
 STEPS, STRIDE = 48, 6
 """Steps of a run, and from one recorded step to the next."""
 SHAPES = {
@@ -44,7 +44,7 @@ SHAPES = {
     "scale": (),
 }
 OFTEN: dict[str, Any] = {"history_size": 3, "check_every": 1, "update_every": 8}
-"""So many pairs that the ring of a short run goes round."""
+"""With these a short run stores enough pairs to overwrite the first of them."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {"lr": 2e-3},
     "checks of the default": {"lr": 2e-3, "check_every": 2},
@@ -62,16 +62,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lbfgs": {"lr": 0.05, "preset": "lbfgs", "update_every": 1, "momentum": 0.0},
     "fit": {"lr": 0.2, "preset": "fit", "momentum": 0.0},
 }
-"""By name; what is not given is that of `OFTEN` and of `arguments`."""
+"""Settings by name; those not given are from `OFTEN` and `arguments`."""
 NOISELESS = ("none", "formulas", "lbfgs")
-"""What has nothing against noise: it magnifies rounding, too."""
+"""Settings without a remedy for noise, which magnify rounding, too."""
 NONE_AT = 30
 """The step at which all gradients are missing, where some are."""
 BLOCKS = ("all", "layer", "parameter")
 
 
 class Case(NamedTuple):
-    """One run: the settings' name, the blocks, and what is the matter with its gradients ("" for nothing)."""
+    """One run: the settings' name, the blocks, and what is wrong with its gradients ("" for nothing)."""
 
     settings: str
     blocks: str
@@ -95,14 +95,14 @@ CASES = [
 
 
 def uniform(seed: int) -> np.ndarray:
-    """One value in [-1, 1) for each parameter, from bits that NumPy promises to keep."""
+    """One value in [-1, 1) for each parameter, from bits that NumPy promises not to change."""
     return np.random.PCG64(seed).random_raw(SIZE) / 2.0**63 - 1.0
 
 
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
 TARGET, COUPLING = 1.5 * uniform(1_000_001), uniform(1_000_002)
 CURVATURE = 2.0 ** (np.arange(SIZE) * 3 % 5)
-"""From 1 to 16."""
+"""Curvatures from 1 to 16."""
 
 
 def start() -> dict[str, np.ndarray]:
@@ -120,7 +120,7 @@ def flat(values: list[np.ndarray]) -> np.ndarray:
 
 
 def gradients(values: list[np.ndarray], step: int, case: Case) -> list[np.ndarray | None]:
-    """Of ``sum_i c_i sqrt(1 + 16 z_i^2) / 16 + (b.z)^2 / 2`` at a distance `z` from the target, and noise."""
+    """Noisy gradients of ``sum_i c_i sqrt(1 + 16 z_i^2) / 16 + (b.z)^2 / 2`` at `z` from the target."""
     z = flat(values).astype(float) - TARGET
     noise = 0.0 if case.settings in NOISELESS else 0.0625
     grad = (
@@ -146,13 +146,13 @@ def gradients(values: list[np.ndarray], step: int, case: Case) -> list[np.ndarra
 
 
 def arguments(case: Case) -> dict[str, Any]:
-    """Of an optimizer."""
+    """The arguments of an optimizer."""
     common = {"momentum": 0.5, "weight_decay": 0.01, "nesterov": True}
     return {**OFTEN, **common, **SETTINGS[case.settings], "blocks": case.blocks}
 
 
 def follow(run: Any, case: Case, first: int = 0, last: int = STEPS, stride: int = STRIDE) -> np.ndarray:
-    """Train on; the parameters after every so many steps, (steps, parameters)."""
+    """Continue training, and return the parameters after every `stride` steps, (steps, parameters)."""
     rows = []
     for step in range(first, last):
         run.step(gradients(run.values(), step, case))
@@ -162,7 +162,7 @@ def follow(run: Any, case: Case, first: int = 0, last: int = STEPS, stride: int 
 
 
 def tolerance(case: Case, dtype: Any = np.float64) -> float:
-    """What rounding may change of a run."""
+    """How much rounding may change a run."""
     return TOLERANCE * GROWTH.get(case.settings, 1) * float(np.finfo(dtype).eps / np.finfo(float).eps)
 
 

@@ -1,7 +1,7 @@
 """Write what this version does: ``python -m tests.recorded.record``, before a change that must not show.
 
-The tests beside hold every later version to it. Old checkpoints are to be read for ever, so that they are
-written only where there are none.
+The tests next to this file hold every later version to it. Old checkpoints must be readable for ever, so
+they are written only if there are none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .runs import begin, readers
 
 
 def record() -> None:
-    """Trajectories, and how each file goes on, in `mlbfgs_arrays`, or where it cannot in `mlbfgs_torch`."""
+    """Record trajectories and continuations, by `mlbfgs_arrays`, or if it cannot, by `mlbfgs_torch`."""
     trajectories = {}
     for case in CASES:
         run = begin(readers(case)[0], case)

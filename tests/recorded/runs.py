@@ -62,7 +62,7 @@ class PlainJaxDriver(DRIVERS["jax"]):
 
 
 class GroupsDriver(DRIVERS["torch"]):
-    """`mlbfgs_torch.MLBFGS` with two groups, of which the second has settings of its own."""
+    """`mlbfgs_torch.MLBFGS` with two groups; the second has settings of its own."""
 
     def __init__(self, named, *, lr, blocks="all", **settings):
         super().__init__(named, lr=lr, blocks=blocks, **settings)

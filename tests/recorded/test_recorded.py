@@ -1,4 +1,4 @@
-"""What the recorded version did: its trajectories, and how its checkpoints went on."""
+"""What the recorded version did: its trajectories, and how its checkpoints continued."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COVERING = [
     Case("fit", "all"),
     Case("lbfgs", "layer"),
 ]
-"""For what is slow to run or to compile."""
+"""Enough cases for backends that are slow to run or to compile."""
 RUNS = [
     *((kind, case) for case in CASES for kind in readers(case) if kind != "jax"),
     *((kind, case) for case in COVERING for kind in ("strict", "tensors", "jax")),
