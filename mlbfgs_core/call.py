@@ -87,7 +87,7 @@ class Call(NamedTuple):
                     roots[leaf] = preconditioner.root(self.config, arrays, dtype, None, None)
                     continue
                 weight = None if weights is None else self.scalar(weights[leaf], dtype)
-                floor = self.scalar(floors[number], dtype) + kernels.least(dtype)
+                floor = self.scalar(floors[number], dtype) + kernels.leaf_xp.finfo(dtype).smallest_normal
                 roots[leaf] = preconditioner.root(self.config, arrays, dtype, weight, floor)
         return roots
 

@@ -164,10 +164,6 @@ class Kernels:
         """`x` in a dtype; itself where it has that already, which saves a call."""
         return x if x.dtype == dtype else self.leaf_xp.astype(x, dtype, copy=False)
 
-    def least(self, dtype: Any) -> Any:
-        """The smallest normal number of a dtype."""
-        return self.leaf_xp.finfo(dtype).smallest_normal
-
     def finite(self, x: Array) -> Array:
         """`x` with zeros for what is not finite."""
         return self.leaf_xp.where(self.leaf_xp.isfinite(x), x, 0.0)
@@ -184,10 +180,6 @@ class Kernels:
         """``x - y``, a new array, which the next call may reuse."""
         return x - y
 
-    def lerp(self, start: Array, end: Array, weight: Array) -> Array:
-        """``start + weight * (end - start)`` with a 0-d weight; consumes neither."""
-        return start + weight * (end - start)
-
     def diagonal(
         self,
         v: Array,
@@ -200,7 +192,8 @@ class Kernels:
         where ``(value, weight)`` is given; by square roots where they suffice, which is far cheaper. The
         result may be `out`."""
         if entering is not None:
-            v = self.lerp(v, entering[0] * entering[0], entering[1])
+            value, weight = entering
+            v = v + weight * (value * value - v)
         x = v + floor
         roots = square_roots(exponent)
         if roots is None:
@@ -251,7 +244,7 @@ class Kernels:
         for tile in self.tiles(mean):
             old, x = part(mean, tile), self.cast(part(value, tile), mean.dtype)
             x = x * x if squared else self.finite(x)
-            mean = self.store(mean, tile, self.leaf_xp.where(keep, self.lerp(old, x, weight), old))
+            mean = self.store(mean, tile, self.leaf_xp.where(keep, old + weight * (x - old), old))
         return mean
 
     def pair_products(self, s: Array, y: Array) -> PairTile:
@@ -430,10 +423,6 @@ class Kernels:
             top = self.leaf_xp.sum(x) if math.prod(x.shape) == 0 else self.largest(x)
             total = top if total is None else self.leaf_xp.maximum(total, top)
         return total
-
-    def scaled(self, leaf: Array, factor: Array, dtype: Any) -> Array:
-        """``leaf * factor`` in `dtype`, a new array; moves 2 values."""
-        return self.cast(leaf, dtype) * factor
 
     def square(self, leaf: Array, dtype: Any, factor: float = 1.0) -> Array:
         """Sum of squares of ``factor`` times a leaf's finite values, in `dtype`; reads 1 value."""

@@ -66,7 +66,7 @@ def project(
         )
     if when_scaled is not False:
         grads = [
-            None if grad is None else kernels.scaled(grad, call.scalar(scale, dtype), dtype)
+            None if grad is None else kernels.cast(grad, dtype) * call.scalar(scale, dtype)
             for grad, dtype in zip(grads, dtypes, strict=True)
         ]
     weights = weights_of(call, state, grads)

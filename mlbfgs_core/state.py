@@ -144,7 +144,7 @@ def leaf_arrays(state: State) -> dict[str, tuple[Array | None, ...]]:
 
 
 def _is_empty(arrays: Any) -> bool:
-    return isinstance(arrays, tuple) and not arrays
+    return isinstance(arrays, tuple) and len(arrays) == 0
 
 
 def with_leaf_arrays(state: State, arrays: Mapping[str, tuple[Array | None, ...]]) -> State:

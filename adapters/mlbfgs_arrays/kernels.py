@@ -33,13 +33,6 @@ class NumpyKernels(core.Kernels):
         """`x`, or zeros."""
         return x if keep else np.zeros_like(x)
 
-    def lerp(self, start: Array, end: Array, weight: Array) -> Array:
-        """``start + weight * (end - start)``."""
-        change = end - start
-        change *= weight
-        change += start
-        return change
-
     def diagonal(
         self,
         v: Array,

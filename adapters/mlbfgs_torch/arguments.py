@@ -23,7 +23,7 @@ from mlbfgs_core.adapter import (
 )
 
 from . import sharding
-from .leaves import real_shape
+from .leaves import Member, real_shape
 from .rows import ADDED_SINCE, ROWS, history_size_of, is_known, widths
 
 __all__ = [
@@ -190,7 +190,12 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(number, (int, float)) for number in value)
 
 
-def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
+def check_gradient(member: Member) -> None:
+    """Raise unless a parameter's gradient is dense, of its dtype (or that of the averages) and of its shape."""
+    param, name = member.param, member.name
+    grad: Any = param.grad
+    if grad.dtype is param.dtype and grad.shape == param.shape and grad.layout is torch.strided:
+        return
     if grad.layout != torch.strided:
         msg = f"MLBFGS does not support sparse gradients, got {grad.layout} for {name!r}"
         raise RuntimeError(msg)

@@ -102,10 +102,6 @@ class TorchKernels(core.Kernels):
         """``x - y``."""
         return torch.sub(x, y, out=self.buffer("difference", x, x.dtype))
 
-    def lerp(self, start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-        """``start + weight * (end - start)`` with a 0-d weight."""
-        return torch.lerp(start, end, weight)
-
     def diagonal(
         self,
         v: Tensor,
@@ -192,15 +188,12 @@ class TorchKernels(core.Kernels):
         # Weights of zero instead of a choice by element, which is slow; finite values, since 0 * nan
         # is nan.
         dtype = mean.dtype
-        weight = weight * keep.to(dtype)
+        kept = keep.to(dtype)
+        weight = weight * kept
         for tile in self.tiles(mean):
-            x = part(value, tile)
-            if squared:  # of a gradient, which is finite where it is kept, and whose square may overflow
-                out = self.buffer("scaled", x, x.dtype)
-                x = torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device), out=out)
-                x = x.to(dtype).square_()
-            else:
-                x = self._clean(x, dtype)
+            x = self._clean(part(value, tile), dtype)
+            if squared:  # which may overflow
+                x = x.mul_(kept).square_()
             part(mean, tile).lerp_(x, weight)
         return mean
 
@@ -313,6 +306,20 @@ class HostKernels(TorchKernels):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.xp = array_api_compat.numpy
+
+    def average(
+        self, mean: Tensor, value: Tensor, weight: Tensor, keep: Tensor, *, squared: bool = False
+    ) -> Tensor:
+        """``M += weight * (x - M)`` for a value or its square; the host knows whether it is kept."""
+        for tile in self.tiles(mean) if keep else ():
+            x = part(value, tile)
+            if squared:
+                x = x.to(mean.dtype)
+                x = torch.mul(x, x, out=self.buffer("scaled", x, x.dtype))
+            else:
+                x = self._clean(x, mean.dtype)
+            part(mean, tile).lerp_(x, weight)
+        return mean
 
     def to_leaf(self, x: Any, dtype: torch.dtype | None = None) -> Tensor:
         """A coefficient as a tensor."""

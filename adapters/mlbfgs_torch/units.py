@@ -23,6 +23,7 @@ from .rows import PER_BLOCK, PER_UNIT, is_known
 
 __all__ = ["HOSTS", "Partition", "Unit"]
 
+_NOTHING: dict[str, Any] = {}
 HOSTS = {"cpu"}
 """Types of devices on whose tensors NumPy can work."""
 
@@ -158,7 +159,7 @@ class Unit:
 
     def is_bound(self, memory: Memory) -> bool:
         """Whether the dictionaries still hold this unit's arrays, not others put in their place."""
-        return all(memory.get(param, {}).get("counters") is row for param, row in self._rows)
+        return all([memory.get(param, _NOTHING).get("counters") is row for param, row in self._rows])
 
     def splits(self) -> bool:
         """Whether some, but not all, parameters of a leaf have a gradient."""
@@ -273,8 +274,8 @@ def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:
     if leaf.members[0].param.grad is None:
         return None
     for member in leaf.members:
-        check_gradient(member.name, member.param, member.param.grad)
-    grads = [member.grad() for member in leaf.members]
+        check_gradient(member)
+    grads = [member.grad() if member.sharded else member.param.grad for member in leaf.members]
     group = leaf.group
     flat = leaf.gather(grads).detach()
     if scale is not None:

@@ -110,7 +110,7 @@ class Preconditioner(Protocol):
         config : Config
         arrays : dict
             Those of `layout`.
-        dtype : dtype
+        dtype : data-type
             Of the leaf's averages.
         weight : 0-d array or None
             Of this step's gradient in running means of squares; None where it has been entered already.

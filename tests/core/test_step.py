@@ -25,9 +25,9 @@ SETTINGS = {
     "lbfgs": {"preset": "lbfgs"},
     "fit": {"preset": "fit"},
     "ema, adaptive": {"beta": 0.8, "update_every": 6},
-    "adam's metric": {"preconditioner_power": 1.0, "step_length": "none", "update_every": 6},
+    "adam's diagonal": {"preconditioner_power": 1.0, "step_length": "none", "update_every": 6},
     "length 1": {"step_length": "unit", "update_every": 6},
-    "odd metric": {"preconditioner_power": 0.3, "step_length": "clip", "update_every": 6},
+    "odd power": {"preconditioner_power": 0.3, "step_length": "clip", "update_every": 6},
     "both dampings": {"damping": (0.1, 5.0, 0.9), "update_every": 6},
 }
 SHAPES, BLOCKS, SIZES = [(3, 2), (), (4,)], ((0, 2), (1,)), (10, 1)

@@ -75,7 +75,7 @@ def test_page_with_a_test_of_its_own_is_run_there(name):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_each_public_name_is_on_its_page_of_the_api(package):
     page = pages()[f"api/{package.rpartition('.')[2].removeprefix('mlbfgs_')}.md"]
-    shown = re.findall(r"^\.\. auto\w+:: (\w+)", page, re.MULTILINE)
+    shown = re.findall(r"^\.\. (?:auto\w+|py:data):: (\w+)", page, re.MULTILINE)
     assert sorted(shown) == sorted(importlib.import_module(package).__all__)
 
 

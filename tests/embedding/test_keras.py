@@ -56,7 +56,9 @@ def gradient(x, inputs, targets):
     return np.concatenate([(inputs.T @ error).reshape(-1), error.sum(axis=0)])
 
 
-@pytest.mark.parametrize("settings", [FAST, ADAPTIVE], ids=["fixed interval", "adaptive"])
+@pytest.mark.parametrize(
+    "settings", [FAST, ADAPTIVE, {"history_size": 0}], ids=["fixed interval", "adaptive", "no pairs"]
+)
 @pytest.mark.parametrize(
     "options",
     [{"momentum": 0.0}, {"weight_decay": 0.01}, {"nesterov": False}],
@@ -72,7 +74,7 @@ def test_fit_takes_the_steps_of_the_dense_twin(settings, options):
             twin.step(gradient(twin.x, INPUTS[part], TARGETS[part]))
         np.testing.assert_allclose(flat(model), twin.x, rtol=TOLERANCE, atol=TOLERANCE)
     assert state(model).step == 24
-    assert state(model).pairs[0] > 0
+    assert (state(model).pairs[0] > 0) == (settings.get("history_size") != 0)
 
 
 def test_training_a_network_lowers_the_loss():

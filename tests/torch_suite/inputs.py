@@ -56,7 +56,7 @@ def optim_inputs(device, dtype=None):
         "fit": {"preset": "fit", "update_every": 2, "adaptive": False},
         "parameter blocks": {**QUASI_NEWTON, "blocks": "parameter"},
         "bfloat16 history": {**QUASI_NEWTON, "history_dtype": "bfloat16"},
-        "no metric": {**QUASI_NEWTON, "preconditioner": "none"},
+        "no preconditioner": {**QUASI_NEWTON, "preconditioner": "none"},
     }
     return [OptimizerInput(None, dict(kwargs), desc) for desc, kwargs in configurations.items()]
 

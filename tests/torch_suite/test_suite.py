@@ -522,7 +522,7 @@ def test_parameters_of_all_dtypes_train_together():
             assert optimizer.state[param][name].dtype == expected, name
 
 
-@pytest.mark.parametrize("desc", ["default", "quasi-Newton", "no metric"])
+@pytest.mark.parametrize("desc", ["default", "quasi-Newton", "no preconditioner"])
 def test_coordinates_without_gradient_do_not_stop_a_block_of_two_dtypes(desc):
     params = [Parameter(torch.tensor([2.0, 0.0], dtype=dtype)) for dtype in (torch.float32, torch.float64)]
     optimizer = MLBFGS(params, **settings(desc))
