@@ -177,7 +177,7 @@ def curvatures(state: State | Diagnostics) -> Array:
     # A record holds gamma in the user's units, the state in the units of its gradients.
     gamma = state.gamma if isinstance(state, State) else state.gamma / state.grad_scale
     if state.gram.shape[-1] == 0:
-        return xp.zeros_like(state.gram[:, 0, :])
+        return xp.sum(state.gram, axis=2)  # (B, 0)
     hessian, scale = _hessian(state.gram, state.pairs, gamma, xp)
     large, spanned = _on_span(state.gram, hessian, scale, xp)
     small, _ = _on_span(state.gram, state.middle_matrix, gamma, xp)

@@ -34,7 +34,7 @@ def advice(figures: core.Diagnostics) -> list[str]:
     The rules, in this order:
 
     1. No accepted step: "no step yet".
-    2. No pair, none rejected: "no pair yet".
+    2. No pair, none rejected, but some are to be kept: "no pair yet".
     3. More pairs rejected than stored: parameters or gradients do not change.
     4. The floors have added more to the last pair than was measured, ``delta > tau mu + 1 - tau``. Then,
        if the last check was below 4, the pairs are mostly noise; otherwise, if ``mu <= 0``, curvature is
@@ -50,6 +50,7 @@ def advice(figures: core.Diagnostics) -> list[str]:
     ['no step yet']
     """
     numbers = {name: on_host(getattr(figures, name)) for name in _READ}
+    numbers["kept"] = np.asarray(figures.gram.shape[-1] // 2)
     return [_sentence({name: x[b] if x.ndim else x for name, x in numbers.items()}) for b in _blocks(numbers)]
 
 
@@ -64,7 +65,7 @@ def _sentence(block: dict[str, np.ndarray]) -> str:
     stored, rejected, mu = int(block["pairs"]), int(block["rejected"]), float(block["mu"])
     if block["step"] == 0:
         return "no step yet"
-    if stored == 0 and rejected == 0:
+    if stored == 0 and rejected == 0 and block["kept"] > 0:
         return "no pair yet: the first comes after two windows of at most `update_every` steps"
     if rejected > stored:
         return f"{rejected} pairs without curvature: parameters or gradients stand still"

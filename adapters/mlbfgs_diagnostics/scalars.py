@@ -84,6 +84,8 @@ def _of_blocks(host: core.Diagnostics) -> Iterator[tuple[str, np.ndarray]]:
     for name in _OF_BLOCK:
         yield name, getattr(host, name)
     spectra = core.curvatures(host)
+    if spectra.shape[1] == 0:  # no pairs are kept
+        return
     counts = np.sum(np.isfinite(spectra), axis=1)
     rows = np.arange(len(counts))
     for name, place in (("smallest", 0 * counts), ("median", (counts - 1) // 2), ("largest", counts - 1)):

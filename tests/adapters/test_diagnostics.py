@@ -604,6 +604,33 @@ def test_a_block_without_pairs_has_no_scalars_of_curvature():
     assert writer.scalars["opt/gamma/all"] == (1.0, 0)
 
 
+@pytest.mark.parametrize("preconditioner", ["none", "diagonal"])
+@pytest.mark.parametrize("kind", [TorchDriver, ArrayDriver, JaxDriver])
+def test_a_run_without_pairs_can_be_read_by_every_tool(kind, preconditioner):
+    start, gradients = problem()
+    driver = kind(start, lr=RATE, blocks="layer", history_size=0, preconditioner=preconditioner)
+    recorder, writer, names = Recorder(every=1), Writer(), ["hidden", "out.weight"]
+    for step in range(3):
+        driver.step(gradients(step, driver.values()))
+        recorder.record(driver.state if kind is JaxDriver else driver.optimizer)
+    (figures,) = records_of(driver)
+    assert core.curvatures(figures).shape == (2, 0)
+    log_scalars(writer, figures, 0, names=names)
+    assert set(writer.scalars) == {
+        *(f"mlbfgs/{name}" for name in OF_UNIT),
+        *(f"mlbfgs/{name}/{block}" for name in OF_BLOCK for block in names),
+    }
+    assert advice(figures) == ["nothing to do"] * 2  # no pair is to come
+    assert "3 steps taken" in plain(table(figures, names=names))
+    assert recorder.spectra().shape == (3, 0)
+    assert figure(recorder).axes
+
+
+def test_a_state_without_pairs_has_no_curvatures(xp):
+    state = core.Method(core.Config(history_size=0), ((0,), (1,))).init([xp.ones(3), xp.ones(2)], xp=xp)
+    assert core.curvatures(state).shape == (2, 0)
+
+
 def test_tensorboard_reads_back_what_was_written(tmp_path):
     from torch.utils.tensorboard import SummaryWriter
 
