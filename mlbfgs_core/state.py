@@ -184,44 +184,7 @@ def init(
     *,
     kernels: Kernels | None = None,
 ) -> State:
-    """The state before the first step.
-
-    Parameters
-    ----------
-    config : Config
-    leaves : sequence of arrays
-        Parameters, or anything with a `shape` and a `dtype` (such as ``jax.ShapeDtypeStruct``):
-        float16, bfloat16, float32 or float64.
-    blocks : tuple of tuples of int, optional
-        From `partition`; by default one block of all leaves.
-    xp : array namespace, optional
-        By default that of `kernels`, or of the leaves; must be given for abstract leaves.
-    kernels : Kernels, optional
-        Allocates the parameter-sized arrays and says where coefficients lie.
-
-    Returns
-    -------
-    State
-        On the leaves' device. Averages are float32 (float64 for float64 leaves), counters int32.
-
-    Raises
-    ------
-    TypeError
-        A leaf that is not of a real floating-point dtype.
-    ValueError
-        No leaves, leaves on several devices (give each device its own state), blocks that are no
-        partition, or a namespace without the history's dtype.
-
-    Notes
-    -----
-    Allocates ``plan_memory(config, leaves, blocks).total`` bytes.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> init(Config(history_size=3), [np.zeros((4, 2))]).history[0].shape
-    (2, 3, 4, 2)
-    """
+    """The state before the first step; see `mlbfgs_core.Method.init`."""
     blocks = _check(config, leaves, blocks)
     if kernels is None:
         kernels = Kernels(array_namespace(*leaves) if xp is None else xp)
