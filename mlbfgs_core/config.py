@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Final, Literal, NamedTuple, TypeVar
@@ -20,6 +20,7 @@ __all__ = [
     "PreconditionerName",
     "StepLength",
     "as_number",
+    "check_old_names",
     "check_real",
     "is_zero",
     "settings_in",
@@ -79,6 +80,9 @@ class _Default:
     def __hash__(self) -> int:
         return hash(self.value)
 
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
     def __repr__(self) -> str:
         return repr(self.value)
 
@@ -87,6 +91,14 @@ _RENAMED: Final = {
     "metric_power": "`preconditioner_power`, and 0 is `preconditioner`='none'",
     "metric_beta": "`preconditioner_beta`",
 }
+
+
+def check_old_names(names: Iterable[str]) -> None:
+    """Raise TypeError if a setting goes by the name that it had in an older version."""
+    for name in names:
+        if name in _RENAMED:
+            msg = f"unknown setting `{name}`; it is now {_RENAMED[name]}"
+            raise TypeError(msg)
 
 
 def with_preset(function: _Function) -> _Function:
@@ -110,8 +122,8 @@ def with_preset(function: _Function) -> _Function:
         given = {name: value for name, value in kwargs.items() if not isinstance(value, _Default)}
         for name in given:
             if name not in signature.parameters:
-                told = f"; it is now {_RENAMED[name]}" if name in _RENAMED else ""
-                msg = f"unknown setting `{name}`{told}; the settings are {', '.join(options)}"
+                check_old_names([name])
+                msg = f"unknown setting `{name}`; the settings are {', '.join(options)}"
                 raise TypeError(msg)
         return function(*args, **{**preset_of(given.get("preset")).settings, **given})
 

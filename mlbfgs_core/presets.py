@@ -68,7 +68,7 @@ def preset_of(preset: str | None) -> _Preset:
     """
     if preset is None:
         preset = "default"
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         msg = f"`preset` must be None or one of {tuple(PRESETS)}, got {preset!r}"
         raise ValueError(msg)
     return PRESETS[preset]

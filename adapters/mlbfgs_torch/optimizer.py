@@ -187,6 +187,7 @@ class MLBFGS(Optimizer):
             "params", and any hyperparameter or setting. With a "preset" of its own the group takes
             none of the optimizer's settings.
         """
+        adapter.check_old_names(param_group)
         own = {name: param_group[name] for name in SETTINGS if name in param_group}
         group = dict(param_group)
         if "preset" in group:

@@ -43,6 +43,20 @@ def test_numbers_of_numpy_serve_as_those_of_python(kind, nesterov, coefficients)
     assert_same(*runs)
 
 
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("old", "words"), [({"metric_power": 0.0}, "_power`, and 0 is"), ({"metric_beta": 0.9}, "_beta`")]
+)
+def test_an_old_name_of_a_setting_in_a_group_is_refused_with_the_new_one(old, words, later):
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    group = {"params": [second], **old}
+    optimizer = MLBFGS([first])
+    with pytest.raises(TypeError, match=f"unknown setting `metric_.*; it is now `preconditioner{words}"):
+        optimizer.add_param_group(group) if later else MLBFGS([{"params": [first]}, group])
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [second], "name": "a name, as for other optimizers"})
+
+
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.asarray], ids=repr)
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_numbers_of_numpy_may_be_assigned_during_a_run(kind, decoupled, coefficients):

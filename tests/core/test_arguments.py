@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -107,12 +108,25 @@ def test_a_preset_is_a_name_for_settings_and_none_of_them():
     ("old", "words"),
     [
         ({"metric_power": 0.0}, "`metric_power`; it is now `preconditioner_power`, and 0 is `precond"),
-        ({"metric_beta": 0.9}, "`metric_beta`; it is now `preconditioner_beta`; the settings are preset, "),
+        ({"metric_beta": 0.9}, "`metric_beta`; it is now `preconditioner_beta`"),
     ],
 )
 def test_an_old_name_of_a_setting_is_refused_with_the_new_one(old, words):
     with pytest.raises(TypeError, match=f"unknown setting {words}"):
         core.Config(**old)
+
+
+@pytest.mark.parametrize("preset", ["best", 5, ["fit"], {"fit"}, {}])
+def test_what_is_no_preset_is_refused_by_its_name(preset):
+    with pytest.raises(ValueError, match=r"`preset` must be None or one of .*, got ") as raised:
+        core.Config(preset=preset)
+    assert str(raised.value).endswith(repr(preset))
+
+
+def test_a_default_in_a_signature_is_as_true_as_its_value():
+    parameters = inspect.signature(core.Config).parameters.values()
+    for default in (parameter.default for parameter in parameters):
+        assert bool(default) is bool(default.value)
 
 
 @pytest.mark.parametrize("power", [0.0, 0.3])
