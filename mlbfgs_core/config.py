@@ -101,11 +101,22 @@ def check_old_names(names: Iterable[str]) -> None:
             raise TypeError(msg)
 
 
-def with_preset(function: _Function) -> _Function:
+def with_preset(function: _Function, *, marked: bool = False) -> _Function:
     """Let a function name all settings with their defaults; those that are not given come from its preset.
 
-    Its settings and options are keyword-only, and `preset` is one of them. Other functions may pass it all
-    defaults of its signature, as `optax.inject_hyperparams` does: these count as not given.
+    Its settings and options are keyword-only, and `preset` is one of them.
+
+    Parameters
+    ----------
+    function : callable
+    marked : bool
+        Whether the signature shows defaults that are known again when they are handed back, which
+        `optax.inject_hyperparams` does. Tools that read the types of defaults need plain ones.
+
+    Notes
+    -----
+    Some tools, such as jsonargparse, call with every argument that a signature has. So where all settings are
+    given in addition to a preset, those that equal their default count as not given.
 
     Raises
     ------
@@ -125,8 +136,16 @@ def with_preset(function: _Function) -> _Function:
                 check_old_names([name])
                 msg = f"unknown setting `{name}`; the settings are {', '.join(options)}"
                 raise TypeError(msg)
+        if given.get("preset") is not None and given.keys() >= set(SETTINGS):
+            given = {name: value for name, value in given.items() if not is_default(name, value)}
         return function(*args, **{**preset_of(given.get("preset")).settings, **given})
 
+    def is_default(name: str, value: object) -> bool:
+        plain = isinstance(value, (bool, int, float, str, tuple, type(None)))
+        return name in SETTINGS and plain and value == signature.parameters[name].default
+
+    if not marked:
+        return filled  # type: ignore[return-value]
     filled.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[
             own.replace(default=_Default(own.default)) if own.name in options else own

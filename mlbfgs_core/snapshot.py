@@ -197,6 +197,10 @@ def _check_same(found: Snapshot, wanted: Snapshot, where: str) -> None:
         told = f"preconditioner={kinds[0]!r}, got one with {kinds[1]!r}"
         msg = f"{where} must be of a run with {told}"
         raise ValueError(msg)
+    sizes = [snapshot.state.gram.shape[-1] // 2 for snapshot in (wanted, found)]
+    if sizes[0] != sizes[1] and 0 in sizes:
+        msg = f"{where} must be of a run with history_size={sizes[0]}, got one with {sizes[1]}"
+        raise ValueError(msg)
     pairs = [("params", found.params, wanted.params)]
     own, others = leaf_arrays(found.state), leaf_arrays(wanted.state)
     pairs += [(name, own.get(name, ()), others.get(name, ())) for name in {**others, **own}]

@@ -35,7 +35,7 @@ class MLBFGSState(core.State):
     __slots__ = ()
 
 
-@adapter.with_preset
+@partial(adapter.with_preset, marked=True)
 def scale_by_mlbfgs(
     *,
     preset: adapter.Preset | None = None,
@@ -182,7 +182,7 @@ def _directions(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@adapter.with_preset
+@partial(adapter.with_preset, marked=True)
 def mlbfgs(
     learning_rate: optax.ScalarOrSchedule,
     momentum: float | None = None,

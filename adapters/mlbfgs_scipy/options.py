@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import OptimizeWarning
 
 import mlbfgs_core as core
-from mlbfgs_core.adapter import SETTINGS, Preset, check_real
+from mlbfgs_core.adapter import SETTINGS, Preset, check_old_names, check_real
 
 __all__ = ["IN_USERS_CODE", "Options", "read_options"]
 
@@ -78,6 +78,7 @@ def read_options(given: dict[str, Any]) -> Options:
     """
     known = {field.name for field in fields(Options)} - {"config"}
     unknown = [name for name in given if name not in known and name not in SETTINGS]
+    check_old_names(unknown)
     if unknown:
         msg = f"Unknown solver options: {', '.join(unknown)}"
         warnings.warn(msg, OptimizeWarning, stacklevel=IN_USERS_CODE)

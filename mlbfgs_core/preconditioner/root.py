@@ -80,8 +80,12 @@ class Root(Protocol):
         ...
 
     def update(self, kernels: Kernels, grad: Array, keep: Array) -> Root:
-        """Add the gradient if `keep` (0-d) is true; consumes the arrays. If it is false, nothing changes,
-        whatever the gradient holds."""
+        """Add the gradient if `keep` (0-d) is true. If it is false, nothing changes, whatever the gradient
+        holds.
+
+        Consumes the arrays. If ``kernels.in_place``, it must write to them and return a root that holds the
+        same ones, since an adapter may have handed out views of them.
+        """
         ...
 
 

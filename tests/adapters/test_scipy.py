@@ -927,6 +927,11 @@ def test_unknown_options_warn_in_the_users_code(extra):
     assert [warning.filename for warning in caught] == [__file__]
 
 
+def test_an_old_name_of_a_setting_is_refused_with_the_new_one():
+    with pytest.raises(TypeError, match="`metric_power`; it is now `preconditioner_power`"):
+        minimize(rosen, [-1.2, 1.0], jac=rosen_der, method=minimize_mlbfgs, options={"metric_power": 0.0})
+
+
 def test_hessians_are_not_used_and_warn_as_in_scipy():
     for arguments in ({"hess": optimize.rosen_hess}, {"hessp": optimize.rosen_hess_prod}):
         said = []

@@ -123,10 +123,33 @@ def test_what_is_no_preset_is_refused_by_its_name(preset):
     assert str(raised.value).endswith(repr(preset))
 
 
-def test_a_default_in_a_signature_is_as_true_as_its_value():
-    parameters = inspect.signature(core.Config).parameters.values()
-    for default in (parameter.default for parameter in parameters):
-        assert bool(default) is bool(default.value)
+def test_a_marked_default_in_a_signature_is_as_true_as_its_value():
+    plain = inspect.signature(core.Config.__init__.__wrapped__).parameters
+    marked = inspect.signature(adapter.with_preset(core.Config.__init__.__wrapped__, marked=True)).parameters
+    assert list(marked) == list(plain)
+    for name in (*adapter.SETTINGS, "preset"):
+        assert marked[name].default == plain[name].default
+        assert repr(marked[name].default) == repr(plain[name].default)
+        assert bool(marked[name].default) is bool(plain[name].default)
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "formulas", "lbfgs", "fit"])
+@pytest.mark.parametrize("marked", [False, True])
+def test_defaults_that_a_tool_hands_back_do_not_take_the_place_of_the_presets(preset, marked):
+    make = adapter.with_preset(core.Config.__init__.__wrapped__, marked=marked)
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(make).parameters.items()
+        if name in adapter.SETTINGS
+    }
+
+    def made(**settings):
+        config = object.__new__(core.Config)
+        make(config, **{**defaults, "preset": preset, **settings})
+        return config
+
+    assert made() == core.Config(preset=preset)
+    assert made(history_size=3) == core.Config(preset=preset, history_size=3)
 
 
 @pytest.mark.parametrize("power", [0.0, 0.3])

@@ -278,6 +278,7 @@ MISMATCHES = {
                 "'history/a.weight' .* shape \\(2, 4, 4, 3\\), got .* shape \\(2, 5, 4, 3\\)"),
     "history's dtype": ({"history_dtype": "float16"}, "layer", {}, "'history/a.weight' float16"),
     "preconditioner": ({"preconditioner": "none"}, "layer", {}, "preconditioner='none', got one with 'diag"),
+    "no pairs": ({"history_size": 0}, "layer", {}, "a run with history_size=0, got one with 5"),
 }  # fmt: skip
 
 
