@@ -107,7 +107,9 @@ def pytest_collection_modifyitems(config, items):
     groups = {True: [], False: []}
     for item in items:
         groups[_needs(item) <= BACKENDS.keys()].append(item)
-    items[:] = groups[True]
+    # While `xp` is JAX, the core is jitted for the whole module: tests that do not ask for it come before.
+    places = {path: place for place, path in enumerate(dict.fromkeys(item.path for item in groups[True]))}
+    items[:] = sorted(groups[True], key=lambda item: (places[item.path], _backend(item) is not None))
     config.hook.pytest_deselected(items=groups[False])
 
 
