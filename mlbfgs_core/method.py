@@ -16,7 +16,7 @@ from .direction import direction, scaled
 from .kernels import Kernels
 from .observation import Observation
 from .schedule import is_check, is_due
-from .state import LEAF_DTYPES, State, accumulation_dtype, dtype_name, init, leaf_arrays
+from .state import LEAF_DTYPES, State, accumulation_dtype, dtype_name, init, leaf_shapes
 
 __all__ = ["Method"]
 
@@ -437,12 +437,7 @@ class Method:
 def _check_leaves(state: State, params: Any, grads: Any) -> None:
     """Raise ValueError or TypeError unless parameters and gradients fit the state's leaves."""
     count = state.leaf_steps.shape[0]
-    shapes: Sequence[tuple[int, ...] | None] = [None] * count
-    known = leaf_arrays(state)
-    if "mean_params" in known:
-        shapes = [tuple(mean.shape) for mean in state.mean_params]
-    elif "exp_avg_sq" in known:
-        shapes = [None if own is None else tuple(own.shape) for own in known["exp_avg_sq"]]
+    shapes = leaf_shapes(state)
     for name, arrays in (("params", params), ("grads", grads)):
         if arrays is None:
             continue

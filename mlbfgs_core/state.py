@@ -27,6 +27,7 @@ __all__ = [
     "init",
     "layout",
     "leaf_arrays",
+    "leaf_shapes",
     "plan_memory",
     "with_leaf_arrays",
 ]
@@ -313,6 +314,27 @@ LEAF_NAMES = tuple(
     )
 )
 """Names of all arrays that leaves may have, with any settings."""
+
+
+_OF_LEAF_SHAPE = (
+    "mean_params",
+    *(
+        name
+        for preconditioner in PRECONDITIONERS.values()
+        for name, shape, _ in preconditioner.layout(Config(), (2, 3), "float32")
+        if shape == (2, 3)
+    ),
+)
+"""Names of arrays that have their leaf's shape."""
+
+
+def leaf_shapes(state: State) -> list[tuple[int, ...] | None]:
+    """The shape of each leaf; None if no array of the state has it."""
+    known = leaf_arrays(state)
+    for name in _OF_LEAF_SHAPE:
+        if name in known:
+            return [None if array is None else tuple(array.shape) for array in known[name]]
+    return [None] * state.leaf_steps.shape[0]
 
 
 def _check(config: Config, leaves: Sequence[Array], blocks: Blocks | None) -> Blocks:
