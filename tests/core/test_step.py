@@ -8,6 +8,7 @@ import tracemalloc
 import array_api_compat.numpy as numpy_namespace
 import numpy as np
 import pytest
+from array_api_compat import is_jax_namespace
 from hypothesis import given
 
 import mlbfgs_core as core
@@ -137,12 +138,13 @@ def test_what_the_host_foresees_equals_the_masked_step(xp, name, rng):
     config, steps = config_of(name), 20
     start, gradient = noisy_quadratic(rng, 11, steps)
     masked = trajectory(config, xp, start, gradient, steps)
+    bound = 1e-12 if is_jax_namespace(xp) else 0  # XLA compiles two programs, which round differently
     x, state = start.copy(), core.Method(config).init(split(start, [(11,)], xp), xp=xp)
     for t, (expected, _, _) in enumerate(masked):
         check, due = (bool(flag) for flag in core.Method(config).upcoming(state))
         leaves = [split(part, [(11,)], xp) for part in (x, gradient(t, x))]
         update, state = core.Method(config).step(state, *leaves, when_check=check, when_due=due)
-        np.testing.assert_array_equal(join(update), expected)
+        assert relative(join(update), expected) <= bound
         x = x - 0.1 * join(update)
     assert int(state.pairs[0]) > 0
 
