@@ -16,7 +16,7 @@ from .inputs import FACTORIES, INPUTS, TRANSFORMATIONS, WRAPPED_INPUTS, lbfgs
 
 NOT_APPLICABLE = {
     "test_explicit_dtype": "It is about the dtype options of `sgd`, `adam` and `adamw`.",
-    "test_microbatch_with_explicit_sharding": "There is no optimizer in it.",
+    "test_microbatch_with_explicit_sharding": "It uses no optimizer.",
     "test_plain_preconditioning": "It tests a helper of the tests.",
     "test_preconditioning_by_lbfgs_on_trees": "It calls a private function of optax.",
     "test_preconditioning_by_lbfgs_on_vectors": "It calls a private function of optax.",
