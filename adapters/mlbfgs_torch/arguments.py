@@ -173,8 +173,8 @@ def check_entry(entry: Any, param: Tensor, name: str) -> None:
     if not arrays and not is_known(entry):
         return
     # The settings, which come with the state, decide which arrays there are; but some only come together.
-    together = set(_TOGETHER) if arrays and set(_TOGETHER) & set(arrays) else set()
-    if missing := [part for part in (*_TOGETHER, *ROWS) if part in {*together, *ROWS} - entry.keys()]:
+    needed = ROWS if set(_TOGETHER).isdisjoint(arrays) else (*_TOGETHER, *ROWS)
+    if missing := [part for part in needed if part not in entry]:
         told = arrays[0] if arrays else ROWS[0]
         msg = f"`state_dict` must hold {missing[0]!r} beside a {told!r}, got {sorted(entry)} for {name!r}"
         raise ValueError(msg)

@@ -45,7 +45,7 @@ class TorchKernels(core.Kernels):
         self._views: dict[tuple[str, torch.dtype, torch.Size], Tensor] = {}
 
     def scratch(self, number: int, leaf: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory for a leaf's whitened gradient and update, on a CPU the same at every step."""
+        """Memory for the diagonal of a leaf's root and then its update, on a CPU the same at every step."""
         if not self._keeps or torch.compiler.is_compiling():
             return torch.empty_like(leaf, dtype=dtype)
         kept = self._scratch.get(number)
