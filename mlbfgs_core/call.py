@@ -73,7 +73,7 @@ class Call(NamedTuple):
         return Leaf(number, dtype, state.history[number], means, root)
 
     def roots(self, state: State, dtypes: Sequence[Any], weights: Array | None = None) -> list[Any]:
-        """`R` of each leaf whose dtype is given; with `weights` (L,), gradients are still to be added."""
+        """`R` of each leaf whose dtype is given; with `weights` (P,), gradients are still to be added."""
         preconditioner, kernels = self.preconditioner, self.kernels
         floors = state.mean_square * MEAN_SQUARE_FLOOR
         roots: list[Root | None] = [None] * len(dtypes)
@@ -86,7 +86,7 @@ class Call(NamedTuple):
                 if not arrays:
                     roots[leaf] = preconditioner.root(self.config, arrays, dtype, None, None)
                     continue
-                weight = None if weights is None else self.scalar(weights[leaf], dtype)
+                weight = None if weights is None else self.scalar(kernels.of_leaf(weights, leaf), dtype)
                 floor = self.scalar(floors[number], dtype) + kernels.leaf_xp.finfo(dtype).smallest_normal
                 roots[leaf] = preconditioner.root(self.config, arrays, dtype, weight, floor)
         return roots

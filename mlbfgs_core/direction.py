@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +43,7 @@ def direction(call: Call, state: State, seen: Observation) -> tuple[list[Array |
     norm = xp.sqrt(xp.sum(norm_square))
 
     # The coefficients give the norm of the whole ``H' z``: is it also the norm of the update?
-    whole = all(grad is not None for grad in seen.grads)
+    whole = all(call.kernels.present(seen.grads))
     exact = whole and call.preconditioner.isometric
     # The update has unit length in these coordinates first, so that nothing overflows outside of them.
     unit = 1.0 / xp.where(norm > 0, norm, 1.0) if config.step_length != "none" else xp.ones_like(norm)
@@ -98,12 +97,13 @@ def _with_sizes(
 ) -> tuple[Array, Array]:
     """Each block's sum of squares, and its number of values that have a gradient, in one reduction."""
     parts: list[Array | None] = []
-    for square, grad in zip(squares, grads, strict=True):
+    for leaf, (square, grad) in enumerate(zip(squares, grads, strict=True)):
         if grad is None:
             parts.append(None)
             continue
         square = call.kernels.to_coefficients(square, call.dtype)
-        parts.append(stack([square, call.xp.full_like(square, math.prod(grad.shape))], call.xp))
+        moving = call.kernels.moving(leaf, grad)
+        parts.append(stack([square, call.xp.full_like(square, moving)], call.xp))
     sums = call.reduce(call.block_sums(parts))
     return sums[:, 0], sums[:, 1]
 

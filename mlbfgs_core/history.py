@@ -5,26 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from .call import Call
-from .observation import Observation
-from .pairs import damp, products, valid
+from .observation import Observation, rescaled
+from .pairs import PairProducts, damp, products, valid
 from .state import State
 from .two_loop import two_loop
-from .window import turn_window
+from .window import turn_averages
 
 __all__ = ["refresh"]
 
 Array = Any
 
 
-def refresh(call: Call, state: State, seen: Observation | None, due: Array) -> tuple[State, Array | None]:
-    """Take the pair of this window and the previous one where due, and form the new inverse Hessian. With an
-    observation also return its `rows`, with the gradient projected on the new pair, too."""
+def refresh(
+    call: Call, state: State, seen: Observation | None, pair: PairProducts | None, due: Array
+) -> tuple[State, Array | None]:
+    """Take the pair of this window and the previous one where due, and form the new inverse Hessian; counts
+    are left to `turn_window`. With an
+    observation also return its `rows`, with the gradient projected on the new pair, too. `pair` are the
+    pair's `products` if they are known."""
     xp, kernels, m = call.xp, call.kernels, call.config.history_size
     if seen is None:
         roots = call.roots(state, [mean.dtype for mean in state.mean_params])
     else:
         roots = list(seen.roots)
-    pair = products(call, state, roots)
+    pair = products(call, state, roots) if pair is None else pair
     damping = damp(call, state, pair)
     complete = due & (state.prev_window > 0)
     keep = complete & damping.usable
@@ -44,7 +48,7 @@ def refresh(call: Call, state: State, seen: Observation | None, due: Array) -> t
                 slot,
                 tuple(call.scalar(factor, dtype) for factor in factors),
                 (valid(call, state, leaf), kept),
-                None if seen is None else seen.grads[leaf],
+                None if seen is None else _gradient(call, seen, leaf),
             )
     sums = call.reduce(call.block_sums(grams))
 
@@ -82,7 +86,16 @@ def refresh(call: Call, state: State, seen: Observation | None, due: Array) -> t
         tau=xp.where(keep, damping.tau, state.tau),
         delta=xp.where(keep, damping.delta, state.delta),
     )
-    return turn_window(call, state, kernels.after(due, sums)), rows
+    return turn_averages(call, state, kernels.after(due, sums)), rows
+
+
+def _gradient(call: Call, seen: Observation, leaf: int) -> Array | None:
+    """The gradient of this step. Where a compiler decides what it keeps in memory, it is formed again, since this
+    part seldom runs."""
+    grad, given = seen.grads[leaf], seen.given[leaf]
+    if given is None or call.kernels.in_place or grad is given:
+        return grad
+    return rescaled(call, given, seen.scale, seen.dtypes[leaf])
 
 
 def _replace_row(gram: Array, column: Array, chosen: Array, xp: Any) -> Array:

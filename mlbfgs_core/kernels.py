@@ -8,7 +8,7 @@ preconditioner: all whitening goes through the leaf's `Root`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import array_api_extra as xpx
@@ -106,6 +106,21 @@ class Kernels:
         self.in_place = not is_jax_namespace(self.leaf_xp)
         # The standard itself has no assignment by an index array.
         self.indexes_by_array = not is_array_api_strict_namespace(self.leaf_xp)
+
+    # How parameters lie in leaves: each is a leaf of its own, unless an adapter packs several into one.
+
+    def of_leaf(self, values: Array, leaf: int) -> Array:
+        """A leaf's number among those of all parameters (P,): 0-d, or of a shape that broadcasts with the leaf
+        if it holds several parameters."""
+        return values[leaf]
+
+    def present(self, grads: Sequence[Array | None]) -> list[bool]:
+        """Whether each parameter has a gradient."""
+        return [grad is not None for grad in grads]
+
+    def moving(self, leaf: int, grad: Array) -> int:
+        """The number of a leaf's values that have a gradient."""
+        return math.prod(grad.shape)
 
     # Between leaves and coefficients.
 

@@ -81,7 +81,7 @@ class FlatLeaf(Generic[_Member]):
 
 
 def pack(
-    sizes: Sequence[int], kinds: Sequence[Hashable | None], blocks: Blocks
+    sizes: Sequence[int], kinds: Sequence[Hashable | None], blocks: Blocks, largest: int = LARGEST
 ) -> tuple[list[tuple[int, ...]], Blocks]:
     """Which parameters share a leaf.
 
@@ -93,6 +93,8 @@ def pack(
         Parameters of one block and of equal kinds may lie side by side; None: this one lies alone.
     blocks : tuple of tuples of int
         Blocks of parameters.
+    largest : int
+        The most values in a leaf of several parameters.
 
     Returns
     -------
@@ -115,7 +117,7 @@ def pack(
         for index in block:
             kind = kinds[index]
             place = None if kind is None else latest.get(kind)
-            if place is None or filled[place] + sizes[index] > LARGEST:
+            if place is None or filled[place] + sizes[index] > largest:
                 place = len(packs)
                 packs.append([])
                 filled[place] = 0

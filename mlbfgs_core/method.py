@@ -15,8 +15,9 @@ from .config import Config
 from .direction import direction, scaled
 from .kernels import Kernels
 from .observation import Observation
-from .schedule import is_check, is_due
-from .state import LEAF_DTYPES, State, accumulation_dtype, dtype_name, init, leaf_shapes
+from .schedule import is_check, is_due, next_pair
+from .state import LEAF_DTYPES, State, accumulation_dtype, dtype_name, init, leaf_count, leaf_shapes
+from .window import turn_window
 
 __all__ = ["Method"]
 
@@ -207,7 +208,8 @@ class Method:
         call = self._call(state, params=params, grads=grads)
         if observed is None:
             observed = observation.project(call, state, params, grads)
-        return observation.observe(call, state, params, observed, when)[0]
+        state, seen = observation.observe(call, state, params, observed)
+        return next_pair(call, state, seen.roots, when)[0] if self.config.is_adaptive else state
 
     def refresh(self, state: State, due: Array | bool) -> State:
         """Take the pair of this window and the previous one, and form the new inverse Hessian.
@@ -249,7 +251,8 @@ class Method:
         if not self.config.takes_pairs:
             return state
         call = self._call(state)
-        return history.refresh(call, state, None, call.xp.ones_like(state.due) & due)[0]
+        due = call.xp.ones_like(state.due) & due
+        return turn_window(call, history.refresh(call, state, None, None, due)[0], due)
 
     def direction(
         self, state: State, grads: Sequence[Array | None], params: Sequence[Array] | None = None
@@ -396,15 +399,17 @@ class Method:
             observed = observation.project(call, state, params, grads, when_scaled=when_scaled)
         else:
             call = self._call(state)
-        state, seen = observation.observe(call, state, params, observed, when_check)
+        state, seen = observation.observe(call, state, params, observed)
         rows = seen.rows
         if self.config.takes_pairs:
+            state, pair = next_pair(call, state, seen.roots, when_check, when_due)
             due = state.due
 
             def part(operand: tuple[State, Array]) -> tuple[State, Array | None]:
-                return history.refresh(call, operand[0], seen, due)
+                return history.refresh(call, operand[0], seen, pair, due)
 
             state, rows = run_if(when_due, due, part, (state, rows))
+            state = turn_window(call, state, due) if when_due is not False else state
         return direction(call, state, seen._replace(rows=rows))
 
     def upcoming(self, state: State) -> Array:
@@ -418,7 +423,7 @@ class Method:
 
     def _call(self, state: State, **leaves: Sequence[Array | None] | None) -> Call:
         """What the parts of a step work with, after the arguments have been checked."""
-        count = state.leaf_steps.shape[0]
+        count = leaf_count(state)
         blocks = one_block(count) if self.blocks is None else self.blocks
         if len(blocks) != state.gamma.shape[0]:
             msg = f"`blocks` must be the state's {state.gamma.shape[0]} blocks, got {len(blocks)}"
@@ -436,7 +441,7 @@ class Method:
 
 def _check_leaves(state: State, params: Any, grads: Any) -> None:
     """Raise ValueError or TypeError unless parameters and gradients fit the state's leaves."""
-    count = state.leaf_steps.shape[0]
+    count = leaf_count(state)
     shapes = leaf_shapes(state)
     for name, arrays in (("params", params), ("grads", grads)):
         if arrays is None:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from .call import Call, When, run_if
 from .noise import follow_noise
 from .scales import first_scale, is_scaled, norm_of_squares, param_squares
-from .schedule import check, diverges, is_check, is_due
+from .schedule import diverges, is_due
 from .state import State
 from .window import Weights, average, weights_of
 
-__all__ = ["Observation", "observe", "project"]
+__all__ = ["Observation", "observe", "project", "rescaled"]
 
 Array = Any
 
@@ -39,6 +39,8 @@ class Observation(NamedTuple):
     """0-d: the state's `grad_scale`, which the very first gradient determines."""
     grads: tuple[Array | None, ...]
     """The gradients times `scale`, or as they were given if that is known to be 1."""
+    given: tuple[Array | None, ...]
+    """The gradients before that."""
     weights: Weights
     roots: tuple[Any, ...]
     """The `Root` of each leaf, to which its gradient has not been added yet, with what it keeps for this
@@ -60,13 +62,14 @@ def project(
     config, kernels, xp = call.config, call.kernels, call.xp
     scale = state.grad_scale
     dtypes = call.dtypes(grads if params is None else params)
+    given = tuple(grads)
     if not observed:  # else the gradient of an earlier step has determined it
         scale = run_if(
             when_scaled, is_scaled(state, xp), lambda old: first_scale(call, state, params, grads, old), scale
         )
     if when_scaled is not False:
         grads = [
-            None if grad is None else kernels.cast(grad, dtype) * call.scalar(scale, dtype)
+            None if grad is None else rescaled(call, grad, scale, dtype)
             for grad, dtype in zip(grads, dtypes, strict=True)
         ]
     weights = weights_of(call, state, grads)
@@ -78,7 +81,8 @@ def project(
             continue
         leaf = call.leaf(state, number, dtype, roots[number])
         mean = state.mean_grads[number] if config.is_adaptive else None
-        roots[number], sums = kernels.whiten(leaf, grad, mean, call.scalar(1.0 - weights.mean[number], dtype))
+        weight = call.scalar(kernels.of_leaf(weights.scatter, number), dtype)
+        roots[number], sums = kernels.whiten(leaf, grad, mean, weight)
         if clips:
             sums = [*sums, *param_squares(call, _needed(params), number, dtype)]
         sums = [kernels.to_coefficients(x, call.dtype) for x in sums]
@@ -96,10 +100,16 @@ def project(
         diverges=diverges(call, state, sums[:, rows]),
         scale=scale,
         grads=tuple(grads),
+        given=given,
         weights=weights,
         roots=tuple(roots),
         dtypes=tuple(dtypes),
     )
+
+
+def rescaled(call: Call, grad: Array, scale: Array, dtype: Any) -> Array:
+    """A gradient in the units of `State.grad_scale`."""
+    return call.kernels.cast(grad, dtype) * call.scalar(scale, dtype)
 
 
 def _needed(params: Sequence[Array] | None) -> Sequence[Array]:
@@ -110,9 +120,9 @@ def _needed(params: Sequence[Array] | None) -> Sequence[Array]:
 
 
 def observe(
-    call: Call, state: State, params: Sequence[Array], seen: Observation, when: When
+    call: Call, state: State, params: Sequence[Array], seen: Observation
 ) -> tuple[State, Observation]:
-    """Add parameters and gradients to averages and preconditioner; at a check, ask whether a pair is due.
+    """Add parameters and gradients to averages and preconditioner.
 
     The observation that is returned holds the updated roots.
     """
@@ -144,14 +154,6 @@ def observe(
         due=keep & is_due(config, window, state),
         grad_scale=xp.where(keep, seen.scale, state.grad_scale),
     )
-    if not config.is_adaptive:
-        return state, seen
-    state = state._replace(pending=state.pending | (keep & seen.diverges))
-    asked = keep & is_check(config, window, state)
-
-    def part(verdict: tuple[Array, Array]) -> tuple[Array, Array]:
-        before = state._replace(pending=verdict[0], signal_to_noise=verdict[1])
-        return check(call, before, roots, asked)
-
-    pending, ratio = run_if(when, asked, part, (state.pending, state.signal_to_noise))
-    return state._replace(pending=pending, signal_to_noise=ratio), seen
+    if config.is_adaptive:
+        state = state._replace(pending=state.pending | (keep & seen.diverges))
+    return state, seen

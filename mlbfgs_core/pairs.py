@@ -58,8 +58,9 @@ class Damping(NamedTuple):
 
 
 def valid(call: Call, state: State, leaf: int) -> Array:
-    """0-d bool: whether a leaf has been observed in this window and in the previous one."""
-    return call.kernels.to_leaf((state.leaf_window[leaf] > 0) & (state.leaf_prev_window[leaf] > 0))
+    """Bool: whether a leaf has been observed in this window and in the previous one."""
+    observed = (state.leaf_window > 0) & (state.leaf_prev_window > 0)
+    return call.kernels.to_leaf(call.kernels.of_leaf(observed, leaf))
 
 
 def products(call: Call, state: State, roots: Sequence[Root]) -> PairProducts:

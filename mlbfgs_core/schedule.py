@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .call import Call
+from .call import Call, When, run_if
 from .config import Config
 from .noise import row_noise, window_noise
-from .pairs import common_scale, joint_norm, products
+from .pairs import PairProducts, common_scale, joint_norm, products
 from .preconditioner import Root
 from .state import State
 
-__all__ = ["check", "diverges", "is_check", "is_due"]
+__all__ = ["check", "diverges", "is_check", "is_due", "next_pair"]
 
 Array = Any
 DIVERGENCE = 6.0
@@ -33,7 +33,33 @@ def is_due(config: Config, window: Array, state: State) -> Array:
     return due
 
 
-def check(call: Call, state: State, roots: Sequence[Root], asked: Array) -> tuple[Array, Array]:
+def next_pair(
+    call: Call, state: State, roots: Sequence[Root], when_check: When, when_due: When = False
+) -> tuple[State, PairProducts | None]:
+    """The inner products of the next pair, formed once for the check and the refresh of one step, and the
+    check's verdict; None where neither runs."""
+    adaptive = call.config.is_adaptive
+    when_check = when_check if adaptive else False
+    asked = state.accepted & is_check(call.config, state.window, state) if adaptive else state.due & False
+    if when_check is False and when_due is False:
+        return state, None
+
+    def part(operand: tuple[Array, Array, PairProducts | None]) -> tuple[Array, Array, PairProducts]:
+        pair = products(call, state, roots)
+        verdict = operand[:2] if when_check is False else check(call, state, pair, asked)
+        return *verdict, pair
+
+    before = state.pending, state.signal_to_noise
+    if callable(when_check) or callable(when_due):
+        decide = when_check if callable(when_check) else when_due
+        none = PairProducts(*(call.xp.zeros_like(state.gamma) for _ in PairProducts._fields))
+        pending, ratio, pair = run_if(decide, asked | state.due, part, (*before, none))
+    else:
+        pending, ratio, pair = part((*before, None))
+    return state._replace(pending=pending, signal_to_noise=ratio), pair
+
+
+def check(call: Call, state: State, pair: PairProducts, asked: Array) -> tuple[Array, Array]:
     """Whether the pair stands out of the gradient noise, so that the next step takes it, and how far: the
     state's `pending` and `signal_to_noise`.
 
@@ -41,7 +67,6 @@ def check(call: Call, state: State, roots: Sequence[Root], asked: Array) -> tupl
     `noise_floor` times its standard deviation, once that is known.
     """
     config, xp = call.config, call.xp
-    pair = products(call, state, roots)
     _, s_part = common_scale(pair.s_scale, xp)
     y_top, y_part = common_scale(pair.y_scale, xp)
     y_norm = joint_norm(pair.yy, y_top, y_part, xp)

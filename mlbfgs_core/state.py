@@ -27,6 +27,7 @@ __all__ = [
     "init",
     "layout",
     "leaf_arrays",
+    "leaf_count",
     "leaf_shapes",
     "plan_memory",
     "with_leaf_arrays",
@@ -59,7 +60,7 @@ class State(NamedTuple):
     """What the preconditioner remembers, by the names of its layout: an array per leaf, or None for a leaf
     without one. ``exp_avg_sq``: `v`, the running mean of squared gradients."""
 
-    # Per leaf, (L,) int32.
+    # Per parameter, (P,) int32: per leaf, unless an adapter packs several parameters into one.
     leaf_steps: Array
     """Observations so far."""
     leaf_window: Array
@@ -124,10 +125,14 @@ class State(NamedTuple):
     underflows; 1 unless the very first gradient was out of the ordinary. `gamma` and all that comes from
     gradients are in these units, so that the inverse Hessian is ``grad_scale * (gamma I + B^T C B)``."""
 
+    packed: dict[str, Any] = {}  # noqa: RUF012
+    """What an adapter holds of several parameters together, in place of arrays for each. The core's functions
+    neither read nor write it."""
+
 
 _LEAF_FIELDS = State._fields[:5]
 """Names of the fields that hold an array per leaf, except what the preconditioner remembers."""
-COEFFICIENTS = State._fields[6:]
+COEFFICIENTS = State._fields[6:-1]
 """Names of the fields that hold arrays of coefficients, and counts of leaves."""
 LEAF_COUNTS = State._fields[6:9]
 """Names of the fields that hold one number per leaf."""
@@ -326,6 +331,12 @@ _OF_LEAF_SHAPE = (
     ),
 )
 """Names of arrays that have their leaf's shape."""
+
+
+def leaf_count(state: State) -> int:
+    """Number of leaves."""
+    count: int = state.leaf_steps.shape[0]
+    return next((len(arrays) for arrays in leaf_arrays(state).values()), count)
 
 
 def leaf_shapes(state: State) -> list[tuple[int, ...] | None]:

@@ -80,7 +80,6 @@ def two_loop(
     """
     m = gram.shape[-1] // 2
     order = ring_order(pairs, m, xp, device)
-    order = xp.concat([order, order + m], axis=1)
     ordered = _permute(gram, order, xp)
     sy, yy = ordered[:, :m, m:], ordered[:, m:, m:]
     curvature = xp.stack([sy[:, i, i] for i in range(m)], axis=1)
@@ -88,37 +87,45 @@ def two_loop(
     newest = curvature[:, 0] > 0
     gamma = xp.where(newest, curvature[:, 0] / xp.where(newest, yy[:, 0, 0], 1.0), 1.0)
 
-    # First loop, newest to oldest: alpha_i = rho_i s_i.q, q <- q - alpha_i y_i. Row i of `left`
-    # becomes s_i.q as a linear function of b.
-    unit = xp.eye(2 * m, dtype=gram.dtype, device=device)[None, :, :]
-    own = unit[0, :m, :m] > 0
-    left = xp.broadcast_to(unit[:, :m, :], (gram.shape[0], m, 2 * m))
+    # First loop, newest to oldest: alpha_i = rho_i s_i.q, q <- q - alpha_i y_i. Row i is s_i.q as a linear
+    # function of the s_j.g, and from its turn on alpha_i.
+    slots = xp.arange(m, device=device)
 
-    def first(i: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        left, alpha = carry
-        row = rho[:, i, None] * left[:, i, :]
-        return left - sy[:, :, i, None] * row[:, None, :], xp.where(own[i, :, None], row[:, None, :], alpha)
+    def first(i: Any, alpha: Array) -> Array:
+        row = rho[:, i, None] * alpha[:, i, :]
+        left = alpha - sy[:, :, i, None] * row[:, None, :]
+        own, older = (slots == i)[:, None], (slots > i)[:, None]
+        return xp.where(own, row[:, None, :], xp.where(older, left, alpha))
 
-    _, alpha = repeat(m, first, (left, xp.zeros_like(left)))
+    unit = xp.eye(m, dtype=gram.dtype, device=device)[None, :, :]
+    alpha = repeat(m, first, xp.broadcast_to(unit, sy.shape))
 
-    # r = gamma q; row i of `right` is y_i.r. The small sums are written out because a matrix
-    # product may run in reduced precision.
-    right = unit[:, m:, :] - xp.sum(yy[:, :, :, None] * alpha[:, None, :, :], axis=2)
-    right = gamma[:, None, None] * right
+    # Second loop, r = gamma q, oldest to newest: r <- r + (alpha_i - rho_i y_i.r) s_i. Its weights solve the
+    # transpose of the first loop's triangular system, whose inverse is `alpha`. The small sums are written out
+    # because a matrix product may run in reduced precision.
+    gamma_alpha = gamma[:, None, None] * alpha
+    inner = curvature[:, :, None] * alpha + xp.sum(yy[:, :, :, None] * gamma_alpha[:, None, :, :], axis=2)
+    s_rows = xp.concat([_product(alpha, inner, xp), -_transposed(gamma_alpha, xp)], axis=2)
+    y_rows = xp.concat([-gamma_alpha, xp.zeros_like(gamma_alpha)], axis=2)
+    return _permute(xp.concat([s_rows, y_rows], axis=1), order, xp), gamma
 
-    # Second loop, oldest to newest: r <- r + (alpha_i - rho_i y_i.r) s_i.
-    def second(i: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        right, weight = carry
-        i = m - 1 - i
-        row = alpha[:, i, :] - rho[:, i, None] * right[:, i, :]
-        return right + sy[:, i, :, None] * row[:, None, :], xp.where(own[i, :, None], row[:, None, :], weight)
 
-    _, weight = repeat(m, second, (right, xp.zeros_like(right)))
-    operator = xp.concat([weight, -gamma[:, None, None] * alpha], axis=1)
-    return _permute(operator, order, xp), gamma
+def _product(a: Array, b: Array, xp: Any) -> Array:
+    """``A^T B`` of each block."""
+    return xp.sum(a[:, :, :, None] * b[:, :, None, :], axis=1)
+
+
+def _transposed(matrix: Array, xp: Any) -> Array:
+    return xp.permute_dims(matrix, (0, 2, 1))
 
 
 def _permute(matrix: Array, order: Array, xp: Any) -> Array:
-    rows = xp.broadcast_to(order[:, :, None], matrix.shape)
-    matrix = xp.take_along_axis(matrix, rows, axis=1)
-    return xp.take_along_axis(matrix, xp.broadcast_to(order[:, None, :], matrix.shape), axis=2)
+    """Rows and columns of each block's matrix, of `s` and of `y`, in this order."""
+    order = xp.concat([order, order + order.shape[1]], axis=1)
+    index = order[:, :, None] * matrix.shape[1] + order[:, None, :]
+    flat = xp.take_along_axis(_flat(matrix, xp), _flat(index, xp), axis=1)
+    return xp.reshape(flat, matrix.shape)
+
+
+def _flat(matrix: Array, xp: Any) -> Array:
+    return xp.reshape(matrix, (matrix.shape[0], -1))

@@ -2,7 +2,8 @@
 
 from .checkpoint import load_state, save_state
 from .diagnostics import block_names, diagnostics
-from .transform import MLBFGSState, mlbfgs, scale_by_mlbfgs
+from .state import MLBFGSState
+from .transform import mlbfgs, scale_by_mlbfgs
 
 __all__ = [
     "MLBFGSState",

@@ -15,8 +15,12 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 import mlbfgs_core as core
 from mlbfgs_core import adapter
+from mlbfgs_core.adapter import accumulation_dtype
 
-from .transform import MLBFGSState, as_real, check_params, from_real, map_leaf_arrays, named_leaves
+from .packing import Plan
+from .state import InPack, MLBFGSState, joined, map_leaf_arrays
+from .tree import check_params, named_leaves, path_names
+from .values import as_real, from_real
 
 __all__ = ["load_state", "save_state"]
 
@@ -68,13 +72,7 @@ def save_state(
     >>> restored["w"].tolist()
     [1.0, 1.0, 1.0]
     """
-    snapshot, traces = _snapshot(params, state, blocks)
-    buffers = named_leaves(traces[0].trace) if traces else {}
-    momentum = [
-        as_real(buffers[name]).astype(adapter.accumulation_dtype(param)) if name in buffers else None
-        for name, param in zip(snapshot.names, snapshot.params, strict=True)
-    ]
-    whole = snapshot._replace(momentum=tuple(momentum))
+    whole, _ = _snapshot(params, state, blocks)
     if all(map(_is_here, jax.tree.leaves((whole.state, whole.params, whole.momentum)))):
         core.save_state(path, [whole])
     else:
@@ -120,14 +118,14 @@ def load_state(
     --------
     See `save_state`.
     """
-    wanted, _ = _snapshot(params, state, blocks)
+    wanted, plan = _snapshot(params, state, blocks)
     (snapshot,) = core.load_state(path, [wanted])
     values = dict(zip(snapshot.names, snapshot.params, strict=True))
     buffers = dict(zip(snapshot.names, snapshot.momentum, strict=True))
 
     def part(old: Any) -> Any:
         if isinstance(old, MLBFGSState):
-            return _state_like(old, snapshot.state)
+            return _state_like(old, snapshot, plan)
         if isinstance(old, optax.TraceState):
             return old._replace(trace=_map_named(buffer, old.trace))
         if _is_count(old):
@@ -148,8 +146,8 @@ def load_state(
 
 def _snapshot(
     params: optax.Params, state: optax.OptState, blocks: adapter.BlockSpec
-) -> tuple[core.Snapshot, list[optax.TraceState]]:
-    """The run except the momentum, and the parts of the state that hold the momentum."""
+) -> tuple[core.Snapshot, Plan]:
+    """The run, with an array for each parameter, and which of them the state has packed."""
     parts = [part for part in jax.tree.leaves(state, is_leaf=_is_part) if _is_part(part)]
     states = [part for part in parts if isinstance(part, MLBFGSState)]
     traces = [part for part in parts if isinstance(part, optax.TraceState)]
@@ -174,9 +172,43 @@ def _snapshot(
         msg = f"`params` must be the state's {own.leaf_steps.shape[0]} parameters, got {len(names)}"
         raise ValueError(msg)
     found = [values[name] for name in names]
-    plain = core.State(*map_leaf_arrays(lambda tree: tuple(named_leaves(tree).values()), own))
-    check_params(names, found, plain, adapter.settings_of(plain))
-    return core.Snapshot(names, partition, plain, tuple(map(as_real, found)), (None,) * len(names)), traces
+    leaves = list(map(as_real, found))
+    packed = [isinstance(leaf, InPack) for leaf in named_leaves(trees[0]).values()]
+    plan = Plan.of(leaves, packed, partition)
+
+    def of_leaves(name: str, tree: Any) -> tuple[Any, ...]:
+        return joined(list(named_leaves(tree).values()), jax.tree.map(_local, own.packed.get(name, ())), plan)
+
+    arrays = {name: of_leaves(name, tree) for name, tree in adapter.leaf_arrays(own).items()}
+    plain = adapter.with_leaf_arrays(core.State(*own)._replace(packed={}), arrays)
+    tree = list(named_leaves(trees[0]).values())
+    check_params(names, found, tree, plain, plan, adapter.settings_of(plain))
+    plain = adapter.with_leaf_arrays(plain, {name: tuple(plan.split(own)) for name, own in arrays.items()})
+    momentum: list[Any] = [None] * len(names)
+    if traces:
+        trace = traces[0].trace
+        buffers = {name: as_real(leaf) for name, leaf in named_leaves(trace).items() if not isinstance(leaf, InPack)}
+        if "trace" in own.packed:
+            alone = [buffers.get(name) for name in names]
+            momentum = plan.split(joined(alone, jax.tree.map(_local, own.packed["trace"]), plan))
+        else:
+            momentum = [buffers.get(name) for name in names]
+        momentum = [
+            None if buffer is None else buffer if _is_abstract(buffer) else buffer.astype(accumulation_dtype(leaf))
+            for buffer, leaf in zip(momentum, leaves, strict=True)
+        ]
+    return core.Snapshot(names, partition, plain, tuple(leaves), tuple(momentum)), plan
+
+
+def _is_abstract(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _local(leaf: Any) -> Any:
+    """A copy that this process holds, if an array lies on several; packed ones are the same on all."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and leaf.is_fully_replicated:
+        return leaf.addressable_data(0)
+    return leaf
 
 
 def _is_part(node: Any) -> bool:
@@ -189,18 +221,38 @@ def _is_count(node: Any) -> bool:
 
 
 def _map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    return jax.tree.unflatten(
-        jax.tree.structure(tree), [function(*pair) for pair in named_leaves(tree).items()]
-    )
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    names = path_names([path for path, _ in paths])
+    return treedef.unflatten(function(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True))
 
 
-def _state_like(old: MLBFGSState, new: core.State) -> MLBFGSState:
-    def placed(tree: Any, values: Any) -> Any:
+def _state_like(old: MLBFGSState, snapshot: core.Snapshot, plan: Plan) -> MLBFGSState:
+    """The state of a snapshot in the place of an old one."""
+    arrays = adapter.leaf_arrays(snapshot.state)
+    if "trace" in old.packed:
+        arrays |= {"trace": snapshot.momentum}
+
+    def alone(tree: Any, values: Any) -> Any:
         leaves, treedef = jax.tree.flatten(tree)
-        return treedef.unflatten(map(_placed, leaves, values))
+        chosen = [value for value, inside in zip(values, plan.packed, strict=True) if not inside]
+        return treedef.unflatten(map(_placed, leaves, chosen))
 
-    numbers = {name: _placed(own, getattr(new, name)) for name, own in adapter.coefficients(old).items()}
-    return map_leaf_arrays(placed, old, new)._replace(**numbers)
+    def packs(name: str, leaf: Any) -> Any:
+        places = list(leaf) if isinstance(leaf, tuple) else [leaf]
+        values = [None if value is None else np.asarray(value) for value in arrays[name]]
+        flat = [
+            pack.join([values[i] for i in pack.members], places[0].dtype, np) for pack in plan.packs if pack
+        ]
+        if not flat:
+            return jax.tree.map(lambda place: _placed(place, np.zeros(0, place.dtype)), leaf)
+        placed = [
+            _placed(place, rows.reshape(place.shape)) for place, rows in zip(places, flat, strict=True)
+        ]
+        return tuple(placed) if isinstance(leaf, tuple) else placed[0]
+
+    numbers = {name: _placed(own, getattr(snapshot.state, name)) for name, own in adapter.coefficients(old).items()}
+    packed = {name: packs(name, leaf) for name, leaf in old.packed.items()}
+    return map_leaf_arrays(alone, old, snapshot.state)._replace(**numbers, packed=packed)
 
 
 def _placed(leaf: Any, values: np.ndarray) -> jax.Array:

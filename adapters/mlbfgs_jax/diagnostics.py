@@ -12,7 +12,8 @@ import optax
 import mlbfgs_core as core
 from mlbfgs_core import adapter
 
-from .transform import MLBFGSState, path_names
+from .state import MLBFGSState
+from .tree import path_names
 
 __all__ = ["block_names", "diagnostics"]
 

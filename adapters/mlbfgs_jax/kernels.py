@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,19 +13,52 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mlbfgs_core as core
+from mlbfgs_core import adapter
 
-__all__ = ["JaxKernels"]
+from .packing import Pack, Parts, may_be_sharded
+
+__all__ = ["JaxKernels", "decide"]
 
 Array = jax.Array
-_LARGE = 2**14
-"""From this many values on, a matrix product is worth its compilation, which takes longer than a sum's."""
 
 
 class JaxKernels(core.Kernels):
-    """Kernels for whole leaves of any shape and sharding, at full precision on every device."""
+    """Kernels for whole leaves of any shape and sharding, at full precision on every device.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    packs : sequence of Pack or None
+        How the parameters lie in each leaf; by default each is a leaf.
+    present : sequence of bool
+        Whether each parameter has a gradient; by default as the leaves.
+    """
+
+    def __init__(self, packs: Sequence[Pack | None] = (), present: Sequence[bool] | None = None) -> None:
         super().__init__(jnp)
+        self._packs = {leaf: pack for leaf, pack in enumerate(packs) if pack is not None}
+        self._present = present
+
+    def of_leaf(self, values: Array, leaf: int) -> Array:
+        """A leaf's number, 0-d; of a pack a number per value."""
+        pack = self._packs.get(leaf)
+        return values[leaf] if pack is None else pack.spread(values)
+
+    def present(self, grads: Sequence[Array | None]) -> list[bool]:
+        """Whether each parameter has a gradient."""
+        return super().present(grads) if self._present is None else list(self._present)
+
+    def moving(self, leaf: int, grad: Array) -> int:
+        """The number of a leaf's values that have a gradient."""
+        pack = self._packs.get(leaf)
+        if pack is None:
+            return super().moving(leaf, grad)
+        return sum(
+            math.prod(shape) * self.present([])[i] for i, shape in zip(pack.members, pack.shapes, strict=True)
+        )
+
+    def cast(self, x: Any, dtype: Any) -> Array:
+        """`x` in a dtype."""
+        return x.join(dtype) if isinstance(x, Parts) else super().cast(x, dtype)
 
     def device(self, x: Any) -> Any:
         """The place of coefficients that belong to an array: all devices of its mesh, or its own device."""
@@ -61,17 +96,34 @@ class JaxKernels(core.Kernels):
 
     def dot(self, a: Array, b: Array) -> Array:
         """Inner product."""
-        return _contract(a, b, b.ndim, 0) if b.size >= _LARGE else jnp.sum(a * b)
+        a, b = _flat(a), _flat(b)
+        return _contract(a, b, b.ndim, 0)
+
+    def _rows(self, leaf: int, weight: Array) -> tuple[Callable[[Array], Array], Array]:
+        """A view of a pack as rows, and one weight per row of what `of_leaf` has given; otherwise nothing
+        changes."""
+        pack = self._packs.get(leaf)
+        return (lambda x: x, weight) if pack is None else (pack.by_row, pack.by_row(weight)[:, 0])
+
+    def _weighted(self, pair: tuple[Array, Array], weight: Array) -> Array:
+        """An inner product with a weight, both as `_rows` gives them."""
+        if weight.ndim == 0:
+            return self.dot(*pair) * weight
+        return jnp.sum(jnp.sum(pair[0] * pair[1], axis=-1) * weight)
 
     def square(self, leaf: Array, dtype: Any, factor: float = 1.0) -> Array:
-        """Sum of squares of a multiple. XLA would square the factor separately, which overflows."""
-        x = self.finite(leaf.astype(dtype))
+        """Sum of squares of a multiple, of the parameters that have a gradient. XLA would square the factor
+        separately, which overflows."""
+        if isinstance(leaf, Parts) and self._present is not None:
+            leaf = leaf.only(self._present)
+        x = self.finite(self.cast(leaf, dtype))
         x = x if factor == 1.0 else lax.optimization_barrier(x * factor)
         return self.dot(x, x)
 
     def times(self, rows: Array, x: Array) -> Array:
         """Inner products of rows of any dtype with a leaf."""
-        if rows.dtype == x.dtype and x.size >= _LARGE:
+        rows, x = _flat(rows, 1), _flat(x)
+        if rows.dtype == x.dtype:
             return _contract(rows, x, x.ndim, 1)
         # A sum reads rows of another dtype as they are stored; a product would convert all of them
         # beforehand. Both factors have the same number of axes, since JAX may be told to refuse others.
@@ -80,10 +132,76 @@ class JaxKernels(core.Kernels):
     def weighted(self, coefficients: Array, rows: Array, like: Array) -> Array:
         """Sum of weighted rows."""
         if rows.dtype == coefficients.dtype:
-            return lax.dot_general(
-                coefficients, rows, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
+            total = lax.dot_general(
+                coefficients, _flat(rows, 1), (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
             )
+            return total.reshape(like.shape) if total.ndim != like.ndim else total
         return sum(coefficients[i] * rows[i].astype(coefficients.dtype) for i in range(rows.shape[0]))
+
+    # Passes over a leaf. Memory that XLA takes anew in every step costs more time than arithmetic: so what is
+    # cheap is formed again wherever it is needed, and reductions contain no factor that XLA would have to spread
+    # out first.
+
+    def whiten(
+        self, leaf: adapter.Leaf, grad: Array, mean: Array | None, scatter_weight: Array
+    ) -> tuple[Any, list[Array]]:
+        """As `Kernels.whiten`; all sums come from ``z = R g`` and what `R` keeps."""
+        g = self.cast(grad, leaf.dtype)
+        root = leaf.root.at(self, None, g)
+        kept = root.kept
+        z = root.white(g)
+        sums = [] if leaf.history is None else [self.project(leaf.history, z)]
+        if kept is not None:
+            own = z / kept
+            sums.append(self.dot(own, own))
+        sums.append(self.dot(z, z))
+        if mean is not None:
+            by_row, weight = self._rows(leaf.number, scatter_weight)
+            white = by_row(mean) if kept is None else by_row(mean) * by_row(kept)
+            off = by_row(z) - white
+            sums.append(self._weighted((off, off), weight))
+        return leaf.root if kept is None else leaf.root.keeping(kept), sums
+
+    def direct(
+        self, leaf: adapter.Leaf, grad: Array, weights: tuple[Array, Array], keep: Array
+    ) -> tuple[Array, Array]:
+        """As `Kernels.direct`; `z` is formed again, so that its memory is free meanwhile."""
+        root = leaf.root if leaf.root.kept is None else leaf.root.keeping(_again(leaf.root.kept))
+        if (pack := self._packs.get(leaf.number)) is not None and not all(self.present([])):
+            keep = keep & pack.spread(jnp.asarray(self.present([])))
+        return super().direct(leaf._replace(root=root), grad, weights, keep)
+
+    def next_products(self, leaf: adapter.Leaf, valid: Array) -> list[adapter.PairTile]:
+        """As `Kernels.next_products`, scaled and masked only where that matters."""
+
+        one, limits, means = jnp.ones((), leaf.dtype), jnp.finfo(leaf.dtype), leaf.means
+        s, y = self.pair(leaf, None, jnp.ones((), bool))
+        # s'.y' is s.y; and turned around, so that XLA does not form the differences in memory for both.
+        sy = self.dot(means.prev_params - means.params, means.prev_grads - means.grads)
+        plain = adapter.PairTile(one, one, self.dot(s, s), sy, self.dot(y, y))
+        by_row, rows = self._rows(leaf.number, valid)
+        usual = jnp.all(rows) & _in_range(plain.ss, limits) & _in_range(plain.yy, limits)
+
+        def scaled(plain: adapter.PairTile) -> adapter.PairTile:
+            mask = jnp.broadcast_to(rows.reshape(-1, 1), by_row(s).shape).reshape(s.shape) if rows.ndim else rows
+            products = self.pair_products(*self.pair(leaf, None, mask))
+            return adapter.PairTile(*map(partial(jnp.where, usual), plain, products))
+
+        return [decide(~usual, scaled, plain)]
+
+    def average(
+        self, mean: Array, value: Array, weight: Array, keep: Array, *, squared: bool = False
+    ) -> Array:
+        """As `Kernels.average`; a weight of 1 replaces what the mean was, which `rotate` leaves as it is."""
+        # Packed as late as possible, when the memory of other results is free again.
+        x = value.join(mean.dtype, keep) if isinstance(value, Parts) else self.cast(value, mean.dtype)
+        x = x * x if squared else self.finite(x)
+        return jnp.where(keep, jnp.where(weight == 1.0, x, mean + weight * (x - mean)), mean)
+
+    def rotate(self, now: Array, before: Array, turn: Array, *, restart: bool) -> tuple[Array, Array]:
+        """As `Kernels.rotate`, except that an average which starts again keeps its values until then: to set
+        them to zero, XLA would copy them in every step that does not."""
+        return now, jnp.where(turn, now, before)
 
     def push(
         self, history: Array, slot: Array, pair: tuple[Array, Array], keep: Array, z: Array | None
@@ -91,20 +209,56 @@ class JaxKernels(core.Kernels):
         """Store a pair and form its inner products with the history as it was before: to read the history
         after writing to it, XLA would copy it."""
         m, dtype = history.shape[1], pair[0].dtype
-        old = lax.dynamic_index_in_dim(history, slot[0], axis=1, keepdims=False)
-        new = jnp.where(keep, jnp.stack(pair).astype(history.dtype), old)
-        stored = new.astype(dtype)
+        new = [_again(member.astype(history.dtype)) for member in pair]
+        s, y = (member.astype(dtype) for member in new)
         rows, own = self.rows(history, dtype), jnp.arange(m) == slot[0]
+        sy = self.dot(s, y)
         parts = []
-        for i in (0, 1):
-            products = jnp.where(
-                own, self.times(stored, stored[i])[:, None], self.times(rows, stored[i]).reshape(2, m)
-            )
-            parts.append(products.reshape(-1))
-        parts.append(jnp.zeros(2, dtype) if z is None else self.times(stored, z))
-        sums = jnp.concatenate(parts)
-        new = jnp.where(self.after(keep, sums), new, old)
-        return lax.dynamic_update_index_in_dim(history, new, slot[0], axis=1), sums
+        for member, products in ((s, (self.dot(s, s), sy)), (y, (sy, self.dot(y, y)))):
+            old = self.times(rows, member).reshape(2, m)
+            parts.append(jnp.where(own, jnp.stack(products)[:, None], old).reshape(-1))
+        along = jnp.zeros(2, dtype) if z is None else jnp.stack([self.dot(s, z), self.dot(y, z)])
+        sums = jnp.concatenate([*parts, along])
+        keep = self.after(keep, sums)
+        for i, member in enumerate(new):
+            start = (i, slot[0], *(0,) * s.ndim)
+            old = lax.dynamic_slice(history, start, (1, 1, *s.shape))
+            history = lax.dynamic_update_slice(history, jnp.where(keep, member[None, None], old), start)
+        return history, sums
+
+
+def _again(x: Any) -> Any:
+    """The same array, from which XLA forms results that it does not share with others."""
+    return lax.optimization_barrier(x)
+
+
+@jax.custom_batching.custom_vmap
+def _anyone(flag: Array) -> Array:
+    return flag
+
+
+@_anyone.def_vmap
+def _anyone_of_batch(size: int, batched: Any, flag: Array) -> tuple[Array, bool]:
+    return _anyone(jnp.any(flag)), False
+
+
+def decide(predicate: Array, part: Callable[[Any], Any], operand: Any) -> Any:
+    """Run a part on the device if the predicate is true, else return the operand.
+
+    Under `vmap` the part runs for all members as soon as one asks for it; so it must leave alone what is not
+    asked for. A `lax.cond` whose predicate differs between members would run it always.
+    """
+    return lax.cond(_anyone(predicate), part, lambda same: same, operand)
+
+
+def _in_range(square: Array, limits: Any) -> Array:
+    """Whether a sum of squares has neither lost a part that counts nor come near the largest number."""
+    return (square > limits.tiny / limits.eps**2) & (square < limits.max * limits.eps**2)
+
+
+def _flat(x: Array, lead: int = 0) -> Array:
+    """The array with one axis after the leading ones, if it is not sharded."""
+    return x if x.ndim == lead + 1 or may_be_sharded(x) else x.reshape((*x.shape[:lead], -1))
 
 
 def _contract(a: Array, b: Array, count: int, first: int) -> Array:

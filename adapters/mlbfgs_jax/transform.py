@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 import mlbfgs_core as core
 from mlbfgs_core import adapter
 from mlbfgs_core.adapter import accumulation_dtype, dtype_name
 
-from .kernels import JaxKernels
+from .kernels import JaxKernels, decide
+from .packing import PackMode, Plan, check_mode, may_be_sharded, to_be_packed
 from .shards import AxisName, Shards, axis_names
+from .state import MLBFGSState, folded, joined, packed_leaves, parted, unfolded
+from .tree import Tree
+from .values import as_real, from_real, paired, widened
 
-__all__ = ["MLBFGSState", "as_real", "from_real", "mlbfgs", "path_names", "scale_by_mlbfgs"]
-
-_COMPLEX = {"complex64": "float32", "complex128": "float64"}
-
-
-class MLBFGSState(core.State):
-    """The core's state with trees like that of the parameters in place of tuples with an array per leaf.
-
-    A leaf of `history` has two more leading axes than its parameter. A complex parameter counts as a
-    real one with a last axis of length 2.
-    """
-
-    __slots__ = ()
+__all__ = ["mlbfgs", "scale_by_mlbfgs"]
 
 
 @partial(adapter.with_preset, marked=True)
@@ -57,6 +47,7 @@ def scale_by_mlbfgs(
     history_dtype: str | None = None,
     blocks: adapter.BlockSpec = "all",
     axis_name: AxisName | None = None,
+    pack: PackMode = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition gradients by the inverse Hessian of mL-BFGS.
 
@@ -122,50 +113,19 @@ def scale_by_mlbfgs(
     True
     """
     config = core.Config(**adapter.settings_in(locals()))
-    return _directions(config, blocks, axis_name)
-
-
-def _directions(
-    config: core.Config, blocks: adapter.BlockSpec, axis_name: AxisName | None, *, wide: bool = False
-) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_mlbfgs`; where `wide`, directions are of the dtype of the averages, not of the gradient."""
-    kernels, axes = JaxKernels(), axis_names(axis_name)
-
-    def init(params: optax.Params) -> MLBFGSState:
-        tree = _Tree.of(params, blocks)
-        state = core.Method(config, tree.blocks, kernels).init(tree.leaves or [jnp.zeros(0)])
-        if axes:
-            with contextlib.suppress(NameError):  # outside `shard_map`, where leaves are whole
-                sizes = Shards.over(axes).block_sizes(tree.leaves, tree.blocks)
-                state = state._replace(size=jnp.asarray(sizes, state.size.dtype))
-        return tree.folded(state)
+    method = _Packed(config, blocks, axis_names(axis_name), pack)
+    check_mode(pack, method.axes)
 
     # Compiled as a whole, since outside `jit` each `cond` would be compiled again at every step.
     @partial(jax.jit, inline=True)
     def compiled(
         updates: optax.Updates, state: MLBFGSState, params: optax.Params
     ) -> tuple[optax.Updates, MLBFGSState]:
-        tree = _Tree.of(params, blocks)
-        given = tree.gradients(updates)
-        tree.check(state, given, config)
-        if all(grad is None for grad in given):
+        step = method.step(updates, state, params)
+        if step is None:
             return updates, state
-        grads = [
-            None if grad is None else as_real(grad).astype(accumulation_dtype(leaf))
-            for grad, leaf in zip(given, tree.leaves, strict=True)
-        ]
-        shards = Shards.over(axes)
-        shards.check(tree.names, tree.leaves, grads)
-        settings = _cast(config, state.gamma.dtype)
-        method = core.Method(settings, tree.blocks, kernels, shards.reduce, shards.shares(tree.leaves))
-        directions, after = method.step(
-            tree.unfolded(state), tree.leaves, grads, when_check=_if, when_due=_if, when_scaled=_if
-        )
-        result = [
-            None if grad is None else (_paired if wide else from_real)(direction, jnp.asarray(grad))
-            for direction, grad in zip(directions, given, strict=True)
-        ]
-        return tree.treedef.unflatten(result), tree.folded(after)
+        parts = step.plan.split([None if d is None else d * step.factor.astype(d.dtype) for d in step.directions])
+        return step.tree.updates(parts, step.grads, from_real), step.state
 
     def update(
         updates: optax.Updates,
@@ -174,12 +134,121 @@ def _directions(
         **extra_args: Any,
     ) -> tuple[optax.Updates, MLBFGSState]:
         del extra_args
-        if params is None:
-            msg = "`params` must be given to `update`, got None: curvature is learned from their changes"
-            raise ValueError(msg)
-        return compiled(updates, state, params)
+        return compiled(updates, state, _needed(params))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(method.init, update)
+
+
+class _Step(NamedTuple):
+    """What a step of the core gives."""
+
+    tree: Tree
+    grads: list[Any | None]
+    """As they were given."""
+    plan: Plan
+    directions: list[Any | None]
+    """One for each leaf of the core, up to `factor`."""
+    factor: Any
+    state: MLBFGSState
+
+
+class _Packed(NamedTuple):
+    """The core over trees of parameters."""
+
+    config: core.Config
+    blocks: adapter.BlockSpec
+    axes: tuple[str, ...]
+    pack: PackMode
+
+    def init(self, params: optax.Params) -> MLBFGSState:
+        """The state before the first step."""
+        return self.start(params)[0]
+
+    def start(self, params: optax.Params) -> tuple[MLBFGSState, Tree, Plan]:
+        """The state before the first step, and of what it is."""
+        tree = Tree.of(params, self.blocks)
+        packs = self.config.takes_pairs or self.config.preconditioner != "none"
+        packed = to_be_packed(self.pack if packs else False, self.axes, tree.names, tree.leaves)
+        plan = Plan.of(tree.leaves, packed, tree.blocks)
+        kernels = JaxKernels(plan.packs)
+        likes = plan.likes(tree.leaves) or [jnp.zeros(0)]
+        state = core.Method(self.config, plan.blocks or None, kernels).init(likes)
+        shards = Shards({})
+        if self.axes:
+            with contextlib.suppress(NameError):  # outside `shard_map`, where leaves are whole
+                shards = Shards.over(self.axes)
+        sizes = shards.block_sizes(tree.leaves, tree.blocks)
+        shape = (max(1, len(tree.leaves)),)
+        counts = {name: jnp.zeros_like(getattr(state, name), shape=shape) for name in adapter.LEAF_COUNTS}
+        state = state._replace(size=state.size * 0 + jnp.asarray(sizes, state.size.dtype), **counts)
+        packs = self.pack is not False and not self.axes
+        return folded(state, plan, tree.leaves, tree.treedef, packs=packs), tree, plan
+
+    def plan(self, tree: Tree, state: MLBFGSState) -> Plan:
+        """The plan of a state.
+
+        Raises
+        ------
+        ValueError
+            Where it is not the one that `pack` asks for, or would gather shards.
+        """
+        arrays = next(iter(adapter.leaf_arrays(state).values()), None)
+        packed = [False] * len(tree.names) if arrays is None else packed_leaves(arrays, tree.treedef)
+        plan = Plan.of(tree.leaves, packed, tree.blocks)
+        advice = "make a new one with `init`, or carry it over with `save_state` and `load_state`"
+        if self.pack != "auto" and arrays is not None:
+            wanted = to_be_packed(self.pack, self.axes, tree.names, tree.leaves)
+            if Plan.of(tree.leaves, wanted, tree.blocks).packed != packed:
+                told = "some" if any(packed) else "no"
+                msg = f"`state` must be one of pack={self.pack}, got one with {told} parameters packed; {advice}"
+                raise ValueError(msg)
+        elif self.axes and any(packed):
+            msg = f"`state` must have no packed parameters with `axis_name`; {advice}"
+            raise ValueError(msg)
+        elif self.pack == "auto":
+            for name, leaf, yes in zip(tree.names, tree.leaves, packed, strict=True):
+                if yes and may_be_sharded(leaf):
+                    rule = "must not have packed what may be sharded, since each step would gather it"
+                    told = f"got one that has packed {name!r} before it lay on a mesh of automatic axes"
+                    msg = f"`state` {rule}, {told}; {advice}, or give pack=True if nothing is sharded"
+                    raise ValueError(msg)
+        return plan
+
+    def step(self, updates: optax.Updates, state: MLBFGSState, params: optax.Params) -> _Step | None:
+        """One step of the core; None where no parameter has a gradient."""
+        tree = Tree.of(params, self.blocks)
+        given = tree.gradients(updates)
+        tree.check_names(state)
+        plan = self.plan(tree, state)
+        before = unfolded(state, plan, tree.treedef)
+        if tree.leaves:
+            tree.check(state, before, plan, self.config)
+        if all(grad is None for grad in given):
+            return None
+        likes = plan.likes(tree.leaves)
+        wide = [accumulation_dtype(leaf) for leaf in likes]
+        grads = plan.join([None if grad is None else as_real(grad) for grad in given], wide)
+        leaves = plan.gather(tree.leaves)
+        shared = ()
+        if self.axes:
+            shards = Shards.over(self.axes)
+            shards.check(tree.names, leaves, grads)
+            shared = shards.reduce, shards.shares(leaves)
+        kernels = JaxKernels(plan.packs, [grad is not None for grad in given])
+        method = core.Method(_cast(self.config, state.gamma.dtype), plan.blocks, kernels, *shared)
+        directions, factor, after = method.unscaled_step(
+            before, leaves, grads, when_check=decide, when_due=decide, when_scaled=decide
+        )
+        new = folded(after, plan, tree.leaves, tree.treedef, packs=bool(state.packed))
+        new = new._replace(packed=state.packed | new.packed)  # the momentum is not the core's
+        return _Step(tree, given, plan, directions, factor, new)
+
+
+def _needed(params: optax.Params | None) -> optax.Params:
+    if params is None:
+        msg = "`params` must be given to `update`, got None: curvature is learned from their changes"
+        raise ValueError(msg)
+    return params
 
 
 @partial(adapter.with_preset, marked=True)
@@ -207,6 +276,7 @@ def mlbfgs(
     history_dtype: str | None = None,
     blocks: adapter.BlockSpec = "all",
     axis_name: AxisName | None = None,
+    pack: PackMode = "auto",
     nesterov: bool | None = None,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -275,89 +345,49 @@ def mlbfgs(
     decay = _number("momentum", momentum)
     shrinkage = weight_decay if callable(weight_decay) else _number("weight_decay", weight_decay)
     rate = learning_rate if callable(learning_rate) else _number("learning_rate", learning_rate)
-    return _guarded(
-        optax.chain(
-            _directions(config, blocks, axis_name, wide=True),
-            optax.identity() if adapter.is_zero(decay) else _trace(decay, nesterov=nesterov),
-            # A decay of zero would still turn an infinite parameter into a NaN.
-            optax.identity() if adapter.is_zero(shrinkage) else _decayed_weights(shrinkage, mask),
-            _scale_by_rate(rate),
-        )
-    )
-
-
-def _trace(decay: Any, *, nesterov: bool) -> optax.GradientTransformation:
-    """`optax.trace`, but its initial state is sharded like the parameters even in a compiled `init`, and it
-    promotes no dtype."""
-    zeros = JaxKernels().zeros
-
-    def init(params: optax.Params) -> optax.TraceState:
-        return optax.TraceState(jax.tree.map(lambda leaf: zeros(leaf, (), leaf.dtype), params))
-
-    def moved(update: Any, trace: Any) -> Any:
-        return None if update is None else update + jnp.asarray(decay, update.dtype) * trace
-
-    def update(
-        updates: optax.Updates, state: optax.TraceState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.TraceState]:
-        del params
-        trace = jax.tree.map(moved, updates, state.trace, is_leaf=_is_none)
-        if nesterov:
-            updates = jax.tree.map(moved, updates, trace, is_leaf=_is_none)
-        return updates if nesterov else trace, optax.TraceState(trace)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _scale_by_rate(rate: Any) -> optax.GradientTransformation:
-    """`optax.scale_by_learning_rate`, but it promotes no dtype."""
-    theirs = optax.scale_by_learning_rate(rate)
-    if callable(rate):
-        return theirs
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        return jax.tree.map(lambda update: jnp.asarray(-rate, update.dtype) * update, updates), state
-
-    return optax.GradientTransformation(theirs.init, update)
-
-
-def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights`, but it promotes no dtype, and takes gradients of None with a mask."""
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        # The only array in the state is the count of a schedule.
-        rate = weight_decay(*jax.tree.leaves(state)) if callable(weight_decay) else weight_decay
-        chosen = True if mask is None else mask(params) if callable(mask) else mask
-
-        def decayed(update: Any, param: Any, chosen: bool) -> Any:
-            if not chosen:
-                return update
-            # An infinite parameter stays as it is; its own decay would turn it into a NaN.
-            finite = jnp.where(jnp.isfinite(param), param, jnp.zeros((), param.dtype))
-            return update + jnp.asarray(rate, update.dtype) * finite
-
-        def part(chosen: bool, updates: optax.Updates, params: optax.Params) -> optax.Updates:
-            return jax.tree.map(
-                lambda g, p: None if g is None else decayed(g, p, chosen), updates, params, is_leaf=_is_none
-            )
-
-        updates = jax.tree.map(part, chosen, updates, params)
-        return updates, jax.tree.map(optax.safe_increment, state)
-
-    return optax.GradientTransformation(optax.add_decayed_weights(weight_decay, mask).init, update)
-
-
-def _guarded(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-    """A chain that begins with `scale_by_mlbfgs`, in the accumulation dtype, without effect on a step
-    that is skipped."""
+    method = _Packed(config, blocks, axis_names(axis_name), pack)
+    check_mode(pack, method.axes)
+    momentum = None if adapter.is_zero(decay) else _Momentum(decay, nesterov)
+    # A decay of zero would still turn an infinite parameter into a NaN.
+    weights = optax.identity() if adapter.is_zero(shrinkage) else optax.add_decayed_weights(shrinkage, mask)
+    steps = optax.scale_by_learning_rate(rate)
 
     def init(params: optax.Params) -> optax.OptState:
-        return inner.init(_widened(params))
+        wide = widened(params)
+        first, tree, plan = method.start(wide)
+        trace = optax.EmptyState()
+        if momentum is not None:
+            first, trace = momentum.init(first, tree, plan)
+        return first, trace, weights.init(wide), steps.init(wide)
+
+    # Compiled as a whole, since outside `jit` each operation would be compiled alone.
+    @partial(jax.jit, inline=True)
+    def compiled(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params, numbers: tuple[Any, Any]
+    ) -> tuple[optax.Updates, optax.OptState]:
+        wide = widened(params)
+        step = method.step(updates, state[0], wide)
+        if step is None:
+            return updates, state
+        first, trace = step.state, state[1]
+        moved = [None if d is None else d * step.factor.astype(d.dtype) for d in step.directions]
+        if momentum is not None:
+            moved, first, trace = momentum.step(step, trace)
+        parts = step.tree.updates(step.plan.split(moved), step.grads, paired)
+        if not adapter.is_zero(shrinkage):
+            parts = _decayed(parts, wide, numbers[0], mask)
+
+        def finished(part: Any, given: Any) -> Any:
+            change = jnp.asarray(-numbers[1], part.dtype) * part
+            return jnp.where(first.accepted, change, jnp.zeros((), part.dtype)).astype(jnp.asarray(given).dtype)
+
+        result = jax.tree.map(
+            lambda part, given: None if part is None else finished(part, given), parts, updates, is_leaf=_is_none
+        )
+        counts = jax.tree.map(
+            lambda count: jnp.where(first.accepted, optax.safe_increment(count), count), tuple(state[2:])
+        )
+        return result, (first, trace, *counts)
 
     def update(
         updates: optax.Updates,
@@ -365,132 +395,79 @@ def _guarded(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTran
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        wide, (first, *others) = inner.update(updates, state, _widened(params), **extra_args)
-
-        def kept(new: Any, old: Any) -> Any:  # the momentum of a leaf without a gradient stays
-            return old if new is None else jnp.where(first.accepted, new, old)
-
-        rest = jax.tree.map(kept, tuple(others), tuple(state[1:]), is_leaf=_is_none)
-        result = jax.tree.map(
-            lambda wide, given: kept(wide, 0).astype(jnp.asarray(given).dtype), wide, updates
-        )
-        return result, (first, *rest)
+        del extra_args
+        # The only array in the state of a schedule is its count.
+        numbers = [
+            number(*jax.tree.leaves(part)) if callable(number) else number
+            for number, part in zip((shrinkage, rate), tuple(state[2:]), strict=True)
+        ]
+        return compiled(updates, tuple(state), _needed(params), tuple(numbers))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Tree(NamedTuple):
-    """A tree of parameters as the core sees it: a list of real leaves, in blocks."""
+class _Momentum(NamedTuple):
+    """`optax.trace` over the leaves of the core, which promotes no dtype."""
 
-    treedef: Any
-    names: list[str]
-    given: list[Any]
-    """The leaves as the user has them."""
-    leaves: list[Any]
-    blocks: adapter.Blocks | None
+    decay: Any
+    nesterov: bool
 
-    @classmethod
-    def of(cls, params: optax.Params, blocks: adapter.BlockSpec) -> _Tree:
-        """Flatten parameters; without any, as in a tree of placeholders, there are no blocks."""
-        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-        names = path_names([path for path, _ in paths])
-        for name, (_, leaf) in zip(names, paths, strict=True):
-            dtype = dtype_name(leaf) if hasattr(leaf, "dtype") else type(leaf).__name__
-            if dtype not in (*adapter.LEAF_DTYPES, *_COMPLEX):
-                rule = "must be floating-point or complex arrays (see optax.masked for the others)"
-                msg = f"`params` {rule}, got {dtype} at {name!r}"
-                raise TypeError(msg)
-        given = [leaf for _, leaf in paths]
-        return cls(
-            treedef, names, given, list(map(as_real, given)), core.partition(names, blocks) if names else None
-        )
+    def init(self, first: MLBFGSState, tree: Tree, plan: Plan) -> tuple[MLBFGSState, optax.TraceState]:
+        """The states before the first step."""
+        zeros = JaxKernels().zeros
+        likes = plan.likes(tree.leaves)
+        return self._stored(first, tree, plan, [zeros(leaf, (), getattr(jnp, dtype_name(leaf))) for leaf in likes])
 
-    def gradients(self, updates: optax.Updates) -> list[Any | None]:
-        """One gradient or None for each parameter.
-
-        Raises
-        ------
-        ValueError
-            A tree of another structure.
-        """
-        try:
-            return self.treedef.flatten_up_to(updates)
-        except (TypeError, ValueError) as error:
-            rule = "must be a tree like that of `params`, with None for a parameter without a gradient"
-            msg = f"`updates` {rule}, got {jax.tree.structure(updates)} for {self.treedef}"
-            raise ValueError(msg) from error
-
-    def check(self, state: MLBFGSState, grads: Sequence[Any | None], config: core.Config) -> None:
-        """Raise ValueError unless the state belongs to these parameters, and gradients fit them.
-
-        Shapes and dtypes of a state never change, so it cannot follow parameters whose shape or dtype has.
-        """
-        arrays = next(iter(adapter.leaf_arrays(state).values()), None)
-        if arrays is not None and (held := list(named_leaves(arrays))) != self.names:
-            here, there = set(self.names), set(held)
-            rule = "must be the tree that `init` has seen"
-            told = f"without {sorted(there - here)[:3]} and with {sorted(here - there)[:3]} in addition"
-            msg = f"`params` {rule}, got one {told}"
-            raise ValueError(msg)
-        if self.leaves:
-            check_params(self.names, self.given, self.unfolded(state), config)
-        for name, given, leaf, grad in zip(self.names, self.given, self.leaves, grads, strict=True):
-            if grad is None:
+    def step(self, step: _Step, trace: optax.TraceState) -> tuple[list[Any | None], MLBFGSState, optax.TraceState]:
+        """The directions with momentum, and the states with the new momentum."""
+        held = step.tree.treedef.flatten_up_to(jax.tree.map(as_real, trace.trace))
+        before = joined(held, step.state.packed.get("trace", ()), step.plan)
+        after, moved = list(before), list(step.directions)
+        for leaf, (old, d) in enumerate(zip(before, step.directions, strict=True)):
+            if d is None:
                 continue
-            real = as_real(grad)
-            if real.shape != leaf.shape or not jnp.issubdtype(real.dtype, jnp.floating):
-                msg = f"`updates` must be like the parameter, {_kind(given)}, at {name!r}, got {_kind(grad)}"
-                raise ValueError(msg)
+            decay, change = jnp.asarray(self.decay, d.dtype), d * step.factor.astype(d.dtype)
+            # A step that is skipped, and a parameter without a gradient, leave the momentum as it is.
+            after[leaf] = jnp.where(step.state.accepted & _present(step, leaf), change + decay * old, old)
+            moved[leaf] = change + decay * after[leaf] if self.nesterov else after[leaf]
+        first, trace = self._stored(step.state, step.tree, step.plan, after)
+        return moved, first, trace
 
-    def folded(self, state: core.State) -> MLBFGSState:
-        """The state with trees in place of tuples."""
-        count = self.treedef.num_leaves
-        return MLBFGSState(*map_leaf_arrays(lambda arrays: self.treedef.unflatten(arrays[:count]), state))
-
-    def unfolded(self, state: MLBFGSState) -> core.State:
-        """The state with tuples in place of trees."""
-        return core.State(*map_leaf_arrays(lambda tree: tuple(self.treedef.flatten_up_to(tree)), state))
-
-
-def map_leaf_arrays(function: Callable[[Any], Any], state: Any, *others: Any) -> Any:
-    """The state with `function` applied to all leaves' arrays of each kind, with those of other states."""
-    found = [adapter.leaf_arrays(own) for own in (state, *others)]
-    arrays = {name: function(*(own[name] for own in found)) for name in found[0]}
-    own = {name: arrays.pop(name) for name in state.preconditioner}
-    return state._replace(**arrays, preconditioner=own)
+    @staticmethod
+    def _stored(
+        first: MLBFGSState, tree: Tree, plan: Plan, arrays: Sequence[Any]
+    ) -> tuple[MLBFGSState, optax.TraceState]:
+        """The states with this momentum; a complex parameter alone has a complex one."""
+        own = [
+            array if pack is not None else paired(array, tree.given[group[0]])
+            for group, pack, array in zip(plan.groups, plan.packs, arrays, strict=True)
+        ]
+        alone, packed = parted(own, plan, tree.leaves, tree.treedef)
+        packs = first.packed | {"trace": packed} if first.packed else {}
+        return first._replace(packed=packs), optax.TraceState(alone)
 
 
-def path_names(paths: Sequence[tuple[Any, ...]]) -> list[str]:
-    """Keys joined by dots; without the attribute `value` of a variable, which NNX shows to `init` only."""
-    children = Counter(path[:-1] for path in paths)
-    boxed = jax.tree_util.GetAttrKey("value")
-    plain = [path[:-1] if path[-1:] == (boxed,) and children[path[:-1]] == 1 else path for path in paths]
-    return [jax.tree_util.keystr(path, simple=True, separator=".") for path in plain]
+def _decayed(updates: optax.Updates, params: optax.Params, rate: Any, mask: Any) -> optax.Updates:
+    """`optax.add_decayed_weights`, but it promotes no dtype, and takes gradients of None with a mask."""
+    chosen = True if mask is None else mask(params) if callable(mask) else mask
+
+    def decayed(update: Any, param: Any) -> Any:
+        if update is None:
+            return None
+        # An infinite parameter stays as it is; its own decay would turn it into a NaN.
+        finite = jnp.where(jnp.isfinite(param), param, jnp.zeros((), param.dtype))
+        return update + jnp.asarray(rate, update.dtype) * finite
+
+    def part(chosen: bool, updates: optax.Updates, params: optax.Params) -> optax.Updates:
+        return jax.tree.map(decayed, updates, params, is_leaf=_is_none) if chosen else updates
+
+    return jax.tree.map(part, chosen, updates, params)
 
 
-def check_params(names: Sequence[str], params: Sequence[Any], state: core.State, config: core.Config) -> None:
-    """Raise ValueError unless parameters are like those whose averages a state holds."""
-    held = adapter.leaf_arrays(state)
-    for entry in adapter.layout(config, list(map(as_real, params)), ()):
-        if entry.leaf is None or entry.kind == "history":
-            continue
-        if entry.name not in held:
-            msg = f"`state` must be of these settings, got one without {entry.name!r}"
-            raise ValueError(msg)
-        found = held[entry.name][entry.leaf]
-        if (tuple(found.shape), dtype_name(found)) != (entry.shape, entry.dtype):
-            rule = (
-                f"must be as `init` has seen them, with averages in {_kind(found)} at {names[entry.leaf]!r}"
-            )
-            told = f"{_kind(params[entry.leaf])} (a state cannot change: `init` makes a new one)"
-            msg = f"`params` {rule}, got {told}"
-            raise ValueError(msg)
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by their names."""
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return dict(zip(path_names([path for path, _ in paths]), (leaf for _, leaf in paths), strict=True))
+def _present(step: _Step, leaf: int) -> Any:
+    """Which values of a leaf of the core have a gradient: true, or a truth value for each."""
+    pack, present = step.plan.packs[leaf], [grad is not None for grad in step.grads]
+    return True if pack is None or all(present) else pack.spread(jnp.asarray(present))
 
 
 def _cast(config: core.Config, dtype: Any) -> core.Config:
@@ -519,46 +496,3 @@ def _real(number: jax.Array) -> jax.Array:
 
 def _is_none(leaf: Any) -> bool:
     return leaf is None
-
-
-def _if(predicate: Any, part: Callable[[Any], Any], operand: Any) -> Any:
-    """Decide on the device."""
-    return lax.cond(predicate, part, lambda same: same, operand)
-
-
-def as_real(leaf: Any) -> Any:
-    """A leaf as an array of JAX (unless it is abstract), a complex one as pairs of reals."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        dtype = _COMPLEX.get(dtype_name(leaf))
-        return leaf if dtype is None else jax.ShapeDtypeStruct((*leaf.shape, 2), dtype)
-    leaf = jnp.asarray(leaf)
-    return leaf if dtype_name(leaf) not in _COMPLEX else jnp.stack([jnp.real(leaf), jnp.imag(leaf)], axis=-1)
-
-
-def from_real(values: Any, leaf: Any) -> Any:
-    """The inverse of `as_real`, in the dtype of a leaf."""
-    return _paired(values, leaf).astype(leaf.dtype)
-
-
-def _paired(values: Any, leaf: Any) -> Any:
-    """Pairs of reals as complex values where a leaf is complex."""
-    if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        return values
-    return lax.complex(values[..., 0], values[..., 1])
-
-
-def _kind(leaf: Any) -> str:
-    return f"{dtype_name(leaf)} of shape {tuple(leaf.shape)}"
-
-
-def _widened(tree: Any) -> Any:
-    """Leaves of half precision in float32."""
-
-    def widened(leaf: Any) -> Any:
-        if not hasattr(leaf, "dtype") or dtype_name(leaf) not in ("float16", "bfloat16"):
-            return leaf
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, accumulation_dtype(leaf))
-        return jnp.astype(leaf, accumulation_dtype(leaf))
-
-    return jax.tree.map(widened, tree)

@@ -117,7 +117,7 @@ def numpy_leaves(tree):
 # What it computes.
 
 
-@pytest.mark.parametrize("blocks", ["all", "layer"])
+@pytest.mark.parametrize(("blocks", "pack"), [("all", True), ("layer", True), ("layer", False)])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -127,9 +127,9 @@ def numpy_leaves(tree):
     ],
     ids=str,
 )
-def test_directions_are_the_cores(settings, blocks):
+def test_directions_are_the_cores(settings, blocks, pack):
     params, batches = make_params("float64"), make_batches(20, "float64")
-    tx, config = scale_by_mlbfgs(blocks=blocks, **settings), core.Config(**settings)
+    tx, config = scale_by_mlbfgs(blocks=blocks, pack=pack, **settings), core.Config(**settings)
     update, state = jax.jit(tx.update), tx.init(params)
     partition = core.partition(["first.bias", "first.kernel", "last.kernel"], blocks)
     twin = core.Method(config, partition).init(numpy_leaves(params))
@@ -143,19 +143,19 @@ def test_directions_are_the_cores(settings, blocks):
         params = jax.tree.map(lambda p, u: p - 0.05 * u, params, updates)
     assert int(twin.pairs[0]) > 0
     assert_close(state.gram, twin.gram, rtol=1e-8, atol=1e-10)
-    assert jax.tree.structure(state.history) == jax.tree.structure(params)
+    assert pack or jax.tree.structure(state.history) == jax.tree.structure(params)
 
 
 def test_mlbfgs_is_a_chain_of_optaxs_parts():
     schedule = falling(30)
     chain = optax.chain(
-        scale_by_mlbfgs(**FAST),
+        scale_by_mlbfgs(pack=False, **FAST),
         optax.trace(0.8, nesterov=True),
         optax.add_decayed_weights(0.01),
         optax.scale_by_learning_rate(schedule),
     )
-    params, batches = make_params(), make_batches(25)
-    ours, state = train(mlbfgs(schedule, 0.8, 0.01, **FAST), params, batches)
+    params, batches = make_params("float64"), make_batches(25, "float64")
+    ours, state = train(mlbfgs(schedule, 0.8, 0.01, pack=False, **FAST), params, batches)
     theirs, other = train(chain, params, batches)
     assert_close(ours, theirs)
     assert types(state) == types(other)
@@ -314,15 +314,17 @@ def test_complex_parameters_count_as_pairs_of_reals(settings):
     ],
     ids=str,
 )
-def test_state_keeps_its_types_and_the_update_has_the_gradients(dtype, settings):
+@pytest.mark.parametrize("pack", [True, False])
+def test_state_keeps_its_types_and_the_update_has_the_gradients(dtype, settings, pack):
     params, grads = make_params(dtype), make_params(dtype, seed=1)
-    tx = mlbfgs(0.1, **settings)
+    tx = mlbfgs(0.1, pack=pack, **settings)
     state = tx.init(params)
     updates, after = jax.jit(tx.update)(grads, state, params)
     assert types(after) == types(state)
     assert types(updates) == types(grads)
     expected = "float64" if dtype == "float64" else "float32"
-    assert state[0].mean_grads["first"]["bias"].dtype == expected
+    averages = state[0].packed["mean_grads"] if pack else state[0].mean_grads["first"]["bias"]
+    assert averages.dtype == expected
     assert state[0].gamma.dtype == expected
 
 
@@ -337,7 +339,7 @@ def test_gradients_of_another_dtype_than_the_parameters():
 def test_half_precision_runs_in_float32_and_is_rounded_once():
     params = jax.tree.map(lambda p: p.astype("bfloat16"), make_params())
     grads = jax.tree.map(lambda p: p.astype("bfloat16"), make_params(seed=1))
-    tx = mlbfgs(0.1, 0.9, 0.01, **FAST)
+    tx = mlbfgs(0.1, 0.9, 0.01, pack=False, **FAST)
     wide = jax.tree.map(lambda p: p.astype("float32"), (grads, params))
     state, other = tx.init(params), tx.init(wide[1])
     for _ in range(6):
@@ -363,7 +365,7 @@ def test_init_takes_abstract_parameters_of_other_dtypes(dtype):
 
 
 def test_map_params_reaches_every_tree_of_the_state():
-    params, tx = make_params(), mlbfgs(0.1, **FAST)
+    params, tx = make_params(), mlbfgs(0.1, pack=False, **FAST)
     state = tx.init(params)
     assert_same(optax.tree.map_params(tx, lambda x: x, state), state)
     specs = optax.tree.map_params(
@@ -397,7 +399,7 @@ def test_none_leaves_in_parameters_and_gradients():
 
 def test_a_parameter_without_gradient_keeps_still():
     params, batches = make_params(), make_batches(12)
-    tx = mlbfgs(0.1, weight_decay=0.1, **FAST)
+    tx = mlbfgs(0.1, weight_decay=0.1, pack=False, **FAST)
     state = before = tx.init(params)
     update = jax.jit(tx.update)
     for batch in zip(*batches, strict=True):
@@ -792,8 +794,10 @@ def test_without_pairs_the_base_optimizer_is_left(settings):
 def test_a_state_has_the_planned_bytes(settings, dtype):
     params = make_params(dtype)
     plan = core.plan_memory(core.Config(**settings), jax.tree.leaves(params))
-    state = jax.jit(scale_by_mlbfgs(**settings).init)(params)
+    state = jax.jit(scale_by_mlbfgs(pack=False, **settings).init)(params)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == plan.total
+    state = jax.jit(scale_by_mlbfgs(pack=True, **settings).init)(params)
+    assert plan.total <= sum(leaf.nbytes for leaf in jax.tree.leaves(state)) <= plan.total * (1 + 1 / 64)
 
 
 @pytest.mark.usefixtures("_promoting")
@@ -816,7 +820,7 @@ def test_without_pairs_it_is_an_optax_transformation_like_any_other(settings):
         assert step._cache_size() == 1
         assert types(state) == types(tx.init(params)) == types(jax.jit(tx.init)(params))
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((now, state)))
-        marked = optax.tree.map_params(tx, lambda p: None, state)
+        marked = optax.tree.map_params(tx, lambda p: p, state, transform_non_params=lambda _: None)
         assert len(jax.tree.leaves(marked)) < len(jax.tree.leaves(state))
 
 
@@ -969,7 +973,7 @@ def test_gradients_that_do_not_fit_are_refused_by_the_name_of_their_parameter(gr
 def test_numbers_of_numpy_are_numbers(kind):
     params, results = make_params(), []
     for made in (float, kind):
-        tx = mlbfgs(made(0.125), made(0.5), made(0.25), min_cosine=made(0.25), history_size=np.int32(3))
+        tx = mlbfgs(made(0.125), made(0.5), made(0.25), min_cosine=made(0.25), history_size=np.int32(3), pack=False)
         updates, state = tx.update(params, tx.init(params), params)
         assert state[0].history["first"]["bias"].shape == (2, 3, 6)
         results.append(updates)

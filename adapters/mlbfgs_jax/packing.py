@@ -1,0 +1,262 @@
+"""Parameters that lie side by side in one leaf of the core, so that JAX compiles one leaf in place of many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+
+from mlbfgs_core import adapter
+from mlbfgs_core.adapter import accumulation_dtype
+
+from .values import kind
+
+__all__ = ["Pack", "PackMode", "Parts", "Plan", "check_mode", "may_be_sharded", "to_be_packed"]
+
+PackMode = bool | Literal["auto"]
+Array = Any
+
+_LANES = 128
+"""The most values in a row of a pack."""
+_PADDING = 64
+"""At most one in this many values of a pack is padding, unless rows have one value."""
+_LARGEST = 2**31
+"""The most values in a pack."""
+
+
+class Pack(NamedTuple):
+    """Some parameters in rows of equal length, each beginning in a row of its own; the rest of its last row is
+    zero. A number per parameter is then a number per row, which is next to nothing to store and to read.
+
+    The numbers are needed since each parameter keeps its own count of gradients: one that has been frozen for
+    a while learns as if it were alone.
+    """
+
+    members: tuple[int, ...]
+    """Indices of the parameters."""
+    shapes: tuple[tuple[int, ...], ...]
+    lanes: int
+    """Number of values in a row."""
+
+    @classmethod
+    def of(cls, members: Sequence[int], leaves: Sequence[Any]) -> Pack:
+        """A pack of these leaves, with the longest rows that need little padding."""
+        shapes = tuple(tuple(leaves[i].shape) for i in members)
+        sizes = [math.prod(shape) for shape in shapes]
+        lanes = _LANES
+        while lanes > 1 and _PADDING * sum(-size % lanes for size in sizes) > sum(sizes):
+            lanes //= 2
+        return cls(tuple(members), shapes, lanes)
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of rows of each parameter."""
+        return [-(-math.prod(shape) // self.lanes) for shape in self.shapes]
+
+    @property
+    def size(self) -> int:
+        """Number of values, padding included."""
+        return sum(self.counts) * self.lanes
+
+    def like(self, leaves: Sequence[Any]) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the pack, which is flat."""
+        return jax.ShapeDtypeStruct((self.size,), accumulation_dtype(leaves[self.members[0]]))
+
+    def spread(self, values: Array) -> Array:
+        """A number per value from one per parameter; a compiler has to keep no more than one per row."""
+        rows = values[np.repeat(np.asarray(self.members), self.counts)]
+        return jnp.broadcast_to(rows[:, None], (len(rows), self.lanes)).reshape(self.size)
+
+    def by_row(self, flat: Array) -> Array:
+        """A flat array as (R, lanes)."""
+        return flat.reshape(-1, self.lanes)
+
+    def join(self, arrays: Sequence[Array | None], dtype: Any, xp: Any = jnp) -> Array:
+        """Arrays of the parameters as one; None is zero. They may have leading axes, the same for all."""
+        parts = []
+        for array, shape, count in zip(arrays, self.shapes, self.counts, strict=True):
+            room = count * self.lanes
+            if array is None:
+                parts.append(xp.zeros(room, dtype))
+                continue
+            lead, size = array.shape[: array.ndim - len(shape)], math.prod(shape)
+            flat = xp.reshape(array, (*lead, size)).astype(dtype)
+            parts.append(xp.pad(flat, [(0, 0)] * len(lead) + [(0, room - size)]) if room > size else flat)
+        return xp.concatenate(parts, axis=-1)
+
+    def split(self, flat: Array) -> list[Array]:
+        """The inverse of `join`; the array may be abstract."""
+        lead = flat.shape[:-1]
+        if _is_abstract(flat):
+            return [jax.ShapeDtypeStruct((*lead, *shape), flat.dtype) for shape in self.shapes]
+        parts, start = [], 0
+        for shape, count in zip(self.shapes, self.counts, strict=True):
+            parts.append(flat[..., start : start + math.prod(shape)].reshape((*lead, *shape)))
+            start += count * self.lanes
+        return parts
+
+
+class Parts(NamedTuple):
+    """A leaf that is packed only where it is read, so that it needs no memory until then."""
+
+    pack: Pack
+    arrays: tuple[Array, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pack."""
+        return (self.pack.size,)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the pack."""
+        return jnp.dtype(accumulation_dtype(self.arrays[0]))
+
+    def only(self, present: Sequence[bool]) -> Parts:
+        """The same with zeros for other parameters."""
+        kept = (x if present[i] else jnp.zeros_like(x) for i, x in zip(self.pack.members, self.arrays, strict=True))
+        return self._replace(arrays=tuple(kept))
+
+    def join(self, dtype: Any, keep: Array | None = None) -> Array:
+        """The pack in a dtype; if `keep` (0-d) is given, not before it is known: one of the parts is zero if it is
+        false, and the whole waits for that part."""
+        arrays = list(self.arrays)
+        if keep is not None:
+            i = min(range(len(arrays)), key=lambda i: arrays[i].size)
+            arrays[i] = jnp.where(keep, arrays[i], jnp.zeros((), arrays[i].dtype))
+        return self.pack.join(arrays, dtype)
+
+
+class Plan(NamedTuple):
+    """Which leaves of the core the parameters make."""
+
+    groups: tuple[tuple[int, ...], ...]
+    """The parameters of each leaf."""
+    packs: tuple[Pack | None, ...]
+    """How they lie in each leaf; None for a parameter alone, in its own shape."""
+    blocks: adapter.Blocks
+    """Blocks of leaves."""
+
+    @classmethod
+    def of(cls, leaves: Sequence[Any], packed: Sequence[bool], blocks: adapter.Blocks | None) -> Plan:
+        """A plan for parameters of which some may be packed: those of one block lie in one leaf, if
+        their averages have one dtype: the state need not change with half precision."""
+        kinds = [accumulation_dtype(leaf) if yes else None for leaf, yes in zip(leaves, packed, strict=True)]
+        sizes = [math.prod(leaf.shape) for leaf in leaves]
+        groups, of_leaves = adapter.pack(sizes, kinds, blocks or (), _LARGEST)
+        packs = tuple(Pack.of(group, leaves) if len(group) > 1 else None for group in groups)
+        return cls(tuple(groups), packs, of_leaves)
+
+    @property
+    def packed(self) -> list[bool]:
+        """Whether each parameter lies in a pack."""
+        inside = {i for pack in self.packs if pack is not None for i in pack.members}
+        return [i in inside for i in range(sum(map(len, self.groups)))]
+
+    def likes(self, leaves: Sequence[Any]) -> list[Any]:
+        """The leaves of the core, those of packs without values."""
+        return [
+            leaves[group[0]] if pack is None else pack.like(leaves)
+            for group, pack in zip(self.groups, self.packs, strict=True)
+        ]
+
+    def join(
+        self, arrays: Sequence[Array | None], dtypes: Sequence[Any], xp: Any = jnp
+    ) -> list[Array | None]:
+        """Arrays of the parameters as those of the leaves, in these dtypes; None where there is no array."""
+        joined: list[Array | None] = []
+        for group, pack, dtype in zip(self.groups, self.packs, dtypes, strict=True):
+            own = [arrays[i] for i in group]
+            if all(array is None for array in own):
+                joined.append(None)
+            elif pack is None:
+                joined.append(own[0].astype(dtype))
+            else:
+                joined.append(pack.join(own, dtype, xp))
+        return joined
+
+    def gather(self, leaves: Sequence[Any]) -> list[Any]:
+        """The parameters as leaves of the core, which are read once."""
+        return [
+            leaves[group[0]] if pack is None else Parts(pack, tuple(leaves[i] for i in group))
+            for group, pack in zip(self.groups, self.packs, strict=True)
+        ]
+
+    def split(self, arrays: Sequence[Array | None]) -> list[Array | None]:
+        """The inverse of `join`."""
+        parts: list[Array | None] = [None] * sum(map(len, self.groups))
+        for group, pack, array in zip(self.groups, self.packs, arrays, strict=True):
+            own = [array] if pack is None else [None] * len(group) if array is None else pack.split(array)
+            for i, part in zip(group, own, strict=True):
+                parts[i] = part
+        return parts
+
+
+def _is_abstract(array: Array) -> bool:
+    return isinstance(array, jax.ShapeDtypeStruct)
+
+
+def check_mode(pack: PackMode, axes: tuple[str, ...]) -> None:
+    """Raise ValueError or TypeError unless an argument `pack` can be followed."""
+    if not isinstance(pack, bool) and pack != "auto":
+        error = ValueError if isinstance(pack, str) else TypeError
+        msg = f"`pack` must be True, False or 'auto', got {pack!r}"
+        raise error(msg)
+    if pack is True and axes:
+        msg = f"`pack` must not be True with `axis_name`, whose leaves are shards, got axis_name={axes!r}"
+        raise ValueError(msg)
+
+
+def to_be_packed(pack: PackMode, axes: tuple[str, ...], names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+    """Which parameters an argument `pack` lets lie side by side.
+
+    Raises
+    ------
+    ValueError
+        With True where a type says that a parameter is sharded.
+    """
+    if pack is True:
+        for name, leaf in zip(names, leaves, strict=True):
+            if axes_of := _sharded_axes(leaf):
+                rule = "must not be True where a parameter is sharded, since packing would gather it"
+                msg = f"`pack` {rule}, got {kind(leaf)} over the axes {axes_of} at {name!r}"
+                raise ValueError(msg)
+        return [True] * len(names)
+    if pack is False or axes:
+        return [False] * len(names)
+    return [not may_be_sharded(leaf) for leaf in leaves]
+
+
+def may_be_sharded(leaf: Any) -> bool:
+    """Whether a leaf is sharded as its type says, or lies on a mesh of automatic axes, of which types say
+    nothing. The answer is the same outside of `jit` and inside, and for abstract arrays with shardings."""
+    mesh = _sharding(leaf).mesh
+    automatic = [
+        name
+        for name, axis in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if axis is AxisType.Auto and mesh.shape[name] > 1
+    ]
+    return bool(automatic or _sharded_axes(leaf))
+
+
+def _sharded_axes(leaf: Any) -> list[str]:
+    """Names of the axes of more than one device over which a leaf's type says that it is sharded."""
+    sharding = _sharding(leaf)
+    named = [part for part in sharding.spec if part is not None]
+    names = [name for part in named for name in (part if isinstance(part, tuple) else (part,))]
+    return [name for name in names if isinstance(name, str) and sharding.mesh.shape[name] > 1]
+
+
+def _sharding(leaf: Any) -> NamedSharding:
+    """The sharding in the type of a leaf, which may be abstract; without a mesh of its own, on that of the
+    context."""
+    known = getattr(leaf, "sharding", None) if _is_abstract(leaf) else None
+    if isinstance(known, NamedSharding):
+        return known
+    sharding = jax.typeof(leaf).sharding
+    return NamedSharding(jax.sharding.get_abstract_mesh(), sharding.spec) if sharding.mesh.empty else sharding

@@ -1,0 +1,116 @@
+"""The state of `scale_by_mlbfgs`, and how it holds what the core remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+import mlbfgs_core as core
+from mlbfgs_core import adapter
+
+from .packing import Plan
+
+__all__ = [
+    "InPack",
+    "MLBFGSState",
+    "folded",
+    "joined",
+    "map_leaf_arrays",
+    "packed_leaves",
+    "parted",
+    "unfolded",
+]
+
+class InPack(NamedTuple):
+    """Stands in a tree for a parameter that lies in a pack; holds no array."""
+
+    kind: dict[str, tuple[()]]
+    """Its only key tells dtype and shape, such as "float32 of shape (4, 6)"; a part of the tree's structure, so that
+    parameters that have changed are told from those that `init` has seen."""
+
+    @classmethod
+    def of(cls, leaf: Any) -> InPack:
+        """For a real leaf."""
+        return cls({f"{adapter.accumulation_dtype(leaf)} of shape {tuple(leaf.shape)}": ()})
+
+    def __str__(self) -> str:
+        return next(iter(self.kind))
+
+
+class MLBFGSState(core.State):
+    """The core's state with trees like that of the parameters in place of tuples with an array per leaf.
+
+    A leaf of `history` has two more leading axes than its parameter. A complex parameter counts as a
+    real one with a last axis of length 2.
+
+    In the trees an `InPack` stands for each parameter that lies in a pack. `packed` holds, by the names of the
+    trees, one flat array of the packed parameters, or a tuple of several if they are of several blocks or
+    dtypes; an array without values if there are none, and nothing with ``pack=False`` or an `axis_name`.
+    ``packed["trace"]`` is the momentum of `mlbfgs`.
+    """
+
+    __slots__ = ()
+
+
+def folded(
+    state: core.State, plan: Plan, leaves: Sequence[Any], treedef: Any, *, packs: bool
+) -> MLBFGSState:
+    """A state of the core as trees and, if there may be any, packs."""
+    trees: dict[str, Any] = {}
+    packed: dict[str, Any] = {}
+    for name, arrays in adapter.leaf_arrays(state).items():
+        trees[name], packed[name] = parted(arrays, plan, leaves, treedef)
+    packed = packed if packs else {}
+    own = {name: trees.pop(name) for name in state.preconditioner}
+    return MLBFGSState(*state)._replace(**trees, preconditioner=own, packed=packed)
+
+
+def parted(arrays: Sequence[Any], plan: Plan, leaves: Sequence[Any], treedef: Any) -> tuple[Any, Any]:
+    """Arrays of the core's leaves as a tree and as packs."""
+    if treedef.num_leaves == 0:  # of a tree of placeholders nothing more is known
+        return treedef.unflatten([]), jnp.zeros(0, jnp.float32)
+    alone: list[Any] = [InPack.of(leaf) for leaf in leaves]
+    flat = []
+    for group, pack, array in zip(plan.groups, plan.packs, arrays, strict=True):
+        if pack is None:
+            alone[group[0]] = array
+        else:
+            flat.append(array)
+    packs = jnp.zeros(0, arrays[0].dtype) if not flat else flat[0] if len(flat) == 1 else tuple(flat)
+    return treedef.unflatten(alone), packs
+
+
+def unfolded(state: MLBFGSState, plan: Plan, treedef: Any) -> core.State:
+    """The inverse of `folded`."""
+    arrays = {
+        name: joined(treedef.flatten_up_to(tree), state.packed.get(name, ()), plan)
+        for name, tree in adapter.leaf_arrays(state).items()
+    }
+    return adapter.with_leaf_arrays(core.State(*state)._replace(packed={}), arrays)
+
+
+def joined(alone: Sequence[Any], packed: Any, plan: Plan) -> tuple[Any, ...]:
+    """The inverse of `parted`, from the leaves of the tree."""
+    packs = iter(packed if isinstance(packed, tuple) else (packed,))
+    arrays = []
+    for group, pack in zip(plan.groups, plan.packs, strict=True):
+        if pack is None:
+            arrays.append(alone[group[0]])
+        else:
+            arrays.append(next(packs))
+    return tuple(arrays)
+
+
+def packed_leaves(tree: Any, treedef: Any) -> list[bool]:
+    """Which leaves of a tree of the state lie in packs."""
+    return [isinstance(leaf, InPack) for leaf in treedef.flatten_up_to(tree)]
+
+
+def map_leaf_arrays(function: Callable[[Any], Any], state: Any, *others: Any) -> Any:
+    """The state with `function` applied to all leaves' arrays of each kind, with those of other states."""
+    found = [adapter.leaf_arrays(own) for own in (state, *others)]
+    arrays = {name: function(*(own[name] for own in found)) for name in found[0]}
+    own = {name: arrays.pop(name) for name in state.preconditioner}
+    return state._replace(**arrays, preconditioner=own)
