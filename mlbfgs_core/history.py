@@ -52,16 +52,15 @@ def refresh(
             )
     sums = call.reduce(call.block_sums(grams))
 
-    chosen = index[None, :] == slots[:, None]
-    is_s = xp.concat([chosen, chosen & False], axis=1)
-    is_y = xp.concat([chosen & False, chosen], axis=1)
+    rows_of = xp.arange(2 * m, device=call.device(state))[None, :]
+    is_s, is_y = rows_of == slots[:, None], rows_of == slots[:, None] + m
     gram = _replace_row(state.gram, sums[:, : 2 * m], is_s, xp)
     gram = _replace_row(gram, sums[:, 2 * m : 4 * m], is_y, xp)
     gram = xp.where(keep[:, None, None], gram, state.gram)
     pairs = state.pairs + xp.astype(keep, xp.int32)
     middle, gamma = two_loop(gram, pairs, xp, call.device(state), kernels.repeat)
     # Products that overflow nevertheless, as those of float16 rows may, must not stay: start without pairs.
-    sane = xp.all(xp.isfinite(gram), axis=(1, 2)) & xp.all(xp.isfinite(middle), axis=(1, 2))
+    sane = xp.all(xp.isfinite(gram) & xp.isfinite(middle), axis=(1, 2))
     lost = keep & ~(sane & xp.isfinite(gamma) & (gamma > 0))
     gram = xp.where(lost[:, None, None], 0.0, gram)
     middle = xp.where(lost[:, None, None], 0.0, middle)
@@ -72,7 +71,7 @@ def refresh(
         along = xp.where(is_s, sums[:, 4 * m, None], xp.where(is_y, sums[:, 4 * m + 1, None], seen.rows))
         rows = xp.where(keep[:, None], along, seen.rows)
 
-    fresh = keep[:, None] & chosen
+    fresh = keep[:, None] & (index[None, :] == slots[:, None])
     state = state._replace(
         history=tuple(history),
         gram=gram,

@@ -54,7 +54,7 @@ def window_noise(call: Call, state: State) -> tuple[Array, Array]:
     now = xp.astype(xp.maximum(state.window, xp.ones_like(state.window)), call.dtype)
     before = xp.astype(xp.maximum(state.prev_window, xp.ones_like(state.window)), call.dtype)
     if config.beta is None:
-        spread, freedom = 1.0 / now + 1.0 / before, now + before - 2.0
+        spread, freedom = (now + before) / (now * before), now + before - 2.0
     else:
         # Exponential averages that started at their first value: P has the variance `prev`, a part of
         # which stays in M, and the `now` gradients since then have geometric weights.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +18,13 @@ from mlbfgs_core import adapter
 from mlbfgs_core.adapter import accumulation_dtype
 
 from .packing import Plan
-from .state import InPack, MLBFGSState, joined, map_leaf_arrays
+from .state import InPack, MLBFGSState, joined, map_leaf_arrays, pack_name
 from .tree import check_params, named_leaves, path_names
 from .values import as_real, from_real
 
 __all__ = ["load_state", "save_state"]
+
+_TRACE = pack_name("trace")
 
 
 def save_state(
@@ -177,7 +179,7 @@ def _snapshot(
     plan = Plan.of(leaves, packed, partition)
 
     def of_leaves(name: str, tree: Any) -> tuple[Any, ...]:
-        return joined(list(named_leaves(tree).values()), jax.tree.map(_local, own.packed.get(name, ())), plan)
+        return joined(list(named_leaves(tree).values()), jax.tree.map(_local, own.packed.get(pack_name(name), ())), plan)
 
     arrays = {name: of_leaves(name, tree) for name, tree in adapter.leaf_arrays(own).items()}
     plain = adapter.with_leaf_arrays(core.State(*own)._replace(packed={}), arrays)
@@ -188,9 +190,9 @@ def _snapshot(
     if traces:
         trace = traces[0].trace
         buffers = {name: as_real(leaf) for name, leaf in named_leaves(trace).items() if not isinstance(leaf, InPack)}
-        if "trace" in own.packed:
+        if (packs := own.packed.get(_TRACE)) is not None:
             alone = [buffers.get(name) for name in names]
-            momentum = plan.split(joined(alone, jax.tree.map(_local, own.packed["trace"]), plan))
+            momentum = plan.split(joined(alone, jax.tree.map(_local, packs), plan))
         else:
             momentum = [buffers.get(name) for name in names]
         momentum = [
@@ -228,27 +230,21 @@ def _map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 def _state_like(old: MLBFGSState, snapshot: core.Snapshot, plan: Plan) -> MLBFGSState:
     """The state of a snapshot in the place of an old one."""
-    arrays = adapter.leaf_arrays(snapshot.state)
-    if "trace" in old.packed:
-        arrays |= {"trace": snapshot.momentum}
+    arrays = {pack_name(name): own for name, own in adapter.leaf_arrays(snapshot.state).items()}
+    arrays[_TRACE] = snapshot.momentum
 
     def alone(tree: Any, values: Any) -> Any:
         leaves, treedef = jax.tree.flatten(tree)
         chosen = [value for value, inside in zip(values, plan.packed, strict=True) if not inside]
         return treedef.unflatten(map(_placed, leaves, chosen))
 
-    def packs(name: str, leaf: Any) -> Any:
-        places = list(leaf) if isinstance(leaf, tuple) else [leaf]
+    def packs(name: str, places: Sequence[Any]) -> tuple[Any, ...]:
         values = [None if value is None else np.asarray(value) for value in arrays[name]]
         flat = [
-            pack.join([values[i] for i in pack.members], places[0].dtype, np) for pack in plan.packs if pack
+            pack.join([values[i] for i in pack.members], place.dtype, np)
+            for pack, place in zip(filter(None, plan.packs), places, strict=True)
         ]
-        if not flat:
-            return jax.tree.map(lambda place: _placed(place, np.zeros(0, place.dtype)), leaf)
-        placed = [
-            _placed(place, rows.reshape(place.shape)) for place, rows in zip(places, flat, strict=True)
-        ]
-        return tuple(placed) if isinstance(leaf, tuple) else placed[0]
+        return tuple(map(_placed, places, flat))
 
     numbers = {name: _placed(own, getattr(snapshot.state, name)) for name, own in adapter.coefficients(old).items()}
     packed = {name: packs(name, leaf) for name, leaf in old.packed.items()}

@@ -172,12 +172,16 @@ class JaxKernels(core.Kernels):
         return super().direct(leaf._replace(root=root), grad, weights, keep)
 
     def next_products(self, leaf: adapter.Leaf, valid: Array) -> list[adapter.PairTile]:
-        """As `Kernels.next_products`, scaled and masked only where that matters."""
+        """As `Kernels.next_products`; scaled and masked only where that matters, if the leaf is not sharded, so
+        that all devices decide the same."""
+        if may_be_sharded(leaf.means.params):
+            return super().next_products(leaf, valid)
 
-        one, limits, means = jnp.ones((), leaf.dtype), jnp.finfo(leaf.dtype), leaf.means
+        limits, means = jnp.finfo(leaf.dtype), leaf.means
         s, y = self.pair(leaf, None, jnp.ones((), bool))
         # s'.y' is s.y; and turned around, so that XLA does not form the differences in memory for both.
         sy = self.dot(means.prev_params - means.params, means.prev_grads - means.grads)
+        one = jnp.ones((), leaf.dtype)
         plain = adapter.PairTile(one, one, self.dot(s, s), sy, self.dot(y, y))
         by_row, rows = self._rows(leaf.number, valid)
         usual = jnp.all(rows) & _in_range(plain.ss, limits) & _in_range(plain.yy, limits)

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from mlbfgs_core import adapter
 from mlbfgs_core.adapter import accumulation_dtype
 
+from .shards import varying_axes
 from .values import kind
 
 __all__ = ["Pack", "PackMode", "Parts", "Plan", "check_mode", "may_be_sharded", "to_be_packed"]
@@ -229,19 +230,23 @@ def to_be_packed(pack: PackMode, axes: tuple[str, ...], names: Sequence[str], le
         return [True] * len(names)
     if pack is False or axes:
         return [False] * len(names)
-    return [not may_be_sharded(leaf) for leaf in leaves]
+    # Inside of `shard_map` a leaf that is replicated could be packed; but outside, on the mesh, it is not.
+    return [not may_be_sharded(leaf) and not _axes_of(leaf, AxisType.Manual) for leaf in leaves]
 
 
 def may_be_sharded(leaf: Any) -> bool:
-    """Whether a leaf is sharded as its type says, or lies on a mesh of automatic axes, of which types say
-    nothing. The answer is the same outside of `jit` and inside, and for abstract arrays with shardings."""
+    """Whether a leaf is sharded or a shard, as its type says, or lies on a mesh of automatic axes, of which
+    types say nothing. The answer is the same outside of `jit` and inside, and for abstract arrays with
+    shardings."""
+    shard = not _is_abstract(leaf) and varying_axes(leaf)
+    return bool(_axes_of(leaf, AxisType.Auto) or _sharded_axes(leaf) or shard)
+
+
+def _axes_of(leaf: Any, kind: AxisType) -> list[str]:
+    """Names of the axes of this kind and of more than one device in the mesh on which a leaf lies."""
     mesh = _sharding(leaf).mesh
-    automatic = [
-        name
-        for name, axis in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if axis is AxisType.Auto and mesh.shape[name] > 1
-    ]
-    return bool(automatic or _sharded_axes(leaf))
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, axis in axes if axis is kind and mesh.shape[name] > 1]
 
 
 def _sharded_axes(leaf: Any) -> list[str]:

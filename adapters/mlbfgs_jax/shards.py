@@ -11,7 +11,7 @@ from jax import lax
 
 from mlbfgs_core.adapter import Blocks, one_block
 
-__all__ = ["AxisName", "Shards", "axis_names"]
+__all__ = ["AxisName", "Shards", "axis_names", "varying_axes"]
 
 AxisName = str | tuple[str, ...]
 
@@ -50,7 +50,7 @@ class Shards(NamedTuple):
         """
         sizes = {name: lax.axis_size(name) for name in names}
         for name, size in sizes.items():
-            if size > 1 and name not in _varying(lax.axis_index(name)):
+            if size > 1 and name not in varying_axes(lax.axis_index(name)):
                 rule = "must be an axis of a `jax.shard_map` with check_vma=True"
                 msg = f"`axis_name` {rule}, whose types tell shards from copies, got {name!r}"
                 raise ValueError(msg)
@@ -58,19 +58,19 @@ class Shards(NamedTuple):
 
     def reduce(self, x: jax.Array) -> jax.Array:
         """The sum over all shards."""
-        varying = tuple(name for name in self.sizes if name in _varying(x))
+        varying = tuple(name for name in self.sizes if name in varying_axes(x))
         total = lax.psum(x, varying) if varying else x
         copies = self._number(name for name in self.sizes if name not in varying)
         return total if copies == 1 else total * copies
 
     def shares(self, leaves: Sequence[Any]) -> list[float]:
         """The part of each leaf's inner products that a shard adds: 1 over the number of copies."""
-        return [1.0 / self._number(name for name in self.sizes if name not in _varying(x)) for x in leaves]
+        return [1.0 / self._number(name for name in self.sizes if name not in varying_axes(x)) for x in leaves]
 
     def block_sizes(self, leaves: Sequence[Any], blocks: Blocks | None) -> list[float]:
         """Number of parameters of each block, over all shards."""
         sizes = [
-            math.prod(leaf.shape) * self._number(name for name in self.sizes if name in _varying(leaf))
+            math.prod(leaf.shape) * self._number(name for name in self.sizes if name in varying_axes(leaf))
             for leaf in leaves
         ]
         return [float(sum(sizes[i] for i in block)) for block in blocks or one_block(len(sizes))]
@@ -78,7 +78,7 @@ class Shards(NamedTuple):
     def check(self, names: Sequence[str], leaves: Sequence[Any], grads: Sequence[Any | None]) -> None:
         """Raise ValueError where copies of a parameter have gradients that differ."""
         for name, leaf, grad in zip(names, leaves, grads, strict=True):
-            axes = () if grad is None else _varying(grad) - _varying(leaf)
+            axes = () if grad is None else varying_axes(grad) - varying_axes(leaf)
             if found := [axis for axis in self.sizes if axis in axes]:
                 rule = "must be the same on every copy of a parameter (sum it with `jax.lax.psum`)"
                 msg = f"`updates` {rule}, got one that varies over {found} at {name!r}"
@@ -88,7 +88,7 @@ class Shards(NamedTuple):
         return math.prod(self.sizes[name] for name in names)
 
 
-def _varying(x: Any) -> frozenset[str]:
+def varying_axes(x: Any) -> frozenset[str]:
     """The mapped axes over which a value differs, as its type tells."""
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)  # JAX before 0.10 has `vma` alone

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 import mlbfgs_core as core
 from mlbfgs_core import adapter
 
@@ -18,6 +16,7 @@ __all__ = [
     "folded",
     "joined",
     "map_leaf_arrays",
+    "pack_name",
     "packed_leaves",
     "parted",
     "unfolded",
@@ -45,32 +44,36 @@ class MLBFGSState(core.State):
     A leaf of `history` has two more leading axes than its parameter. A complex parameter counts as a
     real one with a last axis of length 2.
 
-    In the trees an `InPack` stands for each parameter that lies in a pack. `packed` holds, by the names of the
-    trees, one flat array of the packed parameters, or a tuple of several if they are of several blocks or
-    dtypes; an array without values if there are none, and nothing with ``pack=False`` or an `axis_name`.
-    ``packed["trace"]`` is the momentum of `mlbfgs`.
+    In the trees an `InPack` stands for each parameter that lies in a pack. For each tree `packed` holds a tuple
+    of flat arrays, such as ``packed["packed_history"]``: one for each block and dtype of averages of which
+    several parameters are packed. ``packed["packed_trace"]`` is the momentum of `mlbfgs`.
     """
 
     __slots__ = ()
 
 
-def folded(
-    state: core.State, plan: Plan, leaves: Sequence[Any], treedef: Any, *, packs: bool
-) -> MLBFGSState:
-    """A state of the core as trees and, if there may be any, packs."""
+def pack_name(name: str) -> str:
+    """The name of a tree's packs; another than the tree's, which `optax.tree.get` may look for."""
+    return f"packed_{name}"
+
+
+def folded(state: core.State, plan: Plan, leaves: Sequence[Any], treedef: Any) -> MLBFGSState:
+    """A state of the core as trees and packs."""
     trees: dict[str, Any] = {}
     packed: dict[str, Any] = {}
     for name, arrays in adapter.leaf_arrays(state).items():
-        trees[name], packed[name] = parted(arrays, plan, leaves, treedef)
-    packed = packed if packs else {}
+        trees[name], packed[pack_name(name)] = parted(arrays, plan, leaves, treedef)
+    packed = packed if any(plan.packed) else {}
     own = {name: trees.pop(name) for name in state.preconditioner}
     return MLBFGSState(*state)._replace(**trees, preconditioner=own, packed=packed)
 
 
-def parted(arrays: Sequence[Any], plan: Plan, leaves: Sequence[Any], treedef: Any) -> tuple[Any, Any]:
+def parted(
+    arrays: Sequence[Any], plan: Plan, leaves: Sequence[Any], treedef: Any
+) -> tuple[Any, tuple[Any, ...]]:
     """Arrays of the core's leaves as a tree and as packs."""
-    if treedef.num_leaves == 0:  # of a tree of placeholders nothing more is known
-        return treedef.unflatten([]), jnp.zeros(0, jnp.float32)
+    if treedef.num_leaves == 0:
+        return treedef.unflatten([]), ()
     alone: list[Any] = [InPack.of(leaf) for leaf in leaves]
     flat = []
     for group, pack, array in zip(plan.groups, plan.packs, arrays, strict=True):
@@ -78,22 +81,21 @@ def parted(arrays: Sequence[Any], plan: Plan, leaves: Sequence[Any], treedef: An
             alone[group[0]] = array
         else:
             flat.append(array)
-    packs = jnp.zeros(0, arrays[0].dtype) if not flat else flat[0] if len(flat) == 1 else tuple(flat)
-    return treedef.unflatten(alone), packs
+    return treedef.unflatten(alone), tuple(flat)
 
 
 def unfolded(state: MLBFGSState, plan: Plan, treedef: Any) -> core.State:
     """The inverse of `folded`."""
     arrays = {
-        name: joined(treedef.flatten_up_to(tree), state.packed.get(name, ()), plan)
+        name: joined(treedef.flatten_up_to(tree), state.packed.get(pack_name(name), ()), plan)
         for name, tree in adapter.leaf_arrays(state).items()
     }
     return adapter.with_leaf_arrays(core.State(*state)._replace(packed={}), arrays)
 
 
-def joined(alone: Sequence[Any], packed: Any, plan: Plan) -> tuple[Any, ...]:
+def joined(alone: Sequence[Any], packed: Sequence[Any], plan: Plan) -> tuple[Any, ...]:
     """The inverse of `parted`, from the leaves of the tree."""
-    packs = iter(packed if isinstance(packed, tuple) else (packed,))
+    packs = iter(packed)
     arrays = []
     for group, pack in zip(plan.groups, plan.packs, strict=True):
         if pack is None:

@@ -18,7 +18,7 @@ from mlbfgs_core.adapter import accumulation_dtype, dtype_name
 from .kernels import JaxKernels, decide
 from .packing import PackMode, Plan, check_mode, may_be_sharded, to_be_packed
 from .shards import AxisName, Shards, axis_names
-from .state import MLBFGSState, folded, joined, packed_leaves, parted, unfolded
+from .state import MLBFGSState, folded, joined, pack_name, packed_leaves, parted, unfolded
 from .tree import Tree
 from .values import as_real, from_real, paired, widened
 
@@ -139,6 +139,9 @@ def scale_by_mlbfgs(
     return optax.GradientTransformationExtraArgs(method.init, update)
 
 
+_TRACE = pack_name("trace")
+
+
 class _Step(NamedTuple):
     """What a step of the core gives."""
 
@@ -178,11 +181,18 @@ class _Packed(NamedTuple):
             with contextlib.suppress(NameError):  # outside `shard_map`, where leaves are whole
                 shards = Shards.over(self.axes)
         sizes = shards.block_sizes(tree.leaves, tree.blocks)
-        shape = (max(1, len(tree.leaves)),)
-        counts = {name: jnp.zeros_like(getattr(state, name), shape=shape) for name in adapter.LEAF_COUNTS}
-        state = state._replace(size=state.size * 0 + jnp.asarray(sizes, state.size.dtype), **counts)
-        packs = self.pack is not False and not self.axes
-        return folded(state, plan, tree.leaves, tree.treedef, packs=packs), tree, plan
+        state = state._replace(size=state.size * 0 + jnp.asarray(sizes, state.size.dtype))
+        if any(plan.packed):
+            counts = {name: jnp.zeros(len(tree.leaves), jnp.int32) for name in adapter.LEAF_COUNTS}
+            state = state._replace(**counts)
+        state = folded(state, plan, tree.leaves, tree.treedef)
+        if state.packed:  # lies where the parameters are
+            numbers = {name: _placed(value, tree) for name, value in adapter.coefficients(state).items()}
+            state = state._replace(**numbers, packed=_placed(state.packed, tree))
+        if not tree.leaves and self.pack is not False and not self.axes:
+            # A tree of placeholders, as `optax.tree.map_params` makes it, tells not what will be packed.
+            state = state._replace(packed=jnp.zeros(()))
+        return state, tree, plan
 
     def plan(self, tree: Tree, state: MLBFGSState) -> Plan:
         """The plan of a state.
@@ -239,7 +249,7 @@ class _Packed(NamedTuple):
         directions, factor, after = method.unscaled_step(
             before, leaves, grads, when_check=decide, when_due=decide, when_scaled=decide
         )
-        new = folded(after, plan, tree.leaves, tree.treedef, packs=bool(state.packed))
+        new = folded(after, plan, tree.leaves, tree.treedef)
         new = new._replace(packed=state.packed | new.packed)  # the momentum is not the core's
         return _Step(tree, given, plan, directions, factor, new)
 
@@ -421,7 +431,7 @@ class _Momentum(NamedTuple):
     def step(self, step: _Step, trace: optax.TraceState) -> tuple[list[Any | None], MLBFGSState, optax.TraceState]:
         """The directions with momentum, and the states with the new momentum."""
         held = step.tree.treedef.flatten_up_to(jax.tree.map(as_real, trace.trace))
-        before = joined(held, step.state.packed.get("trace", ()), step.plan)
+        before = joined(held, step.state.packed.get(_TRACE, ()), step.plan)
         after, moved = list(before), list(step.directions)
         for leaf, (old, d) in enumerate(zip(before, step.directions, strict=True)):
             if d is None:
@@ -443,8 +453,9 @@ class _Momentum(NamedTuple):
             for group, pack, array in zip(plan.groups, plan.packs, arrays, strict=True)
         ]
         alone, packed = parted(own, plan, tree.leaves, tree.treedef)
-        packs = first.packed | {"trace": packed} if first.packed else {}
-        return first._replace(packed=packs), optax.TraceState(alone)
+        if any(plan.packed):
+            first = first._replace(packed=first.packed | {_TRACE: _placed(packed, tree)})
+        return first, optax.TraceState(alone)
 
 
 def _decayed(updates: optax.Updates, params: optax.Params, rate: Any, mask: Any) -> optax.Updates:
@@ -462,6 +473,12 @@ def _decayed(updates: optax.Updates, params: optax.Params, rate: Any, mask: Any)
         return jax.tree.map(decayed, updates, params, is_leaf=_is_none) if chosen else updates
 
     return jax.tree.map(part, chosen, updates, params)
+
+
+def _placed(arrays: Any, tree: Tree) -> Any:
+    """Arrays on the devices of the parameters, which are not sharded, unless these are traced or anywhere."""
+    device = JaxKernels().device(tree.leaves[0])
+    return arrays if device is None else jax.device_put(arrays, device)
 
 
 def _present(step: _Step, leaf: int) -> Any:

@@ -323,7 +323,7 @@ def test_state_keeps_its_types_and_the_update_has_the_gradients(dtype, settings,
     assert types(after) == types(state)
     assert types(updates) == types(grads)
     expected = "float64" if dtype == "float64" else "float32"
-    averages = state[0].packed["mean_grads"] if pack else state[0].mean_grads["first"]["bias"]
+    averages = state[0].packed["packed_mean_grads"][0] if pack else state[0].mean_grads["first"]["bias"]
     assert averages.dtype == expected
     assert state[0].gamma.dtype == expected
 

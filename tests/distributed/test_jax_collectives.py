@@ -64,10 +64,10 @@ def sent(program):
 M = 5
 EACH_STEP = 2 * M + 4
 """For each leaf: projections on 2m rows, two squares, the scatter, and the square of the update."""
-EACH_CHECK = 2 + 3
-"""For each leaf: two scales and three inner products."""
-EACH_REFRESH = EACH_CHECK + 4 * M + 6
-"""The same, and the products of two new rows with 2m, with one another and with the gradient."""
+EACH_PAIR = 2 + 3
+"""For each leaf, at a check and at a refresh: two scales and three inner products."""
+EACH_REFRESH = 4 * M + 3 + 2
+"""The products of two new rows with 2m, with one another and with the gradient."""
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,17 @@ EACH_REFRESH = EACH_CHECK + 4 * M + 6
 )
 def test_a_step_sends_coefficients_in_two_reductions_and_gathers_nothing(name, kind, shapes):
     leaves = len(shapes)
-    always, (scale, check, refresh) = sent(compiled_update(LAYOUTS[name], kind, shapes=shapes))
-    assert {operation.kind for operation in (*always, *scale, *check, *refresh)} == {"all-reduce"}
-    assert (len(always), len(scale), len(check), len(refresh)) == (2, 1, 2, 3)
+    always, parts = sent(compiled_update(LAYOUTS[name], kind, shapes=shapes))
+    everything = [*always, *(operation for part in parts for operation in part)]
+    assert {operation.kind for operation in everything} == {"all-reduce"}
+    by_count = {sum(operation.numbers for operation in part): part for part in parts}
+    assert sorted(by_count) == [2 * leaves, leaves * EACH_PAIR, leaves * EACH_REFRESH]
+    scale, pair, refresh = (by_count[count] for count in sorted(by_count))
+    assert (len(always), len(scale), len(pair), len(refresh)) == (2, 1, 2, 1)
     assert sum(operation.numbers for operation in scale) == 2 * leaves  # gradients' and parameters' largest
     assert sum(operation.numbers for operation in always) == leaves * EACH_STEP
     assert sum(operation.bytes for operation in always) == 4 * leaves * EACH_STEP
-    assert sum(operation.numbers for operation in check) == leaves * EACH_CHECK
+    assert sum(operation.numbers for operation in pair) == leaves * EACH_PAIR
     assert sum(operation.numbers for operation in refresh) == leaves * EACH_REFRESH
 
 

@@ -121,7 +121,7 @@ class ShardMapRun(Run):
 
 @functools.cache
 def on_mesh(name, settings):
-    tx = mlbfgs(RATE, axis_name=NAMES[name], **SETTINGS, **dict(settings))
+    tx = mlbfgs(RATE, axis_name=NAMES[name], pack=False, **SETTINGS, **dict(settings))
     return ShardMapRun(tx, LAYOUTS[name])
 
 

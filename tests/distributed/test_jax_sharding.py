@@ -180,6 +180,9 @@ def test_init_outside_and_under_jit_and_abstract_gives_the_same(name, kind):
     assert jax.tree.map(kind_of, abstract) == jax.tree.map(kind_of, state)
     if kind is AxisType.Explicit:
         assert jax.tree.map(jax.typeof, compiled) == jax.tree.map(jax.typeof, state)
+        if name == "data":  # replicated, hence packed
+            assert not jax.tree.leaves(abstract[0].history)
+            return
         assert abstract[0].history["hidden"].sharding.spec == P(
             None, None, *layout.params["hidden"], *fill(layout)
         )
@@ -291,3 +294,49 @@ def test_the_neutral_checkpoint_takes_a_state_of_explicit_axes_from_eval_shape(t
     assert_same(restored, (params, state))
     for name, leaf in restored[1][0].history.items():
         assert jax.typeof(leaf) == jax.typeof(state[0].history[name])
+
+
+# Packing
+
+
+def packed(state):
+    return not jax.tree.leaves(state[0].history)
+
+
+@pytest.mark.parametrize("name", ["data", "fully sharded", "data and tensor"])
+@each_kind
+def test_only_what_types_say_is_replicated_is_packed(name, kind):
+    """Of automatic axes types say nothing; of explicit ones those leaves are packed that are replicated."""
+    tx, params = init_on(LAYOUTS[name], kind)
+    state = tx.init(params)
+    assert packed(state) == (kind is AxisType.Explicit and name == "data")
+    assert bool(state[0].packed) == packed(state)
+
+
+def test_what_was_packed_before_it_lay_on_a_mesh_is_refused_with_what_to_do():
+    tx, params = optimizer(), make_params("float64")
+    state = tx.init(params)
+    assert packed(state)
+    mesh = make_mesh(LAYOUTS["data"], AxisType.Auto)
+    params, state = jax.device_put((params, state), NamedSharding(mesh, P()))
+    with pytest.raises(ValueError, match="`state` must not have packed what may be sharded.*pack=True"):
+        jax.jit(tx.update)(params, state, params)
+    told = mlbfgs(RATE, pack=True, **SETTINGS)
+    updates, _ = jax.jit(told.update)(params, told.init(params), params)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
+
+
+def test_packing_a_sharded_leaf_is_refused_by_name():
+    _, params = init_on(LAYOUTS["fully sharded"], AxisType.Explicit)
+    match = "`pack` must not be True where a parameter is sharded.*float64 of shape \\(16,\\) over .*'data'.*'bias'"
+    with pytest.raises(ValueError, match=match):
+        mlbfgs(RATE, pack=True).init(params)
+
+
+def test_a_packed_run_on_a_mesh_is_that_of_one_device():
+    run = MeshRun(mlbfgs(RATE, pack=True, **SETTINGS), LAYOUTS["data"], AxisType.Auto)
+    expected = on_one_device("default", "float64")
+    for number, (params, state) in enumerate(run.train(*run.start(), 0, STEPS)):
+        assert deviation(params, expected[number]) < GROWTH["default"] * np.finfo("float64").eps
+    assert packed(state)
+    assert int(state[0].pairs[0]) >= 4
