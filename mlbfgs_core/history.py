@@ -20,9 +20,8 @@ def refresh(
     call: Call, state: State, seen: Observation | None, pair: PairProducts | None, due: Array
 ) -> tuple[State, Array | None]:
     """Take the pair of this window and the previous one where due, and form the new inverse Hessian; counts
-    are left to `turn_window`. With an
-    observation also return its `rows`, with the gradient projected on the new pair, too. `pair` are the
-    pair's `products` if they are known."""
+    are left to `turn_window`. With an observation also return its `rows`, with the gradient projected on the
+    new pair, too. `pair` are the pair's `products` if they are known."""
     xp, kernels, m = call.xp, call.kernels, call.config.history_size
     if seen is None:
         roots = call.roots(state, [mean.dtype for mean in state.mean_params])
@@ -89,8 +88,8 @@ def refresh(
 
 
 def _gradient(call: Call, seen: Observation, leaf: int) -> Array | None:
-    """The gradient of this step. Where a compiler decides what it keeps in memory, it is formed again, since this
-    part seldom runs."""
+    """The gradient of this step. Where a compiler decides what it keeps in memory, it is formed again, since
+    this part seldom runs."""
     grad, given = seen.grads[leaf], seen.given[leaf]
     if given is None or call.kernels.in_place or grad is given:
         return grad

@@ -110,8 +110,8 @@ class Kernels:
     # How parameters lie in leaves: each is a leaf of its own, unless an adapter packs several into one.
 
     def of_leaf(self, values: Array, leaf: int) -> Array:
-        """A leaf's number among those of all parameters (P,): 0-d, or of a shape that broadcasts with the leaf
-        if it holds several parameters."""
+        """A leaf's number among those of all parameters (P,): 0-d, or of a shape that broadcasts with the
+        leaf if it holds several parameters."""
         return values[leaf]
 
     def present(self, grads: Sequence[Array | None]) -> list[bool]:

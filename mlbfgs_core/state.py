@@ -155,7 +155,7 @@ def _is_empty(arrays: Any) -> bool:
 
 def with_leaf_arrays(state: State, arrays: Mapping[str, tuple[Array | None, ...]]) -> State:
     """The state with these arrays in place of its `leaf_arrays`; what is not given becomes empty."""
-    own = {name: tuple(arrays.get(name, ())) for name in _LEAF_FIELDS}
+    own: dict[str, Any] = {name: tuple(arrays.get(name, ())) for name in _LEAF_FIELDS}
     rest = {name: tuple(values) for name, values in arrays.items() if name not in own}
     return state._replace(**own, preconditioner=rest)
 

@@ -101,8 +101,8 @@ def two_loop(
     alpha = repeat(m, first, xp.broadcast_to(unit, sy.shape))
 
     # Second loop, r = gamma q, oldest to newest: r <- r + (alpha_i - rho_i y_i.r) s_i. Its weights solve the
-    # transpose of the first loop's triangular system, whose inverse is `alpha`. The small sums are written out
-    # because a matrix product may run in reduced precision.
+    # transpose of the first loop's triangular system, whose inverse is `alpha`. The small sums are written
+    # out because a matrix product may run in reduced precision.
     gamma_alpha = gamma[:, None, None] * alpha
     inner = curvature[:, :, None] * alpha + xp.sum(yy[:, :, :, None] * gamma_alpha[:, None, :, :], axis=2)
     s_rows = xp.concat([_product(alpha, inner, xp), -_transposed(gamma_alpha, xp)], axis=2)

@@ -179,7 +179,9 @@ def _snapshot(
     plan = Plan.of(leaves, packed, partition)
 
     def of_leaves(name: str, tree: Any) -> tuple[Any, ...]:
-        return joined(list(named_leaves(tree).values()), jax.tree.map(_local, own.packed.get(pack_name(name), ())), plan)
+        return joined(
+            list(named_leaves(tree).values()), jax.tree.map(_local, own.packed.get(pack_name(name), ())), plan
+        )
 
     arrays = {name: of_leaves(name, tree) for name, tree in adapter.leaf_arrays(own).items()}
     plain = adapter.with_leaf_arrays(core.State(*own)._replace(packed={}), arrays)
@@ -189,14 +191,20 @@ def _snapshot(
     momentum: list[Any] = [None] * len(names)
     if traces:
         trace = traces[0].trace
-        buffers = {name: as_real(leaf) for name, leaf in named_leaves(trace).items() if not isinstance(leaf, InPack)}
+        buffers = {
+            name: as_real(leaf) for name, leaf in named_leaves(trace).items() if not isinstance(leaf, InPack)
+        }
         if (packs := own.packed.get(_TRACE)) is not None:
             alone = [buffers.get(name) for name in names]
             momentum = plan.split(joined(alone, jax.tree.map(_local, packs), plan))
         else:
             momentum = [buffers.get(name) for name in names]
         momentum = [
-            None if buffer is None else buffer if _is_abstract(buffer) else buffer.astype(accumulation_dtype(leaf))
+            None
+            if buffer is None
+            else buffer
+            if _is_abstract(buffer)
+            else buffer.astype(accumulation_dtype(leaf))
             for buffer, leaf in zip(momentum, leaves, strict=True)
         ]
     return core.Snapshot(names, partition, plain, tuple(leaves), tuple(momentum)), plan
@@ -246,7 +254,9 @@ def _state_like(old: MLBFGSState, snapshot: core.Snapshot, plan: Plan) -> MLBFGS
         ]
         return tuple(map(_placed, places, flat))
 
-    numbers = {name: _placed(own, getattr(snapshot.state, name)) for name, own in adapter.coefficients(old).items()}
+    numbers = {
+        name: _placed(own, getattr(snapshot.state, name)) for name, own in adapter.coefficients(old).items()
+    }
     packed = {name: packs(name, leaf) for name, leaf in old.packed.items()}
     return map_leaf_arrays(alone, old, snapshot.state)._replace(**numbers, packed=packed)
 

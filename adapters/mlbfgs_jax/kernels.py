@@ -15,9 +15,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import mlbfgs_core as core
 from mlbfgs_core import adapter
 
+from .decisions import decide
 from .packing import Pack, Parts, may_be_sharded
 
-__all__ = ["JaxKernels", "decide"]
+__all__ = ["JaxKernels"]
 
 Array = jax.Array
 
@@ -99,17 +100,13 @@ class JaxKernels(core.Kernels):
         a, b = _flat(a), _flat(b)
         return _contract(a, b, b.ndim, 0)
 
-    def _rows(self, leaf: int, weight: Array) -> tuple[Callable[[Array], Array], Array]:
-        """A view of a pack as rows, and one weight per row of what `of_leaf` has given; otherwise nothing
-        changes."""
+    def weighted_square(self, leaf: int, x: Array, weight: Array) -> Array:
+        """Sum of squares with a weight as `of_leaf` gives it; row by row, so that weights need no memory."""
         pack = self._packs.get(leaf)
-        return (lambda x: x, weight) if pack is None else (pack.by_row, pack.by_row(weight)[:, 0])
-
-    def _weighted(self, pair: tuple[Array, Array], weight: Array) -> Array:
-        """An inner product with a weight, both as `_rows` gives them."""
-        if weight.ndim == 0:
-            return self.dot(*pair) * weight
-        return jnp.sum(jnp.sum(pair[0] * pair[1], axis=-1) * weight)
+        if pack is None:
+            return self.dot(x, x) * weight
+        rows = pack.by_row(x)
+        return jnp.sum(jnp.sum(rows * rows, axis=-1) * pack.by_row(weight)[:, 0])
 
     def square(self, leaf: Array, dtype: Any, factor: float = 1.0) -> Array:
         """Sum of squares of a multiple, of the parameters that have a gradient. XLA would square the factor
@@ -139,27 +136,23 @@ class JaxKernels(core.Kernels):
         return sum(coefficients[i] * rows[i].astype(coefficients.dtype) for i in range(rows.shape[0]))
 
     # Passes over a leaf. Memory that XLA takes anew in every step costs more time than arithmetic: so what is
-    # cheap is formed again wherever it is needed, and reductions contain no factor that XLA would have to spread
-    # out first.
+    # cheap is formed again wherever it is needed, and reductions contain no factor that XLA would have to
+    # spread out first.
 
     def whiten(
         self, leaf: adapter.Leaf, grad: Array, mean: Array | None, scatter_weight: Array
     ) -> tuple[Any, list[Array]]:
-        """As `Kernels.whiten`; all sums come from ``z = R g`` and what `R` keeps."""
+        """As `Kernels.whiten`; where `R` scales values, all sums come from ``z = R g`` and these scales."""
         g = self.cast(grad, leaf.dtype)
         root = leaf.root.at(self, None, g)
-        kept = root.kept
-        z = root.white(g)
+        kept, z = root.kept, root.white(g)
+        scales = kept is not None and leaf.root.elementwise
         sums = [] if leaf.history is None else [self.project(leaf.history, z)]
-        if kept is not None:
-            own = z / kept
-            sums.append(self.dot(own, own))
-        sums.append(self.dot(z, z))
+        own = z / kept if scales else g
+        sums += [self.dot(z, z)] if z is g else [self.dot(own, own), self.dot(z, z)]
         if mean is not None:
-            by_row, weight = self._rows(leaf.number, scatter_weight)
-            white = by_row(mean) if kept is None else by_row(mean) * by_row(kept)
-            off = by_row(z) - white
-            sums.append(self._weighted((off, off), weight))
+            off = z - mean * kept if scales else root.whiten(g - mean)
+            sums.append(self.weighted_square(leaf.number, off, scatter_weight))
         return leaf.root if kept is None else leaf.root.keeping(kept), sums
 
     def direct(
@@ -172,22 +165,22 @@ class JaxKernels(core.Kernels):
         return super().direct(leaf._replace(root=root), grad, weights, keep)
 
     def next_products(self, leaf: adapter.Leaf, valid: Array) -> list[adapter.PairTile]:
-        """As `Kernels.next_products`; scaled and masked only where that matters, if the leaf is not sharded, so
-        that all devices decide the same."""
+        """As `Kernels.next_products`; scaled and masked only where that matters, if the leaf is not sharded,
+        so that all devices decide the same."""
         if may_be_sharded(leaf.means.params):
             return super().next_products(leaf, valid)
 
-        limits, means = jnp.finfo(leaf.dtype), leaf.means
+        means, pack = leaf.means, self._packs.get(leaf.number)
         s, y = self.pair(leaf, None, jnp.ones((), bool))
         # s'.y' is s.y; and turned around, so that XLA does not form the differences in memory for both.
         sy = self.dot(means.prev_params - means.params, means.prev_grads - means.grads)
         one = jnp.ones((), leaf.dtype)
         plain = adapter.PairTile(one, one, self.dot(s, s), sy, self.dot(y, y))
-        by_row, rows = self._rows(leaf.number, valid)
-        usual = jnp.all(rows) & _in_range(plain.ss, limits) & _in_range(plain.yy, limits)
+        rows = valid if pack is None else pack.by_row(valid)[:, 0]
+        usual = jnp.all(rows) & _in_range(plain.ss) & _in_range(plain.yy)
 
         def scaled(plain: adapter.PairTile) -> adapter.PairTile:
-            mask = jnp.broadcast_to(rows.reshape(-1, 1), by_row(s).shape).reshape(s.shape) if rows.ndim else rows
+            mask = rows if pack is None else pack.filled(rows)
             products = self.pair_products(*self.pair(leaf, None, mask))
             return adapter.PairTile(*map(partial(jnp.where, usual), plain, products))
 
@@ -236,27 +229,9 @@ def _again(x: Any) -> Any:
     return lax.optimization_barrier(x)
 
 
-@jax.custom_batching.custom_vmap
-def _anyone(flag: Array) -> Array:
-    return flag
-
-
-@_anyone.def_vmap
-def _anyone_of_batch(size: int, batched: Any, flag: Array) -> tuple[Array, bool]:
-    return _anyone(jnp.any(flag)), False
-
-
-def decide(predicate: Array, part: Callable[[Any], Any], operand: Any) -> Any:
-    """Run a part on the device if the predicate is true, else return the operand.
-
-    Under `vmap` the part runs for all members as soon as one asks for it; so it must leave alone what is not
-    asked for. A `lax.cond` whose predicate differs between members would run it always.
-    """
-    return lax.cond(_anyone(predicate), part, lambda same: same, operand)
-
-
-def _in_range(square: Array, limits: Any) -> Array:
+def _in_range(square: Array) -> Array:
     """Whether a sum of squares has neither lost a part that counts nor come near the largest number."""
+    limits = jnp.finfo(square.dtype)
     return (square > limits.tiny / limits.eps**2) & (square < limits.max * limits.eps**2)
 
 

@@ -1,4 +1,4 @@
-"""Parameters that lie side by side in one leaf of the core, so that JAX compiles one leaf in place of many."""
+"""Parameters that lie side by side in one leaf of the core, so that JAX compiles one in place of many."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 
 from mlbfgs_core import adapter
 from mlbfgs_core.adapter import accumulation_dtype
 
+from .decisions import undisclosed
 from .shards import varying_axes
 from .values import kind
 
@@ -31,8 +33,8 @@ _LARGEST = 2**31
 
 
 class Pack(NamedTuple):
-    """Some parameters in rows of equal length, each beginning in a row of its own; the rest of its last row is
-    zero. A number per parameter is then a number per row, which is next to nothing to store and to read.
+    """Some parameters in rows of equal length, each beginning in a row of its own; the rest of its last row
+    is zero. A number per parameter is then a number per row, which is next to nothing to store and to read.
 
     The numbers are needed since each parameter keeps its own count of gradients: one that has been frozen for
     a while learns as if it were alone.
@@ -60,6 +62,11 @@ class Pack(NamedTuple):
         return [-(-math.prod(shape) // self.lanes) for shape in self.shapes]
 
     @property
+    def starts(self) -> list[int]:
+        """Where each parameter begins."""
+        return [self.lanes * sum(self.counts[:i]) for i in range(len(self.members))]
+
+    @property
     def size(self) -> int:
         """Number of values, padding included."""
         return sum(self.counts) * self.lanes
@@ -70,7 +77,10 @@ class Pack(NamedTuple):
 
     def spread(self, values: Array) -> Array:
         """A number per value from one per parameter; a compiler has to keep no more than one per row."""
-        rows = values[np.repeat(np.asarray(self.members), self.counts)]
+        return self.filled(values[np.repeat(np.asarray(self.members), self.counts)])
+
+    def filled(self, rows: Array) -> Array:
+        """A number per value from one per row."""
         return jnp.broadcast_to(rows[:, None], (len(rows), self.lanes)).reshape(self.size)
 
     def by_row(self, flat: Array) -> Array:
@@ -95,11 +105,18 @@ class Pack(NamedTuple):
         lead = flat.shape[:-1]
         if _is_abstract(flat):
             return [jax.ShapeDtypeStruct((*lead, *shape), flat.dtype) for shape in self.shapes]
-        parts, start = [], 0
-        for shape, count in zip(self.shapes, self.counts, strict=True):
-            parts.append(flat[..., start : start + math.prod(shape)].reshape((*lead, *shape)))
-            start += count * self.lanes
-        return parts
+        return [
+            flat[..., start : start + math.prod(shape)].reshape((*lead, *shape))
+            for start, shape in zip(self.starts, self.shapes, strict=True)
+        ]
+
+    def split_if(self, keep: Array, flat: Array) -> list[Array]:
+        """As `split` of an array without leading axes, but compiled sooner; unspecified where `keep` (0-d
+        bool) is false."""
+        return [
+            lax.dynamic_slice(flat, (start,), (math.prod(shape),)).reshape(shape)
+            for start, shape in zip(undisclosed(self.starts, keep), self.shapes, strict=True)
+        ]
 
 
 class Parts(NamedTuple):
@@ -120,12 +137,15 @@ class Parts(NamedTuple):
 
     def only(self, present: Sequence[bool]) -> Parts:
         """The same with zeros for other parameters."""
-        kept = (x if present[i] else jnp.zeros_like(x) for i, x in zip(self.pack.members, self.arrays, strict=True))
+        kept = (
+            x if present[i] else jnp.zeros_like(x)
+            for i, x in zip(self.pack.members, self.arrays, strict=True)
+        )
         return self._replace(arrays=tuple(kept))
 
     def join(self, dtype: Any, keep: Array | None = None) -> Array:
-        """The pack in a dtype; if `keep` (0-d) is given, not before it is known: one of the parts is zero if it is
-        false, and the whole waits for that part."""
+        """The pack in a dtype; if `keep` (0-d) is given, not before it is known: one of the parts is zero if
+        it is false, and the whole waits for that part."""
         arrays = list(self.arrays)
         if keep is not None:
             i = min(range(len(arrays)), key=lambda i: arrays[i].size)
@@ -188,11 +208,16 @@ class Plan(NamedTuple):
             for group, pack in zip(self.groups, self.packs, strict=True)
         ]
 
-    def split(self, arrays: Sequence[Array | None]) -> list[Array | None]:
-        """The inverse of `join`."""
+    def split(self, arrays: Sequence[Array | None], keep: Array | None = None) -> list[Array | None]:
+        """The inverse of `join`; with `keep` as `Pack.split_if`."""
         parts: list[Array | None] = [None] * sum(map(len, self.groups))
         for group, pack, array in zip(self.groups, self.packs, arrays, strict=True):
-            own = [array] if pack is None else [None] * len(group) if array is None else pack.split(array)
+            if pack is None:
+                own = [array]
+            elif array is None:
+                own = [None] * len(group)
+            else:
+                own = pack.split(array) if keep is None else pack.split_if(keep, array)
             for i, part in zip(group, own, strict=True):
                 parts[i] = part
         return parts
@@ -213,7 +238,9 @@ def check_mode(pack: PackMode, axes: tuple[str, ...]) -> None:
         raise ValueError(msg)
 
 
-def to_be_packed(pack: PackMode, axes: tuple[str, ...], names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+def to_be_packed(
+    pack: PackMode, axes: tuple[str, ...], names: Sequence[str], leaves: Sequence[Any]
+) -> list[bool]:
     """Which parameters an argument `pack` lets lie side by side.
 
     Raises

@@ -65,7 +65,9 @@ class Shards(NamedTuple):
 
     def shares(self, leaves: Sequence[Any]) -> list[float]:
         """The part of each leaf's inner products that a shard adds: 1 over the number of copies."""
-        return [1.0 / self._number(name for name in self.sizes if name not in varying_axes(x)) for x in leaves]
+        return [
+            1.0 / self._number(name for name in self.sizes if name not in varying_axes(x)) for x in leaves
+        ]
 
     def block_sizes(self, leaves: Sequence[Any], blocks: Blocks | None) -> list[float]:
         """Number of parameters of each block, over all shards."""

@@ -22,12 +22,13 @@ __all__ = [
     "unfolded",
 ]
 
+
 class InPack(NamedTuple):
     """Stands in a tree for a parameter that lies in a pack; holds no array."""
 
     kind: dict[str, tuple[()]]
-    """Its only key tells dtype and shape, such as "float32 of shape (4, 6)"; a part of the tree's structure, so that
-    parameters that have changed are told from those that `init` has seen."""
+    """Its only key tells dtype and shape, such as "float32 of shape (4, 6)"; a part of the tree's structure,
+    so that parameters that have changed are told from those that `init` has seen."""
 
     @classmethod
     def of(cls, leaf: Any) -> InPack:
@@ -44,9 +45,9 @@ class MLBFGSState(core.State):
     A leaf of `history` has two more leading axes than its parameter. A complex parameter counts as a
     real one with a last axis of length 2.
 
-    In the trees an `InPack` stands for each parameter that lies in a pack. For each tree `packed` holds a tuple
-    of flat arrays, such as ``packed["packed_history"]``: one for each block and dtype of averages of which
-    several parameters are packed. ``packed["packed_trace"]`` is the momentum of `mlbfgs`.
+    In the trees an `InPack` stands for each parameter that lies in a pack. For each tree `packed` holds a
+    tuple of flat arrays, such as ``packed["packed_history"]``: one for each block and dtype of averages of
+    which several parameters are packed. ``packed["packed_trace"]`` is the momentum of `mlbfgs`.
     """
 
     __slots__ = ()

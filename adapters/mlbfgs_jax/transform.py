@@ -15,7 +15,8 @@ import mlbfgs_core as core
 from mlbfgs_core import adapter
 from mlbfgs_core.adapter import accumulation_dtype, dtype_name
 
-from .kernels import JaxKernels, decide
+from .decisions import decide
+from .kernels import JaxKernels
 from .packing import PackMode, Plan, check_mode, may_be_sharded, to_be_packed
 from .shards import AxisName, Shards, axis_names
 from .state import MLBFGSState, folded, joined, pack_name, packed_leaves, parted, unfolded
@@ -124,7 +125,8 @@ def scale_by_mlbfgs(
         step = method.step(updates, state, params)
         if step is None:
             return updates, state
-        parts = step.plan.split([None if d is None else d * step.factor.astype(d.dtype) for d in step.directions])
+        scaled = [None if d is None else d * step.factor.astype(d.dtype) for d in step.directions]
+        parts = step.plan.split(scaled, step.state.accepted)
         return step.tree.updates(parts, step.grads, from_real), step.state
 
     def update(
@@ -210,7 +212,8 @@ class _Packed(NamedTuple):
             wanted = to_be_packed(self.pack, self.axes, tree.names, tree.leaves)
             if Plan.of(tree.leaves, wanted, tree.blocks).packed != packed:
                 told = "some" if any(packed) else "no"
-                msg = f"`state` must be one of pack={self.pack}, got one with {told} parameters packed; {advice}"
+                got = f"got one with {told} parameters packed"
+                msg = f"`state` must be one of pack={self.pack}, {got}; {advice}"
                 raise ValueError(msg)
         elif self.axes and any(packed):
             msg = f"`state` must have no packed parameters with `axis_name`; {advice}"
@@ -383,16 +386,21 @@ def mlbfgs(
         moved = [None if d is None else d * step.factor.astype(d.dtype) for d in step.directions]
         if momentum is not None:
             moved, first, trace = momentum.step(step, trace)
-        parts = step.tree.updates(step.plan.split(moved), step.grads, paired)
+        parts = step.tree.updates(step.plan.split(moved, first.accepted), step.grads, paired)
         if not adapter.is_zero(shrinkage):
             parts = _decayed(parts, wide, numbers[0], mask)
 
         def finished(part: Any, given: Any) -> Any:
             change = jnp.asarray(-numbers[1], part.dtype) * part
-            return jnp.where(first.accepted, change, jnp.zeros((), part.dtype)).astype(jnp.asarray(given).dtype)
+            return jnp.where(first.accepted, change, jnp.zeros((), part.dtype)).astype(
+                jnp.asarray(given).dtype
+            )
 
         result = jax.tree.map(
-            lambda part, given: None if part is None else finished(part, given), parts, updates, is_leaf=_is_none
+            lambda part, given: None if part is None else finished(part, given),
+            parts,
+            updates,
+            is_leaf=_is_none,
         )
         counts = jax.tree.map(
             lambda count: jnp.where(first.accepted, optax.safe_increment(count), count), tuple(state[2:])
@@ -426,9 +434,13 @@ class _Momentum(NamedTuple):
         """The states before the first step."""
         zeros = JaxKernels().zeros
         likes = plan.likes(tree.leaves)
-        return self._stored(first, tree, plan, [zeros(leaf, (), getattr(jnp, dtype_name(leaf))) for leaf in likes])
+        return self._stored(
+            first, tree, plan, [zeros(leaf, (), getattr(jnp, dtype_name(leaf))) for leaf in likes]
+        )
 
-    def step(self, step: _Step, trace: optax.TraceState) -> tuple[list[Any | None], MLBFGSState, optax.TraceState]:
+    def step(
+        self, step: _Step, trace: optax.TraceState
+    ) -> tuple[list[Any | None], MLBFGSState, optax.TraceState]:
         """The directions with momentum, and the states with the new momentum."""
         held = step.tree.treedef.flatten_up_to(jax.tree.map(as_real, trace.trace))
         before = joined(held, step.state.packed.get(_TRACE, ()), step.plan)

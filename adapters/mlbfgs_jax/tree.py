@@ -89,7 +89,9 @@ class Tree(NamedTuple):
         if tree is not None:
             check_params(self.names, self.given, self.treedef.flatten_up_to(tree), plain, plan, config)
 
-    def updates(self, parts: Sequence[Any | None], grads: Sequence[Any | None], like: Callable[..., Any]) -> Any:
+    def updates(
+        self, parts: Sequence[Any | None], grads: Sequence[Any | None], like: Callable[..., Any]
+    ) -> Any:
         """A tree of updates for the parameters that have a gradient, made `like` it."""
         return self.treedef.unflatten(
             None if grad is None else like(part, jnp.asarray(grad))
@@ -105,7 +107,7 @@ def check_params(
     plan: Plan,
     config: core.Config,
 ) -> None:
-    """Raise ValueError unless parameters are like those whose averages a state holds, in a `tree` and in packs.
+    """Raise ValueError unless parameters are like those whose averages a state holds, in a tree and in packs.
 
     Shapes and dtypes of a state never change, so it cannot follow parameters whose shape or dtype has.
     """

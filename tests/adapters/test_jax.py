@@ -973,7 +973,9 @@ def test_gradients_that_do_not_fit_are_refused_by_the_name_of_their_parameter(gr
 def test_numbers_of_numpy_are_numbers(kind):
     params, results = make_params(), []
     for made in (float, kind):
-        tx = mlbfgs(made(0.125), made(0.5), made(0.25), min_cosine=made(0.25), history_size=np.int32(3), pack=False)
+        tx = mlbfgs(
+            made(0.125), made(0.5), made(0.25), min_cosine=made(0.25), history_size=np.int32(3), pack=False
+        )
         updates, state = tx.update(params, tx.init(params), params)
         assert state[0].history["first"]["bias"].shape == (2, 3, 6)
         results.append(updates)
