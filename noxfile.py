@@ -49,6 +49,11 @@ BENCHMARKS = {
         "benchmark",
         "time a step next to its floor, PyTorch's optimizers and optax's",
     ),
+    "jax_cost": (
+        "jax",
+        "benchmark",
+        "what mlbfgs costs in JAX: compilation, steps, ensembles, next to optax",
+    ),
     "array_steps": ("numpy", "benchmark", "time a step in NumPy, or in CuPy with --device cuda"),
     "fit": ("numpy", "benchmark", 'run preset="fit" at constant rates, with and without noise'),
     "line_search": ("jax", "benchmark", "compare L-BFGS with a line search: ours, optax's and SciPy's"),

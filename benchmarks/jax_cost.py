@@ -2,8 +2,8 @@
 
 Each figure comes from a process of its own. All contestants take turns, round by round, and the least CPU
 time of all rounds counts for compilation, the median for steps. ``--against DIR`` adds this library as
-another checkout has it. "optax.lbfgs" is as optax gives it, with its line search; "no search" is its direction
-alone, with as many pairs as mlbfgs.
+another checkout has it. "optax.lbfgs" is as optax gives it, with its line search; "no search" is its
+direction alone, with as many pairs as mlbfgs.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class Method:
         The operations on parameter-sized arrays; by default plain array-API ones.
     reduce : callable, optional
         Sums an array of coefficients over all shards; by default the identity. It is called once in a
-        step, once more with a preconditioner or a missing gradient, twice at a check, three times at a
-        refresh.
+        step, once more with a preconditioner or a missing gradient, twice at a check or a refresh, which
+        share the inner products of the pair, and once more at a refresh.
     shares : sequence of float, optional
         For each leaf the part of its inner products that this shard adds, by default 1. If several shards
         hold copies of a leaf, their shares sum to 1: for instance, 1 on one of them and 0 on the others.

@@ -66,6 +66,13 @@ def scale_by_mlbfgs(
         summed over them. A parameter that is replicated over some of them counts once. Leave out axes over
         which all parameters are replicated and their gradients already summed. Under `jit`, which knows
         the shardings, give none.
+    pack : {"auto", True, False}
+        Which parameters lie side by side in one flat array of the state for each block and dtype of averages,
+        which compiles and runs much faster and computes the same. "auto": those of which the types say that
+        they are not sharded; never on a mesh of several devices with automatic axes, since types say nothing
+        of them, and never with an `axis_name`. True: all; give it where all are replicated on such a mesh.
+        False: none; each array of the state then has its parameter's shape. A state must be used with the
+        `pack` with which `init` has made it.
 
     Returns
     -------
@@ -77,8 +84,9 @@ def scale_by_mlbfgs(
     ------
     ValueError, TypeError
         Settings out of range; from `init` and `update`: parameters that are not floating-point or
-        complex, missing parameters; with `axis_name` a `shard_map` without ``check_vma``, or gradients
-        that differ between copies of a parameter.
+        complex, missing parameters; a state with other parameters packed, or packed ones that may be
+        sharded; with `axis_name` a `shard_map` without ``check_vma``, or gradients that differ between copies
+        of a parameter.
     NameError
         From `update`: no such axis.
 
@@ -87,7 +95,10 @@ def scale_by_mlbfgs(
     A non-finite gradient gives a direction of zero and changes nothing in the state except the counter
     `skipped`. A parameter whose gradient is None does not move. Donate the state to the compiled step
     (``jax.jit(step, donate_argnums=...)``), or each step copies it. State: ``(2 * history_size + 5) * 4``
-    bytes per float32 parameter with default settings.
+    bytes per float32 parameter with default settings, and up to a sixty-fourth of it more for packs.
+
+    A packed parameter keeps its own count of gradients. While it has none, its averages, momentum and share of
+    the history stay as they are, and afterwards it goes on as if it lay alone.
 
     References
     ----------
@@ -232,10 +243,11 @@ class _Packed(NamedTuple):
         tree = Tree.of(params, self.blocks)
         given = tree.gradients(updates)
         tree.check_names(state)
+        if not tree.leaves:
+            return None
         plan = self.plan(tree, state)
         before = unfolded(state, plan, tree.treedef)
-        if tree.leaves:
-            tree.check(state, before, plan, self.config)
+        tree.check(state, before, plan, self.config)
         if all(grad is None for grad in given):
             return None
         likes = plan.likes(tree.leaves)
@@ -304,7 +316,7 @@ def mlbfgs(
         Momentum on the direction; by default the preset's: 0 for "lbfgs" and "fit", else 0.9.
     weight_decay : float or schedule
         Parameters shrink by ``learning_rate * weight_decay`` per step, as in `optax.adamw`.
-    preset, blocks, axis_name
+    preset, blocks, axis_name, pack
         As in `scale_by_mlbfgs`. The settings `history_size` to `history_dtype` are those of
         `mlbfgs_core.Config`, which explains them; those not given are the preset's.
     nesterov : bool, optional
@@ -316,8 +328,8 @@ def mlbfgs(
     Returns
     -------
     optax.GradientTransformationExtraArgs
-        A chain of `scale_by_mlbfgs`, `optax.trace`, `optax.add_decayed_weights` and
-        `optax.scale_by_learning_rate`, whose state is the tuple of theirs.
+        What a chain of `scale_by_mlbfgs`, `optax.trace`, `optax.add_decayed_weights` and
+        `optax.scale_by_learning_rate` does, with the tuple of their states.
 
     Raises
     ------
