@@ -5,7 +5,7 @@ history twice and move some 15 further values per parameter; at the speed with w
 memory, measured in the same run, that is the floor. All contestants take turns, window by window, so that
 ratios are reliable on a noisy machine. A second table is for a model of 60 small tensors, where the number of
 operations matters and not their size; a third times the core alone on NumPy and PyTorch; a fourth compares
-whole compiled updates in JAX with optax's L-BFGS; a fifth times the compilation of a training step.
+whole compiled updates in JAX with optax's L-BFGS (`jax_cost.py` has compilation and whole steps).
 
 On a GPU (``--device cuda``) steps of GPT-2's parameters (124 million values in 148 tensors) are timed as
 well, and each kernel alone. For each step there are also the time until the host can go on, and the device's
@@ -40,7 +40,7 @@ from torch.optim import LBFGS, AdamW, Optimizer
 
 import mlbfgs_core as core
 from mlbfgs_core import adapter
-from mlbfgs_jax import mlbfgs, scale_by_mlbfgs
+from mlbfgs_jax import scale_by_mlbfgs
 from mlbfgs_torch import MLBFGS
 from mlbfgs_torch.kernels import TorchKernels
 
@@ -445,40 +445,6 @@ def jax_updates(n: int, repeats: int) -> Iterator[str]:
         yield f"{name:28}{middle:10.2f}{spread:>14}{middle / base:9.2f}{problem.scratch:17.0f}{pairs:7d}"
 
 
-def jax_compilation(leaves: int, repeats: int) -> dict[str, float]:
-    """Median seconds to trace and compile a whole training step with this many leaves of 1200 values."""
-    search = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")
-    direction = scale_by_mlbfgs(preset="lbfgs", history_size=HISTORY)
-    transformations = {
-        "optax.lbfgs": optax.lbfgs(memory_size=HISTORY),
-        "the same with scale_by_mlbfgs": optax.chain(direction, optax.scale(-1.0), search),
-        "mlbfgs, adaptive": mlbfgs(0.1, history_size=HISTORY),
-        "mlbfgs, formulas": mlbfgs(0.1, history_size=HISTORY, preset="formulas"),
-        "optax.adamw": optax.with_extra_args_support(optax.adamw(0.1)),
-    }
-    params = [jnp.ones((30, 40)) for _ in range(leaves)]
-
-    def loss(params: list[jax.Array]) -> jax.Array:
-        return sum(jnp.sum(param**4) for param in params)
-
-    def seconds(tx: optax.GradientTransformationExtraArgs) -> float:
-        def step(params: Any, state: Any) -> Any:
-            value, grad = jax.value_and_grad(loss)(params)
-            update, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss)
-            return optax.apply_updates(params, update), state
-
-        state = tx.init(params)
-        start = time.perf_counter()
-        jax.jit(step).lower(params, state).compile()
-        return time.perf_counter() - start
-
-    times: dict[str, list[float]] = {name: [] for name in transformations}
-    for _ in range(repeats):
-        for name, tx in transformations.items():
-            times[name].append(seconds(tx))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def print_jax(repeats: int, device: str) -> None:
     """Print the tables of JAX."""
     for n in JAX_SIZES[device]:
@@ -486,11 +452,6 @@ def print_jax(repeats: int, device: str) -> None:
             f"\nJAX {jax.__version__}, whole compiled updates, n = {n:,}, float32, m = {HISTORY}", flush=True
         )
         print("\n".join(jax_updates(n, repeats)), flush=True)
-    for leaves in (1, 12):
-        seconds = jax_compilation(leaves, max(3, repeats))
-        print(f"\nseconds to trace and compile a training step with {leaves} leaves")
-        for name, value in seconds.items():
-            print(f"{name:30}{value:8.2f}{value / seconds['optax.lbfgs']:8.2f} x optax.lbfgs")
 
 
 def report(model: str, rows: list[Row], floor: float, products: list[float], n: int) -> Iterator[str]:

@@ -95,7 +95,7 @@ def scale_by_mlbfgs(
     A non-finite gradient gives a direction of zero and changes nothing in the state except the counter
     `skipped`. A parameter whose gradient is None does not move. Donate the state to the compiled step
     (``jax.jit(step, donate_argnums=...)``), or each step copies it. State: ``(2 * history_size + 5) * 4``
-    bytes per float32 parameter with default settings, and up to a sixty-fourth of it more for packs.
+    bytes per float32 parameter with default settings, and up to a sixty-fourth more for packs.
 
     A packed parameter keeps its own count of gradients. While it has none, its averages, momentum and share of
     the history stay as they are, and afterwards it goes on as if it lay alone.
