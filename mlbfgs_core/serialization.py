@@ -228,7 +228,7 @@ def _parse(part: dict[str, Any], prefix: str, arrays: dict[str, Array]) -> Snaps
         own.setdefault("grad_scale", np.ones_like(own["length"]))
     config = shape_settings(part["history_size"], part["history_dtype"], preconditioner)
     check_layout(config, names, blocks, own, "the file")
-    values: dict[str, Any] = dict.fromkeys(State._fields, ()) | {"packed": {}}
+    values: dict[str, Any] = dict.fromkeys(State._fields, ())
     leaves: dict[str, list[Array | None]] = {}
     params = [own[f"params/{name}"] for name in names]
     for entry in layout(config, params, blocks):

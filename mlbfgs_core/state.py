@@ -125,9 +125,9 @@ class State(NamedTuple):
     underflows; 1 unless the very first gradient was out of the ordinary. `gamma` and all that comes from
     gradients are in these units, so that the inverse Hessian is ``grad_scale * (gamma I + B^T C B)``."""
 
-    packed: dict[str, Any] = {}  # noqa: RUF012
-    """What an adapter holds of several parameters together, in place of arrays for each. The core's functions
-    neither read nor write it."""
+    packed: Any = ()
+    """What an adapter holds of several parameters together, in place of arrays for each; empty elsewhere. The
+    core's functions neither read nor write it."""
 
 
 _LEAF_FIELDS = State._fields[:5]

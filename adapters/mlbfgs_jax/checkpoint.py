@@ -184,7 +184,7 @@ def _snapshot(
         )
 
     arrays = {name: of_leaves(name, tree) for name, tree in adapter.leaf_arrays(own).items()}
-    plain = adapter.with_leaf_arrays(core.State(*own)._replace(packed={}), arrays)
+    plain = adapter.with_leaf_arrays(core.State(*own)._replace(packed=()), arrays)
     tree = list(named_leaves(trees[0]).values())
     check_params(names, found, tree, plain, plan, adapter.settings_of(plain))
     plain = adapter.with_leaf_arrays(plain, {name: tuple(plan.split(own)) for name, own in arrays.items()})

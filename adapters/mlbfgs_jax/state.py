@@ -91,7 +91,7 @@ def unfolded(state: MLBFGSState, plan: Plan, treedef: Any) -> core.State:
         name: joined(treedef.flatten_up_to(tree), state.packed.get(pack_name(name), ()), plan)
         for name, tree in adapter.leaf_arrays(state).items()
     }
-    return adapter.with_leaf_arrays(core.State(*state)._replace(packed={}), arrays)
+    return adapter.with_leaf_arrays(core.State(*state)._replace(packed=()), arrays)
 
 
 def joined(alone: Sequence[Any], packed: Sequence[Any], plan: Plan) -> tuple[Any, ...]:

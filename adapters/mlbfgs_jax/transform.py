@@ -97,7 +97,7 @@ def scale_by_mlbfgs(
     (``jax.jit(step, donate_argnums=...)``), or each step copies it. State: ``(2 * history_size + 5) * 4``
     bytes per float32 parameter with default settings, and up to a sixty-fourth more for packs.
 
-    A packed parameter keeps its own count of gradients. While it has none, its averages, momentum and share of
+    A packed parameter keeps its own count of gradients. While it has none, its averages, momentum and part of
     the history stay as they are, and afterwards it goes on as if it lay alone.
 
     References
