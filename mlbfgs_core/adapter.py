@@ -17,9 +17,10 @@ from .config import (
 from .diagnostics import block_names
 from .kernels import Leaf, Means, PairTile, StepEnd, part, square_roots
 from .leaves import FlatLeaf, Member, pack
+from .matrices import MatrixAxes, matrices_in
 from .observation import Observation
 from .overlap import Overlap, Place, find_overlap
-from .preconditioner import Preconditioner, Root, TileRoot
+from .preconditioner import Matrix, Preconditioner, Root, TileRoot
 from .preconditioner.diagonal import DiagonalRoot
 from .presets import Preset, default_rate, preset_momentum, preset_nesterov
 from .scales import is_scaled
@@ -28,6 +29,7 @@ from .state import (
     LEAF_COUNTS,
     LEAF_DTYPES,
     LEAF_NAMES,
+    OF_MATRICES,
     RENAMED,
     Entry,
     accumulation_dtype,
@@ -43,6 +45,7 @@ __all__ = [
     "LEAF_COUNTS",
     "LEAF_DTYPES",
     "LEAF_NAMES",
+    "OF_MATRICES",
     "RENAMED",
     "SETTINGS",
     "BlockSpec",
@@ -51,6 +54,8 @@ __all__ = [
     "Entry",
     "FlatLeaf",
     "Leaf",
+    "Matrix",
+    "MatrixAxes",
     "Means",
     "Member",
     "Observation",
@@ -78,6 +83,7 @@ __all__ = [
     "is_zero",
     "layout",
     "leaf_arrays",
+    "matrices_in",
     "mean_square_weight",
     "one_block",
     "pack",

@@ -28,11 +28,11 @@ __all__ = [
     "with_preset",
 ]
 
-PreconditionerName = Literal["none", "diagonal"]
+PreconditionerName = Literal["none", "diagonal", "kronecker"]
 StepLength = Literal["rms", "unit", "clip", "none"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_PRECONDITIONERS: Final = ("none", "diagonal")
+_PRECONDITIONERS: Final = ("none", "diagonal", "kronecker")
 _STEP_LENGTHS: Final = ("rms", "unit", "clip", "none")
 _HISTORY_DTYPES: Final = ("bfloat16", "float16", "float32", "float64")
 
@@ -47,7 +47,13 @@ class _Range(NamedTuple):
 
 
 # Only numbers of Python and NumPy are tested for their range, so that a traced hyperparameter passes through.
-_INTEGERS: Final = {"history_size": 0, "update_every": 1, "check_every": 1}
+_INTEGERS: Final = {
+    "history_size": 0,
+    "update_every": 1,
+    "check_every": 1,
+    "precondition_frequency": 1,
+    "max_preconditioner_dim": 1,
+}
 """The least value of each."""
 _POSITIVE: Final = _Range("must be finite and >= 0", 0.0, math.inf)
 _FRACTION: Final = _Range("must be in [0, 1)", 0.0, 1.0)
@@ -61,6 +67,7 @@ _REALS: Final = {
     "clip_factor": _Range("must be finite and >= 1", 1.0, math.inf),
     "preconditioner_power": _PART,
     "preconditioner_beta": _FRACTION,
+    "factor_beta": _FRACTION,
     "momentum": _FRACTION,
     "learning_rate": _POSITIVE,
     "lr": _POSITIVE,
@@ -180,8 +187,9 @@ class Config:
         very first direction is at most 1 long, as in other implementations of L-BFGS.
     adaptive : bool
         Take a pair as soon as it stands out of the gradient noise.
-    check_every : int
-        Steps between two tests of whether a pair does; a positive test acts at the next step.
+    check_every : int or None
+        Steps between two tests of whether a pair does; a positive test acts at the next step. None: 2, or
+        10 with the Kronecker preconditioner, for which a test multiplies matrices.
     signal_to_noise : float
         The factor by which ``|y|^2`` must exceed the noise expected in it.
     noise_floor : float
@@ -192,9 +200,10 @@ class Config:
         mean over the steps since the last pair.
     min_cosine : float
         Least cosine of the angle between `s` and the stored `y`; 0 turns the floor off.
-    shrinkage : float
+    shrinkage : float or None
         With an adaptive schedule the part of `y` orthogonal to `s` is multiplied by the part of ``|y|^2``
-        that is not gradient noise, but by no less than this; 1 leaves `y` as it is.
+        that is not gradient noise, but by no less than this; 1 leaves `y` as it is. None: 0.25, or 0 with the
+        Kronecker preconditioner.
     damping : (float, float, float) or None
         The paper's ``(sigma_L, sigma_H, tau_0)``; ``None`` turns it off.
     step_length : {"rms", "unit", "clip", "none"}
@@ -203,13 +212,21 @@ class Config:
         it to `clip_factor` times its own running length ("clip"), or leave it ("none").
     clip_factor : float
         See `step_length`.
-    preconditioner : {"none", "diagonal"}
+    preconditioner : {"none", "diagonal", "kronecker"}
         The coordinates in which the method runs. "diagonal": scaled by the running mean square of gradients,
-        as in Adam. "none": the parameters' own, as published.
+        as in Adam. "kronecker": the same in the eigenbases of the rows and columns of each weight, as in
+        SOAP; vectors keep the diagonal. "none": the parameters' own, as published.
     preconditioner_power : float
         Power `p` of the diagonal ``(mean square gradient)^(p/2)``; with 1 it is Adam's.
     preconditioner_beta : float
         Decay of the mean square gradient.
+    factor_beta : float
+        Decay of the Kronecker factors, whose eigenvectors are the bases.
+    precondition_frequency : int
+        Steps from one basis to the next, by a power iteration and a QR decomposition. At the beginning of
+        a run there are more: after steps 1, 2, 4 and 7.
+    max_preconditioner_dim : int
+        A side of a weight that is longer keeps its own coordinates, and needs no factor.
     history_dtype : str or None
         Storage of the pairs: "bfloat16", "float16", "float32" or "float64"; ``None``: that of the
         averages (float32, or float64 for float64 parameters).
@@ -266,6 +283,9 @@ class Config:
     preconditioner: PreconditionerName
     preconditioner_power: float
     preconditioner_beta: float
+    factor_beta: float
+    precondition_frequency: int
+    max_preconditioner_dim: int
     history_dtype: str | None
 
     @with_preset
@@ -276,18 +296,21 @@ class Config:
         history_size: int = 5,
         update_every: int = 50,
         adaptive: bool = True,
-        check_every: int = 2,
+        check_every: int | None = None,
         signal_to_noise: float = 4.0,
         noise_floor: float = 4.0,
         beta: float | None = None,
         min_cosine: float = 0.2,
-        shrinkage: float = 0.25,
+        shrinkage: float | None = None,
         damping: tuple[float, float, float] | None = None,
         step_length: StepLength = "rms",
         clip_factor: float = 2.0,
         preconditioner: PreconditionerName = "diagonal",
         preconditioner_power: float = 1.0,
         preconditioner_beta: float = 0.99,
+        factor_beta: float = 0.95,
+        precondition_frequency: int = 10,
+        max_preconditioner_dim: int = 2048,
         history_dtype: str | None = None,
     ) -> None:
         for name, value in settings_in(locals()).items():
@@ -310,6 +333,12 @@ class Config:
         return self.takes_pairs and (self.adaptive or not is_zero(self.noise_floor))
 
     @property
+    def sums_squares(self) -> bool:
+        """Whether the scatter of gradients comes from sums of squares at a check, since whitening each
+        distance from the mean would cost products of matrices."""
+        return self.is_adaptive and self.beta is None and self.preconditioner == "kronecker"
+
+    @property
     def shrinks(self) -> bool:
         """Whether noise is taken out of pairs: it is known only with an adaptive schedule."""
         whole = isinstance(self.shrinkage, (int, float)) and self.shrinkage == 1
@@ -323,6 +352,11 @@ class Config:
         return self.takes_pairs and every and self.step_length == "none"
 
     def _validate(self) -> None:
+        matrices = self.preconditioner == "kronecker"
+        if self.check_every is None:
+            object.__setattr__(self, "check_every", 10 if matrices else 2)
+        if self.shrinkage is None:
+            object.__setattr__(self, "shrinkage", 0.0 if matrices else 0.25)
         for name, least in _INTEGERS.items():
             object.__setattr__(self, name, _checked_integer(name, getattr(self, name), least))
         for name in _REALS:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .call import Call
 from .observation import Observation, rescaled
-from .pairs import PairProducts, damp, products, valid
+from .pairs import PairProducts, damp, products, scatter, valid
 from .state import State
 from .two_loop import two_loop
 from .window import turn_averages
@@ -28,6 +28,7 @@ def refresh(
     else:
         roots = list(seen.roots)
     pair = products(call, state, roots) if pair is None else pair
+    state = state._replace(scatter=xp.where(due, scatter(call, state, pair), state.scatter))
     damping = damp(call, state, pair)
     complete = due & (state.prev_window > 0)
     keep = complete & damping.usable

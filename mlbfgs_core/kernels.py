@@ -217,6 +217,16 @@ class Kernels:
             x = self.leaf_xp.sqrt(x)
         return 1.0 / x
 
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Products of stacks of matrices, in the arrays' full precision."""
+        return self.leaf_xp.matmul(a, b)
+
+    def levelled(self, x: Array, known: Array) -> Array:
+        """Stacks of matrices (N, a, b), of which those that are not `known` (N, 1, 1) have all values
+        replaced by their root mean square."""
+        xp = self.leaf_xp
+        return xp.where(known, x, xp.sqrt(xp.mean(x * x, axis=(1, 2), keepdims=True)))
+
     def dot(self, a: Array, b: Array) -> Array:
         """Inner product over all axes, in the arrays' (full) precision."""
         return self.leaf_xp.matmul(self.leaf_xp.reshape(a, (-1,)), self.leaf_xp.reshape(b, (-1,)))
@@ -345,6 +355,7 @@ class Kernels:
             The rows' inner products with `z` (2m,), where there are any; ``|g|^2``; ``|z|^2`` where `z` is
             not `g`; and ``scatter_weight * |R (g - mean)|^2`` where a mean is given.
         """
+        whole = not leaf.root.elementwise
         keeps = self.in_place and leaf.root.keeps
         kept = self.scratch(leaf.number, grad, leaf.dtype) if keeps else None
         total: list[Array] = []
@@ -359,6 +370,8 @@ class Kernels:
                 off = root.whiten(self.difference(g, part(mean, tile)))
                 sums.append(self.dot(off, off) * scatter_weight)
             total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
+            if whole:  # in one tile
+                return leaf.root.keeping(root.kept), sums
             if root.kept is not own:
                 kept = self.store(kept, tile, root.kept)
         return leaf.root if kept is None else leaf.root.keeping(kept), total
@@ -369,7 +382,7 @@ class Kernels:
         """``d = R^T (gamma z + B^T c)`` with ``(c, gamma) = weights``, zero where `keep` (0-d) is false, and
         ``|d|^2``; reads 2m + 1 values (+ those of `R`), writes 1. Consumes what the root has kept."""
         coefficients, gamma = weights
-        kept = leaf.root.kept
+        whole, kept = not leaf.root.elementwise, leaf.root.kept
         update = self.scratch(leaf.number, grad, leaf.dtype) if kept is None else kept
         total = None
         for tile in self._tiles(grad, leaf.root):
@@ -381,6 +394,8 @@ class Kernels:
                 d = self.combine(part(leaf.history, tile, 2), z, coefficients, gamma)
             d = self.masked(root.back(d), keep)
             square = self.dot(d, d)
+            if whole:
+                return d, square
             total = square if total is None else total + square
             if kept is None or d is not root.kept:
                 update = self.store(update, tile, d)
@@ -393,6 +408,15 @@ class Kernels:
         s = self.masked(part(means.params, tile) - part(means.prev_params, tile), valid)
         y = self.masked(part(means.grads, tile) - part(means.prev_grads, tile), valid)
         return root.dual(s), root.whiten(y)
+
+    def mean_square(self, leaf: Leaf) -> Array:
+        """``|R M_g|^2``; reads 1 value (+ those of `R`)."""
+        total = None
+        for tile in self._tiles(leaf.means.grads, leaf.root):
+            z = leaf.root.at(self, tile).whiten(part(leaf.means.grads, tile) + 0.0)
+            square = self.dot(z, z)
+            total = square if total is None else total + square
+        return total
 
     def next_products(self, leaf: Leaf, valid: Array) -> list[PairTile]:
         """Inner products of the next pair, tile by tile."""

@@ -8,15 +8,25 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from . import history, observation
+from . import bases, history, observation
 from .blocks import Blocks, one_block, validate_blocks
 from .call import Call, Reduce, When, identity, run_if, stack
 from .config import Config
 from .direction import direction, scaled
 from .kernels import Kernels
 from .observation import Observation
+from .preconditioner import is_basis_step, preconditioner_of
 from .schedule import is_check, is_due, next_pair
-from .state import LEAF_DTYPES, State, accumulation_dtype, dtype_name, init, leaf_count, leaf_shapes
+from .state import (
+    LEAF_DTYPES,
+    Matrices,
+    State,
+    accumulation_dtype,
+    dtype_name,
+    init,
+    leaf_count,
+    leaf_shapes,
+)
 from .window import turn_window
 
 __all__ = ["Method"]
@@ -42,6 +52,9 @@ class Method:
     shares : sequence of float, optional
         For each leaf the part of its inner products that this shard adds, by default 1. If several shards
         hold copies of a leaf, their shares sum to 1: for instance, 1 on one of them and 0 on the others.
+    matrices : sequence of Matrix or None, optional
+        For each leaf how its values form matrices, which a Kronecker preconditioner needs when the state is
+        made; by default the first axis are rows and all others columns. See `adapter.matrices_of`.
 
     Raises
     ------
@@ -76,6 +89,7 @@ class Method:
     kernels: Kernels | None = None
     reduce: Reduce | None = None
     shares: Sequence[float] | None = None
+    matrices: Matrices | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config):
@@ -118,7 +132,7 @@ class Method:
         >>> Method(Config(history_size=3)).init([np.zeros((4, 2))]).history[0].shape
         (2, 3, 4, 2)
         """
-        return init(self.config, leaves, self.blocks, xp, kernels=self.kernels)
+        return init(self.config, leaves, self.blocks, xp, kernels=self.kernels, matrices=self.matrices)
 
     def project(
         self,
@@ -305,6 +319,8 @@ class Method:
         when_check: When = None,
         when_due: When = None,
         when_scaled: When = None,
+        when_formed: When = None,
+        when_turned: When = None,
         observed: Observation | None = None,
     ) -> tuple[list[Array | None], State]:
         """One step: project, observe, refresh if due, direction; the history is read twice.
@@ -326,6 +342,10 @@ class Method:
             The same for the gradients' scale, which the very first gradient determines; see
             `mlbfgs_core.adapter.is_scaled`. With None each step reads the gradient once more, and unless
             this is False it also multiplies it (which a compiler fuses).
+        when_formed, when_turned : None, bool or callable
+            The same for the bases of a Kronecker preconditioner: formed after the first step, by
+            eigenvectors, and turned after later ones. With None both happen at each step, which is slow. A
+            run whose bases are never formed starts from the parameters' own coordinates.
         observed : Observation, optional
             What `project` returned for the same arguments, which are then not checked again; a caller with
             several states may replace its `finite` by whether all of them are finite.
@@ -352,6 +372,8 @@ class Method:
             when_check=when_check,
             when_due=when_due,
             when_scaled=when_scaled,
+            when_formed=when_formed,
+            when_turned=when_turned,
             observed=observed,
         )
         return scaled(self._call(state), grads, update, factor), state
@@ -365,13 +387,15 @@ class Method:
         when_check: When = None,
         when_due: When = None,
         when_scaled: When = None,
+        when_formed: When = None,
+        when_turned: When = None,
         observed: Observation | None = None,
     ) -> tuple[list[Array | None], Array, State]:
         """`step` for a caller that multiplies the update by a factor anyway, as `Kernels.apply` does.
 
         Parameters
         ----------
-        state, params, grads, when_check, when_due, when_scaled, observed
+        state, params, grads, when_check, when_due, when_scaled, when_formed, when_turned, observed
             As in `step`.
 
         Returns
@@ -410,16 +434,49 @@ class Method:
 
             state, rows = run_if(when_due, due, part, (state, rows))
             state = turn_window(call, state, due) if when_due is not False else state
-        return direction(call, state, seen._replace(rows=rows))
+        update, factor, state = direction(call, state, seen._replace(rows=rows))
+        return update, factor, bases.renew(call, state, state.accepted, when_formed, when_turned)
+
+    def renew_bases(self, state: State) -> State:
+        """Give a Kronecker preconditioner new bases where the schedule asks for them, which `step` does at
+        its end; for those who call the other verbs one by one.
+
+        Parameters
+        ----------
+        state : State
+            After an accepted gradient.
+
+        Returns
+        -------
+        State
+            The stored pairs are turned along, so that the inverse Hessian's middle `H'` stays what it is.
+
+        Notes
+        -----
+        For matrices of a x b about ``8 (a^3 + b^3)`` operations, and ``4 m a b (a + b)`` for the pairs.
+
+        References
+        ----------
+        Vyas et al. 2024 (SOAP), Algorithm 4.
+        """
+        return bases.renew(self._call(state), state, state.accepted, None, None)
 
     def upcoming(self, state: State) -> Array:
-        """Whether the next accepted step asks for a check and for a refresh: (2,) array of bool.
+        """What the next accepted step asks for: a check, a refresh, bases to be formed, and to be turned: (4,)
+        array of bool.
 
-        A host that copies it without waiting can hand the two to the next `step` as `when_check` and
-        `when_due`: it depends only on steps that are already done.
+        A host that copies it without waiting can hand them to the next `step` as `when_check`, `when_due`,
+        `when_formed` and `when_turned`: it depends only on steps that are already done.
         """
-        xp, window = array_namespace(state.window), state.window + 1
-        return stack([is_check(self.config, window, state), is_due(self.config, window, state)], xp)
+        config, xp, window = self.config, array_namespace(state.window), state.window + 1
+        step, matrices = state.step + 1, preconditioner_of(config).has_matrices
+        flags = [
+            is_check(config, window, state),
+            is_due(config, window, state),
+            (step == 1) & matrices,
+            is_basis_step(config, step) & matrices,
+        ]
+        return stack(flags, xp)
 
     def _call(self, state: State, **leaves: Sequence[Array | None] | None) -> Call:
         """What the parts of a step work with, after the arguments have been checked."""

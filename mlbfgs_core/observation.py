@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .call import Call, When, run_if
+from .config import Config
 from .noise import follow_noise
 from .scales import first_scale, is_scaled, norm_of_squares, param_squares
 from .schedule import diverges, is_due
@@ -80,7 +81,7 @@ def project(
         if grad is None:
             continue
         leaf = call.leaf(state, number, dtype, roots[number])
-        mean = state.mean_grads[number] if config.is_adaptive else None
+        mean = state.mean_grads[number] if config.is_adaptive and not config.sums_squares else None
         weight = call.scalar(kernels.of_leaf(weights.scatter, number), dtype)
         roots[number], sums = kernels.whiten(leaf, grad, mean, weight)
         if clips:
@@ -94,7 +95,7 @@ def project(
         rows=sums[:, :rows],
         grad_square=sums[:, rows],
         white_square=sums[:, rows if isometric else rows + 1],
-        scatter=sums[:, rows + (1 if isometric else 2)] if config.is_adaptive else xp.zeros_like(sums[:, 0]),
+        scatter=_scatter(config, sums[:, rows:], isometric, xp),
         param_norm=norm_of_squares(_needed(params), sums[:, last:], xp) if clips else None,
         finite=xp.all(xp.isfinite(sums[:, :last])),
         diverges=diverges(call, state, sums[:, rows]),
@@ -105,6 +106,13 @@ def project(
         roots=tuple(roots),
         dtypes=tuple(dtypes),
     )
+
+
+def _scatter(config: Config, squares: Array, isometric: bool, xp: Any) -> Array:
+    """What a gradient adds to the scatter: to be lessened by the square of the mean with `sums_squares`."""
+    if not config.is_adaptive:
+        return xp.zeros_like(squares[:, 0])
+    return squares[:, (0 if isometric else 1) + (0 if config.sums_squares else 1)]
 
 
 def rescaled(call: Call, grad: Array, scale: Array, dtype: Any) -> Array:

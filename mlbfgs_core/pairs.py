@@ -13,7 +13,7 @@ from .preconditioner import Root
 from .scales import pair_scale
 from .state import State, dtype_name
 
-__all__ = ["Damping", "PairProducts", "common_scale", "damp", "joint_norm", "paper_tau", "products", "valid"]
+__all__ = ["Damping", "PairProducts", "common_scale", "damp", "joint_norm", "paper_tau", "products", "scatter", "valid"]
 
 Array = Any
 
@@ -30,6 +30,8 @@ class PairProducts(NamedTuple):
     ss: Array
     sy: Array
     yy: Array
+    mean_square: Array
+    """What the mean gradient adds to the sum of squares in this window, with `Config.sums_squares`."""
 
     def s_norm(self, xp: Any) -> Array:
         """``|s|``."""
@@ -68,6 +70,7 @@ def products(call: Call, state: State, roots: Sequence[Root]) -> PairProducts:
     preconditioner), reduces twice."""
     xp, convert = call.xp, call.kernels.to_coefficients
     gathered = []
+    squares: list[Array | None] = [None] * len(state.mean_params)
     for block in call.blocks:
         tiles: list[PairTile] = []
         for number in block:
@@ -76,6 +79,9 @@ def products(call: Call, state: State, roots: Sequence[Root]) -> PairProducts:
                 PairTile(tile.s_scale, tile.y_scale, *(call.shared(x, number) for x in tile[2:]))
                 for tile in call.kernels.next_products(leaf, valid(call, state, number))
             ]
+            if call.config.sums_squares:
+                count = call.scalar(call.kernels.of_leaf(state.leaf_window, number), leaf.dtype)
+                squares[number] = call.kernels.mean_square(leaf) * count
         columns = [[convert(x, call.dtype) for x in column] for column in zip(*tiles, strict=True)]
         if len(tiles) == 1:
             gathered.append([column[0] for column in columns])
@@ -83,13 +89,24 @@ def products(call: Call, state: State, roots: Sequence[Root]) -> PairProducts:
         parts = [stack(column, xp) for column in columns]
         gathered.append(_add_scaled(*parts, s_total=xp.max(parts[0]), y_total=xp.max(parts[1]), xp=xp))
     local = [stack(column, xp) for column in zip(*gathered, strict=True)]
+    local.append(call.block_sums(squares) if call.config.sums_squares else xp.zeros_like(local[0]))
     if call.is_whole:
         return PairProducts(*local)
     scales = call.reduce(xp.stack(local[:2], axis=1))
-    local = [x[:, None] for x in local]
+    *local, square = (x[:, None] for x in local)
     shard = _add_scaled(*local, s_total=scales[:, :1], y_total=scales[:, 1:], xp=xp)
-    sums = call.reduce(xp.stack(shard[2:], axis=1))
-    return PairProducts(scales[:, 0], scales[:, 1], sums[:, 0], sums[:, 1], sums[:, 2])
+    sums = [*shard[2:], square[:, 0]] if call.config.sums_squares else shard[2:]
+    sums = call.reduce(xp.stack(sums, axis=1))
+    square = sums[:, 3] if call.config.sums_squares else square[:, 0]
+    return PairProducts(scales[:, 0], scales[:, 1], sums[:, 0], sums[:, 1], sums[:, 2], square)
+
+
+def scatter(call: Call, state: State, pair: PairProducts) -> Array:
+    """0-d: the scatter of the gradient about its mean in this window, when a pair is at hand."""
+    if not call.config.sums_squares:
+        return state.scatter
+    rest = state.scatter - call.xp.sum(pair.mean_square)
+    return call.xp.maximum(rest, call.xp.zeros_like(rest))
 
 
 def damp(call: Call, state: State, pair: PairProducts) -> Damping:

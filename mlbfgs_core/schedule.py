@@ -8,7 +8,7 @@ from typing import Any
 from .call import Call, When, run_if
 from .config import Config
 from .noise import row_noise, window_noise
-from .pairs import PairProducts, common_scale, joint_norm, products
+from .pairs import PairProducts, common_scale, joint_norm, products, scatter
 from .preconditioner import Root
 from .state import State
 
@@ -67,6 +67,7 @@ def check(call: Call, state: State, pair: PairProducts, asked: Array) -> tuple[A
     `noise_floor` times its standard deviation, once that is known.
     """
     config, xp = call.config, call.xp
+    state = state._replace(scatter=scatter(call, state, pair))
     _, s_part = common_scale(pair.s_scale, xp)
     y_top, y_part = common_scale(pair.y_scale, xp)
     y_norm = joint_norm(pair.yy, y_top, y_part, xp)

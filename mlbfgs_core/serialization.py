@@ -29,7 +29,8 @@ from .snapshot import (
     settings_of,
     shape_settings,
 )
-from .state import RENAMED, State, layout, with_leaf_arrays
+from .preconditioner import Matrix, preconditioner_of
+from .state import RENAMED, State, layout, matrices_of, with_leaf_arrays
 
 __all__ = ["load_state", "save_state"]
 
@@ -96,7 +97,8 @@ def save_state(path: StrPath, snapshots: Sequence[Snapshot]) -> None:
         config = settings_of(snapshot.state)
         check_names(snapshot.names, snapshot.blocks, "`snapshots`")
         own = dict(arrays_by_name(snapshot))
-        check_layout(config, snapshot.names, snapshot.blocks, own, "`snapshots`")
+        matrices = matrices_of(snapshot.state)
+        check_layout(config, snapshot.names, snapshot.blocks, own, "`snapshots`", matrices)
         arrays.update({f"{number}/{name}": np.asarray(array, order="C") for name, array in own.items()})
         parts.append(
             {
@@ -105,6 +107,7 @@ def save_state(path: StrPath, snapshots: Sequence[Snapshot]) -> None:
                 "history_size": config.history_size,
                 "history_dtype": config.history_dtype,
                 "preconditioner": config.preconditioner,
+                **({"matrices": matrices} if any(matrices) else {}),
             }
         )
     header = {FORMAT: json.dumps({"version": VERSION, "sha256": _NO_DIGEST, "parts": parts})}
@@ -227,16 +230,22 @@ def _parse(part: dict[str, Any], prefix: str, arrays: dict[str, Array]) -> Snaps
         own = {_of_today(name): array for name, array in own.items()}
         own.setdefault("grad_scale", np.ones_like(own["length"]))
     config = shape_settings(part["history_size"], part["history_dtype"], preconditioner)
-    check_layout(config, names, blocks, own, "the file")
+    matrices = [
+        None if sides is None else Matrix(*sides) for sides in part.get("matrices", [None] * len(names))
+    ]
+    check_layout(config, names, blocks, own, "the file", matrices)
     values: dict[str, Any] = dict.fromkeys(State._fields, ())
-    leaves: dict[str, list[Array | None]] = {}
+    leaves: dict[str, list[Array | None]] = {
+        name: [None] * len(names) for name in preconditioner_of(config).names
+    }
     params = [own[f"params/{name}"] for name in names]
-    for entry in layout(config, params, blocks):
+    for entry in layout(config, params, blocks, matrices):
         if entry.leaf is None:
             values[entry.name] = own[entry.name]
-        else:  # zeros without memory
-            zeros = np.broadcast_to(np.zeros((), _numpy_dtype(entry.dtype)), entry.shape)
-            array = own.get(f"{entry.name}/{names[entry.leaf]}", zeros)
+        else:  # without memory
+            dtype = _numpy_dtype(entry.dtype)
+            first = np.eye(entry.shape[-1], dtype=dtype) if entry.is_basis else np.zeros((), dtype)
+            array = own.get(f"{entry.name}/{names[entry.leaf]}", np.broadcast_to(first, entry.shape))
             leaves.setdefault(entry.name, [None] * len(names))[entry.leaf] = array
     state = with_leaf_arrays(State(**values), {name: tuple(arrays) for name, arrays in leaves.items()})
     momentum = tuple(own.get(f"momentum/{name}") for name in names)

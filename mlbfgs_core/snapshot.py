@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +15,14 @@ from .state import (
     COEFFICIENTS,
     LEAF_COUNTS,
     LEAF_DTYPES,
+    OF_MATRICES,
+    Matrices,
     State,
     accumulation_dtype,
     dtype_name,
     layout,
     leaf_arrays,
+    matrices_of,
     with_leaf_arrays,
 )
 
@@ -62,7 +66,8 @@ class Snapshot(NamedTuple):
         transform : callable, optional
             Maps a (new) name and an array to the array in the new shape. It is called for the leaf's
             value, averages and momentum, and for its history, which has two more axes in front. It may
-            permute the leaf's axes (such as ``np.swapaxes(array, -1, -2)``), but not mix values.
+            permute the leaf's axes (such as ``np.swapaxes(array, -1, -2)``), but not mix values; with a
+            Kronecker preconditioner it must keep its matrices, or transpose them.
 
         Returns
         -------
@@ -85,9 +90,38 @@ class Snapshot(NamedTuple):
             pairs = zip(names, arrays, strict=True)
             return tuple(None if array is None else transform(name, array) for name, array in pairs)
 
-        arrays = {name: moved(own) for name, own in leaf_arrays(self.state).items()}
+        arrays = {
+            name: moved(own) for name, own in leaf_arrays(self.state).items() if name not in OF_MATRICES
+        }
+        if OF_MATRICES[0] in self.state.preconditioner:
+            arrays |= _moved_factors(self, names, transform)
         state = with_leaf_arrays(self.state, arrays)
         return Snapshot(names, self.blocks, state, moved(self.params), moved(self.momentum))
+
+
+def _moved_factors(
+    snapshot: Snapshot, names: Sequence[str], transform: Callable[[str, Array], Array]
+) -> dict[str, tuple[Array | None, ...]]:
+    """The factors and bases after leaves have been transformed: where matrices are transposed, left and right
+    change places."""
+    own = {name: list(snapshot.state.preconditioner[name]) for name in OF_MATRICES}
+    for leaf, (name, matrix) in enumerate(zip(names, matrices_of(snapshot.state), strict=True)):
+        if matrix is None:
+            continue
+        shape = snapshot.params[leaf].shape
+        index = np.arange(math.prod(shape)).reshape(shape)
+        moved = np.ravel(transform(name, index))
+        if (moved == np.ravel(index)).all():
+            continue
+        folded = index.reshape(matrix.count, matrix.rows, matrix.columns)
+        if (moved != np.ravel(np.swapaxes(folded, 1, 2))).any():
+            rule = "must keep or transpose the matrices of a Kronecker preconditioner"
+            msg = f"`transform` {rule}, got another order of values for {name!r}"
+            raise ValueError(msg)
+        for kind in ("factor", "basis"):
+            left, right = own[f"left_{kind}"], own[f"right_{kind}"]
+            left[leaf], right[leaf] = right[leaf], left[leaf]
+    return {name: tuple(arrays) for name, arrays in own.items()}
 
 
 def arrays_by_name(snapshot: Snapshot) -> Iterator[tuple[str, Array]]:
@@ -117,7 +151,12 @@ def check_names(names: Sequence[str], blocks: Blocks, where: str) -> None:
 
 
 def check_layout(
-    config: Config, names: Sequence[str], blocks: Blocks, arrays: dict[str, Array], where: str
+    config: Config,
+    names: Sequence[str],
+    blocks: Blocks,
+    arrays: dict[str, Array],
+    where: str,
+    matrices: Matrices | None = None,
 ) -> None:
     """Raise unless the arrays are those of a state of these leaves."""
     params = [arrays[f"params/{name}"] for name in names]
@@ -132,7 +171,7 @@ def check_layout(
         msg = f"{where} must hold for 'leaf_steps' {len(names)} numbers, got an array of shape {steps.shape}"
         raise ValueError(msg)
     used = steps > 0
-    for entry in layout(config, params, blocks):
+    for entry in layout(config, params, blocks, matrices):
         if entry.leaf is None:
             wanted[entry.name] = entry.shape, entry.dtype
         elif used[entry.leaf]:
@@ -243,6 +282,6 @@ def settings_of(state: State) -> Config:
     )
     for name, preconditioner in PRECONDITIONERS.items():
         config = shape_settings(state.gram.shape[-1] // 2, None if own else next(iter(dtypes)), name)
-        if {entry[0] for entry in preconditioner.layout(config, (), "float32")} == set(state.preconditioner):
+        if set(preconditioner.names) == set(state.preconditioner):
             break
     return config

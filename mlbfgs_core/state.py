@@ -11,15 +11,17 @@ from array_api_compat import array_namespace
 from .blocks import Blocks, one_block, validate_blocks
 from .config import Config
 from .kernels import Kernels
-from .preconditioner import PRECONDITIONERS, preconditioner_of
+from .preconditioner import PRECONDITIONERS, Matrix, preconditioner_of
 
 __all__ = [
     "LEAF_COUNTS",
     "LEAF_DTYPES",
     "LEAF_NAMES",
+    "OF_MATRICES",
     "RENAMED",
     "Array",
     "Entry",
+    "Matrices",
     "MemoryPlan",
     "State",
     "accumulation_dtype",
@@ -29,6 +31,7 @@ __all__ = [
     "leaf_arrays",
     "leaf_count",
     "leaf_shapes",
+    "matrices_of",
     "plan_memory",
     "with_leaf_arrays",
 ]
@@ -160,6 +163,10 @@ def with_leaf_arrays(state: State, arrays: Mapping[str, tuple[Array | None, ...]
     return state._replace(**own, preconditioner=rest)
 
 
+Matrices = Sequence[Matrix | None]
+"""For each leaf how its values form matrices; None: they form none."""
+
+
 class Entry(NamedTuple):
     """One array of a state."""
 
@@ -170,6 +177,11 @@ class Entry(NamedTuple):
     dtype: str
     kind: str
     """The field of `MemoryPlan` under which it counts."""
+
+    @property
+    def is_basis(self) -> bool:
+        """Whether it starts as identities, not as zeros."""
+        return self.name.endswith("_basis")
 
 
 class MemoryPlan(NamedTuple):
@@ -189,6 +201,7 @@ def init(
     xp: Any = None,
     *,
     kernels: Kernels | None = None,
+    matrices: Matrices | None = None,
 ) -> State:
     """The state before the first step; see `mlbfgs_core.Method.init`."""
     blocks = _check(config, leaves, blocks)
@@ -200,9 +213,11 @@ def init(
         msg = f"`leaves` must be on one device, got {sorted(devices)}"
         raise ValueError(msg)
     device = next(iter(devices.values()), None)
-    leaf_values: dict[str, list[Array | None]] = {}
+    leaf_values: dict[str, list[Array | None]] = {
+        name: [None] * len(leaves) for name in preconditioner_of(config).names
+    }
     values: dict[str, Array] = {}
-    for entry in layout(config, leaves, blocks):
+    for entry in layout(config, leaves, blocks, matrices):
         of = xp if entry.leaf is None else kernels.leaf_xp
         if not hasattr(of, entry.dtype):
             msg = f"`history_dtype` must be a dtype of {of.__name__}, got {entry.dtype!r}"
@@ -213,7 +228,7 @@ def init(
             values[entry.name] = xp.full(entry.shape, fill, dtype=dtype, device=device)
         else:
             own = leaf_values.setdefault(entry.name, [None] * len(leaves))
-            own[entry.leaf] = _zeros(kernels, leaves[entry.leaf], entry.shape, dtype)
+            own[entry.leaf] = _initial(kernels, leaves[entry.leaf], entry, dtype)
     sizes = [float(sum(math.prod(leaves[i].shape) for i in block)) for block in blocks]
     full = [xp.full((), size, dtype=values["size"].dtype, device=device) for size in sizes]
     values["size"] = xp.stack(full)
@@ -221,15 +236,24 @@ def init(
     return with_leaf_arrays(State(**empty, **values), {name: tuple(own) for name, own in leaf_values.items()})
 
 
-def _zeros(kernels: Kernels, leaf: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Zeros, placed like the leaf if their last axes have its shape."""
+def _initial(kernels: Kernels, leaf: Array, entry: Entry, dtype: Any) -> Array:
+    """Zeros, placed like the leaf if they are of its shape; or identities."""
+    xp, shape = kernels.leaf_xp, entry.shape
+    if entry.name in OF_MATRICES:
+        array = xp.zeros(shape, dtype=dtype, device=kernels.device(leaf))
+        if not entry.is_basis:
+            return array
+        return array + xp.eye(shape[-1], dtype=dtype, device=kernels.device(leaf))[None, ...]
     count = len(shape) - len(leaf.shape)
-    if count >= 0 and shape[count:] == tuple(leaf.shape):
-        return kernels.zeros(leaf, shape[:count], dtype)
-    return kernels.leaf_xp.zeros(shape, dtype=dtype, device=kernels.device(leaf))
+    return kernels.zeros(leaf, shape[:count], dtype)
 
 
-def plan_memory(config: Config, leaves: Sequence[Array], blocks: Blocks | None = None) -> MemoryPlan:
+def plan_memory(
+    config: Config,
+    leaves: Sequence[Array],
+    blocks: Blocks | None = None,
+    matrices: Matrices | None = None,
+) -> MemoryPlan:
     """Exact bytes of the state that `init` would allocate, without allocating it.
 
     Parameters
@@ -238,12 +262,15 @@ def plan_memory(config: Config, leaves: Sequence[Array], blocks: Blocks | None =
     leaves : sequence of arrays
         Anything with a `shape` and a `dtype`.
     blocks : tuple of tuples of int, optional
+    matrices : sequence of Matrix or None, optional
+        As in `Method`.
 
     Returns
     -------
     MemoryPlan
         Bytes. With float32 parameters and history it is ``(2 m + 5) * 4`` bytes per parameter (one
-        array less without a preconditioner) and a few kilobytes of coefficients per block.
+        array less without a preconditioner; with Kronecker factors for each matrix of a x b ``2 (a^2 + b^2)``
+        values more) and a few kilobytes of coefficients per block.
 
     Raises
     ------
@@ -259,7 +286,7 @@ def plan_memory(config: Config, leaves: Sequence[Array], blocks: Blocks | None =
     """
     blocks = _check(config, leaves, blocks)
     kinds = dict.fromkeys(("history", "averages", "preconditioner", "coefficients"), 0)
-    for entry in layout(config, leaves, blocks):
+    for entry in layout(config, leaves, blocks, matrices):
         kinds[entry.kind] += math.prod(entry.shape) * _BYTES[entry.dtype]
     return MemoryPlan(**kinds, total=sum(kinds.values()))
 
@@ -279,17 +306,23 @@ def dtype_name(leaf: Array) -> str:
     return str(leaf.dtype).rpartition(".")[2]
 
 
-def layout(config: Config, leaves: Sequence[Array], blocks: Blocks) -> Iterator[Entry]:
-    """Every array of the state; nothing else defines which there are."""
+def layout(
+    config: Config, leaves: Sequence[Array], blocks: Blocks, matrices: Matrices | None = None
+) -> Iterator[Entry]:
+    """Every array of the state; nothing else defines which there are. For `matrices` see `Method`."""
     m, count, number = config.history_size, len(leaves), len(blocks)
     preconditioner = preconditioner_of(config)
+    if not preconditioner.has_matrices:
+        matrices = [None] * count
+    elif matrices is None:
+        matrices = [Matrix.of(tuple(leaf.shape), config.max_preconditioner_dim) for leaf in leaves]
     for index, leaf in enumerate(leaves):
         shape, dtype = tuple(leaf.shape), accumulation_dtype(leaf)
         if config.takes_pairs:
             yield Entry("history", index, (2, m, *shape), config.history_dtype or dtype, "history")
             for name in ("mean_params", "mean_grads", "prev_params", "prev_grads"):
                 yield Entry(name, index, shape, dtype, "averages")
-        for name, own, kind in preconditioner.layout(config, shape, dtype):
+        for name, own, kind in preconditioner.layout(config, shape, dtype, matrices[index]):
             yield Entry(name, index, own, kind, "preconditioner")
     real = coefficient_dtype(leaves)
     coefficients: dict[str, tuple[tuple[int, ...], str]] = {
@@ -311,11 +344,7 @@ def layout(config: Config, leaves: Sequence[Array], blocks: Blocks) -> Iterator[
 LEAF_NAMES = tuple(
     dict.fromkeys(
         [*_LEAF_FIELDS]
-        + [
-            name
-            for preconditioner in PRECONDITIONERS.values()
-            for name, *_ in preconditioner.layout(Config(), (2, 2), "float32")
-        ]
+        + [name for preconditioner in PRECONDITIONERS.values() for name in preconditioner.names]
     )
 )
 """Names of all arrays that leaves may have, with any settings."""
@@ -332,11 +361,26 @@ _OF_LEAF_SHAPE = (
 )
 """Names of arrays that have their leaf's shape."""
 
+OF_MATRICES = tuple(name for name in PRECONDITIONERS["kronecker"].names if name != "exp_avg_sq")
+"""Names of arrays that are stacks of square matrices, one for each matrix of a leaf."""
+
 
 def leaf_count(state: State) -> int:
     """Number of leaves."""
     count: int = state.leaf_steps.shape[0]
     return next((len(arrays) for arrays in leaf_arrays(state).values()), count)
+
+
+def matrices_of(state: State) -> list[Matrix | None]:
+    """How the values of each leaf form matrices."""
+    own = state.preconditioner
+    squares = own.get("exp_avg_sq", (None,) * len(state.leaf_steps))
+    return [
+        None
+        if square is None
+        else Matrix.found({name: own[name][leaf] for name in OF_MATRICES if name in own}, math.prod(square.shape))
+        for leaf, square in enumerate(squares)
+    ]
 
 
 def leaf_shapes(state: State) -> list[tuple[int, ...] | None]:

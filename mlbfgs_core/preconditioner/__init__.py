@@ -9,11 +9,12 @@ from __future__ import annotations
 from ..config import Config
 from .diagonal import Diagonal
 from .identity import Identity
+from .kronecker import Kronecker, Matrix, is_basis_step
 from .root import Preconditioner, Root, TileRoot
 
-__all__ = ["Preconditioner", "Root", "TileRoot", "preconditioner_of"]
+__all__ = ["Matrix", "Preconditioner", "Root", "TileRoot", "is_basis_step", "preconditioner_of"]
 
-PRECONDITIONERS: dict[str, Preconditioner] = {"none": Identity(), "diagonal": Diagonal()}
+PRECONDITIONERS: dict[str, Preconditioner] = {"none": Identity(), "diagonal": Diagonal(), "kronecker": Kronecker()}
 
 
 def preconditioner_of(config: Config) -> Preconditioner:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from ..config import Config
     from ..kernels import Kernels
+    from .kronecker import Matrix
 
 __all__ = ["Diagonal", "DiagonalRoot"]
 
@@ -22,10 +23,11 @@ class Diagonal:
     Kingma & Ba, ICLR 2015: the bias-corrected mean of squares; with ``p = 1`` ``R^T R`` is Adam's diagonal.
     """
 
-    isometric = False
+    isometric = has_matrices = False
+    names: tuple[str, ...] = ("exp_avg_sq",)
 
     def layout(
-        self, config: Config, shape: tuple[int, ...], dtype: str
+        self, config: Config, shape: tuple[int, ...], dtype: str, matrix: Matrix | None = None
     ) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """One array of the leaf's shape."""
         yield "exp_avg_sq", shape, dtype

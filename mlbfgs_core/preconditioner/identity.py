@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..config import Config
     from ..kernels import Kernels
+    from .kronecker import Matrix
 
 __all__ = ["Identity"]
 
@@ -18,10 +19,11 @@ class Identity:
     """``R = I``, of every leaf and of every tile."""
 
     isometric = elementwise = True
-    keeps = False
+    keeps = has_matrices = False
+    names = ()
 
     def layout(
-        self, config: Config, shape: tuple[int, ...], dtype: str
+        self, config: Config, shape: tuple[int, ...], dtype: str, matrix: Matrix | None = None
     ) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """Nothing is remembered."""
         return iter(())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from ..config import Config
     from ..kernels import Kernels
+    from .kronecker import Matrix
 
 __all__ = ["Preconditioner", "Root", "TileRoot"]
 
@@ -18,8 +19,9 @@ class TileRoot(Protocol):
     """`R` on a tile of a leaf, or on all of it. Arrays are of the leaf's shape and its averages' dtype."""
 
     @property
-    def kept(self) -> Array | None:
-        """This tile's part of what `Root.keeping` takes, of the tile's shape; None if there is nothing."""
+    def kept(self) -> Any:
+        """This tile's part of what `Root.keeping` takes, of the tile's shape; None if there is nothing. Of a
+        root that is not `elementwise` it is whatever the root wants."""
         ...
 
     def white(self, grad: Array) -> Array:
@@ -60,7 +62,7 @@ class Root(Protocol):
         ...
 
     @property
-    def kept(self) -> Array | None:
+    def kept(self) -> Any:
         """What `keeping` was given."""
         ...
 
@@ -74,9 +76,9 @@ class Root(Protocol):
         """
         ...
 
-    def keeping(self, kept: Array) -> Root:
-        """The same root with what its tiles have `kept`, an array of the leaf's shape, for the rest of the
-        step; the last pass overwrites this array with the update."""
+    def keeping(self, kept: Any) -> Root:
+        """The same root with what its tiles have `kept`, for the rest of the step: an array of the leaf's
+        shape, which the last pass overwrites with the update, if the root is `elementwise`."""
         ...
 
     def update(self, kernels: Kernels, grad: Array, keep: Array) -> Root:
@@ -97,11 +99,22 @@ class Preconditioner(Protocol):
         """Whether ``|R x| = |x|``: then norms need not be computed again after it."""
         ...
 
+    @property
+    def has_matrices(self) -> bool:
+        """Whether a leaf's values form matrices: then whitening costs products, and bases are renewed from
+        time to time by `Root.formed` and `Root.turned` (see `KroneckerRoot`)."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all arrays that `layout` may give."""
+        ...
+
     def layout(
-        self, config: Config, shape: tuple[int, ...], dtype: str
+        self, config: Config, shape: tuple[int, ...], dtype: str, matrix: Matrix | None = None
     ) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """Name, shape and dtype of each array that the state holds for a leaf, whose averages are of this
-        dtype. The arrays start as zeros."""
+        dtype, and whose values form these matrices. The arrays start as zeros, bases as identities."""
         ...
 
     def root(

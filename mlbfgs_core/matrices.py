@@ -1,0 +1,71 @@
+"""Which axes of a parameter make the matrices of a Kronecker preconditioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .config import Config
+from .preconditioner import Matrix, preconditioner_of
+
+__all__ = ["MatrixAxes", "matrices_in"]
+
+Axes = tuple[int, int] | None
+MatrixAxes = Mapping[str, Axes] | Callable[[str, tuple[int, ...]], Axes] | None
+"""For a parameter's name (and its shape) how many of its leading axes count layers, and how many of the next
+form the rows; all others form the columns. None: the parameter has no matrix. Names that a mapping lacks, and
+all if there is no mapping, have (0, 1): the first axis against the rest."""
+
+
+def matrices_in(
+    config: Config, names: Sequence[str], shapes: Sequence[tuple[int, ...]], axes: MatrixAxes = None
+) -> list[Matrix | None]:
+    """The matrices of named parameters; None for each without, and for all if the settings have no use for
+    them.
+
+    Raises
+    ------
+    ValueError
+        A name in `axes` that no parameter has, or numbers that do not fit a shape.
+    TypeError
+        `axes` of another kind.
+
+    Examples
+    --------
+    Twelve layers stacked along the first axis:
+
+    >>> config = Config(preconditioner="kronecker")
+    >>> matrices_in(config, ["w", "b"], [(12, 64, 256), (12, 64)], {"w": (1, 1), "b": None})
+    [Matrix(count=12, rows=64, columns=256, left=True, right=True), None]
+    """
+    if axes is not None and not callable(axes) and not isinstance(axes, Mapping):
+        msg = f"`matrix_axes` must be None, a mapping of names or a function, got {axes!r}"
+        raise TypeError(msg)
+    if isinstance(axes, Mapping) and (unknown := set(axes) - set(names)):
+        msg = f"`matrix_axes` must hold names of parameters, such as {list(names)[:3]}, got {sorted(unknown)[0]!r}"
+        raise ValueError(msg)
+    if not preconditioner_of(config).has_matrices:
+        return [None] * len(names)
+    return [
+        _matrix(config, name, shape, _axes(axes, name, shape)) for name, shape in zip(names, shapes, strict=True)
+    ]
+
+
+def _axes(axes: MatrixAxes, name: str, shape: tuple[int, ...]) -> Any:
+    if axes is None:
+        return (0, 1)
+    return axes(name, shape) if callable(axes) else axes.get(name, (0, 1))
+
+
+def _matrix(config: Config, name: str, shape: tuple[int, ...], axes: Any) -> Matrix | None:
+    if axes is None:
+        return None
+    pair = tuple(axes) if isinstance(axes, (tuple, list)) else ()
+    if len(pair) != 2 or not all(type(number) is int for number in pair) or pair[0] < 0 or pair[1] < 1:
+        rule = "must give None or two ints, the axes that count matrices (>= 0) and those of their rows (>= 1)"
+        msg = f"`matrix_axes` {rule}, got {axes!r} for {name!r}"
+        raise ValueError(msg)
+    if sum(pair) >= len(shape) and pair != (0, 1):
+        msg = f"`matrix_axes` must leave axes for the columns, got {pair} for {name!r} of shape {shape}"
+        raise ValueError(msg)
+    return Matrix.of(shape, config.max_preconditioner_dim, pair)

@@ -1,0 +1,364 @@
+"""The Kronecker preconditioner: running mean squares in the eigenbasis of each weight's two factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .diagonal import Diagonal, DiagonalRoot
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..kernels import Kernels
+
+__all__ = ["Kronecker", "KroneckerRoot", "Matrix", "is_basis_step"]
+
+Array = Any
+
+EARLY = (1, 2, 4, 7)
+"""The first steps after which bases are formed; then it is every `precondition_frequency` steps."""
+RIDGE = 1e-6
+"""What power iteration adds to a factor, in units of its largest eigenvalue: directions in which there was no
+gradient keep their vectors, which rounding would otherwise choose."""
+ROUNDING = 8.0
+"""Mean squares below the square of this many roundings of the whole matrix are noise of the products."""
+_SIDES = ("left", "right")
+
+
+class Matrix(NamedTuple):
+    """How a leaf's values form matrices, ``count`` of them one after the other, row by row."""
+
+    count: int
+    """Number of matrices of equal shape."""
+    rows: int
+    columns: int
+    left: bool
+    """Whether rows have a factor; if not, theirs is the identity."""
+    right: bool
+    """Whether columns have one."""
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], largest: int, axes: tuple[int, int] = (0, 1)) -> Matrix | None:
+        """The matrices of an array, or None if no side of them has a factor.
+
+        Parameters
+        ----------
+        shape : tuple of int
+        largest : int
+            Longer sides keep the identity, as do sides of 1.
+        axes : (int, int)
+            How many leading axes count matrices, and how many of the following axes form their rows.
+
+        Examples
+        --------
+        >>> Matrix.of((64, 32, 3, 3), 2048)
+        Matrix(count=1, rows=64, columns=288, left=True, right=True)
+        >>> Matrix.of((12, 768, 3072), 2048, (1, 1))
+        Matrix(count=12, rows=768, columns=3072, left=True, right=False)
+        """
+        stacked, along = axes
+        count, rows, columns = (
+            math.prod(part) for part in (shape[:stacked], shape[stacked : stacked + along], shape[stacked + along :])
+        )
+        if len(shape) < stacked + 2 or count * rows * columns == 0:
+            return None
+        left, right = (1 < side <= largest for side in (rows, columns))
+        return cls(count, rows, columns, left, right) if left or right else None
+
+
+    @classmethod
+    def found(cls, arrays: Mapping[str, Any], size: int) -> Matrix | None:
+        """The matrices of a leaf of this many values, which has these arrays; None if it has no factor."""
+        left, right = (arrays.get(f"{side}_factor") for side in _SIDES)
+        if left is not None:
+            count, rows = left.shape[:2]
+            columns = size // (count * rows)
+        elif right is not None:
+            count, columns = right.shape[:2]
+            rows = size // (count * columns)
+        else:
+            return None
+        return cls(count, rows, columns, left is not None, right is not None)
+
+
+def is_basis_step(config: Config, step: Array) -> Array:
+    """Whether bases are turned after this accepted step, the first of which is 1; the first forms them anew."""
+    due = (step > 1) & (step % config.precondition_frequency == 0)
+    for early in EARLY[1:]:
+        due = due | (step == early)
+    return due
+
+
+class Kronecker(Diagonal):
+    """``R = V^(-p/4) (U_L x U_R)^T``: mean squares `V` in the eigenbases of ``L = E[G G^T]`` and
+    ``R = E[G^T G]``; leaves without a matrix have the diagonal.
+
+    References
+    ----------
+    Vyas et al., SOAP, 2024, arXiv:2409.11321: Adam in the eigenbasis of Shampoo's factors (Gupta, Koren &
+    Singer, ICML 2018), which one power iteration and a QR decomposition keep up to date. Difference from
+    SOAP: curvature pairs are taken in these coordinates; the root is applied to gradient and direction.
+    """
+
+    has_matrices = True
+    names = ("exp_avg_sq", *(f"{side}_{kind}" for side in _SIDES for kind in ("factor", "basis")))
+
+    def layout(
+        self, config: Config, shape: tuple[int, ...], dtype: str, matrix: Matrix | None = None
+    ) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """Mean squares of the leaf's shape; for each side with a factor two stacks of square matrices."""
+        yield from super().layout(config, shape, dtype)
+        if matrix is not None:
+            for side, there, order in zip(_SIDES, matrix[3:], matrix[1:3], strict=True):
+                if there:
+                    yield f"{side}_factor", (matrix.count, order, order), dtype
+                    yield f"{side}_basis", (matrix.count, order, order), dtype
+
+    def root(
+        self, config: Config, arrays: dict[str, Array], dtype: Any, weight: Array | None, floor: Array
+    ) -> DiagonalRoot | KroneckerRoot:
+        """`R` of a leaf."""
+        arrays = {name: array for name, array in arrays.items() if array is not None}
+        if len(arrays) == 1:
+            return super().root(config, arrays, dtype, weight, floor)
+        return KroneckerRoot(arrays, weight, floor, config.preconditioner_power / 4, config.factor_beta)
+
+
+class KroneckerRoot(NamedTuple):
+    """`R` of one leaf during one step."""
+
+    arrays: dict[str, Array]
+    """Those of the layout that the leaf has."""
+    weight: Array | None
+    """0-d: the weight of this step's square in the mean squares; None if it has been added already."""
+    floor: Array
+    """0-d: what is added to mean squares."""
+    exponent: Any
+    """``p / 4``."""
+    factor_beta: Any
+    """Decay of the factors."""
+    kept: tuple[Array, Array] | None = None
+    """The gradient in the eigenbasis, and ``V^(-p/4)``, both of the matrices' shape."""
+
+    @property
+    def elementwise(self) -> bool:
+        """Never: each value depends on those of its row and column."""
+        return False
+
+    @property
+    def keeps(self) -> bool:
+        """Always: the gradient's products are formed once a step."""
+        return True
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Count, rows and columns of the matrices."""
+        matrix = Matrix.found(self.arrays, math.prod(self.arrays["exp_avg_sq"].shape))
+        assert matrix is not None
+        return matrix.count, matrix.rows, matrix.columns
+
+    def keeping(self, kept: tuple[Array, Array]) -> KroneckerRoot:
+        """The same root with the gradient in the eigenbasis and the scales."""
+        return self._replace(kept=kept)
+
+    def at(
+        self, kernels: Kernels, tile: Any, grad: Array | None = None, out: Array | None = None
+    ) -> _Rotation:
+        """`R` of the whole leaf; ``2 a b (a + b)`` operations if the gradient is given, for matrices of
+        a x b."""
+        xp, shape = kernels.leaf_xp, self.shape
+        if grad is None and self.kept is not None:
+            return _Rotation(kernels, self, *self.kept)
+        v = xp.reshape(self.arrays["exp_avg_sq"], shape)
+        rotated = entering = None
+        if grad is not None:
+            rotated = self.rotated(kernels, grad)
+            if self.weight is not None:
+                entering = self._entering(kernels, rotated), self.weight
+        out = None if out is None else xp.reshape(out, shape)
+        return _Rotation(
+            kernels, self, rotated, kernels.diagonal(v, entering, self._floor(kernels), self.exponent, out)
+        )
+
+    def update(self, kernels: Kernels, grad: Array, keep: Array) -> KroneckerRoot:
+        """Add the gradient to mean squares and factors; ``2 a b (a + b)`` operations."""
+        if self.weight is None or self.kept is None:
+            return self
+        xp, shape, arrays = kernels.leaf_xp, self.shape, dict(self.arrays)
+        entering = xp.reshape(self._entering(kernels, self.kept[0]), arrays["exp_avg_sq"].shape)
+        arrays["exp_avg_sq"] = kernels.average(
+            arrays["exp_avg_sq"], entering, self.weight, keep, squared=True
+        )
+        G = xp.reshape(kernels.cast(grad, entering.dtype), shape)
+        weight = self.weight * 0 + (1.0 - self.factor_beta)
+        for side, product in (("left", (G, _transposed(G))), ("right", (_transposed(G), G))):
+            if (factor := arrays.get(f"{side}_factor")) is not None:
+                arrays[f"{side}_factor"] = kernels.average(factor, kernels.matmul(*product), weight, keep)
+        return self._replace(arrays=arrays, weight=None)
+
+    def formed(self, kernels: Kernels, due: Array) -> KroneckerRoot:
+        """Bases of eigenvectors where `due` (0-d), for the first time."""
+        arrays = dict(self.arrays)
+        for side in _SIDES:
+            if (factor := arrays.get(f"{side}_factor")) is not None:
+                basis = arrays[f"{side}_basis"]
+                new = kernels.leaf_xp.where(due, _eigenvectors(kernels, factor), basis)
+                arrays[f"{side}_basis"] = kernels.store(basis, None, new)
+        return self._replace(arrays=arrays)
+
+    def turned(
+        self, kernels: Kernels, history: Array | None, due: Array
+    ) -> tuple[KroneckerRoot, Array | None]:
+        """New bases where `due` (0-d), by one power iteration and a QR decomposition; and the rows of the
+        history in them, since a row is kept in the coordinates of its basis. Consumes both."""
+        xp, shape, arrays = kernels.leaf_xp, self.shape, dict(self.arrays)
+        v = xp.reshape(arrays["exp_avg_sq"], shape)
+        turns: list[Array | None] = []
+        for axis, side in enumerate(_SIDES, 1):
+            if (factor := arrays.get(f"{side}_factor")) is None:
+                turns.append(None)
+                continue
+            basis = arrays[f"{side}_basis"]
+            new, order = _iterated(kernels, factor, basis)
+            new = xp.where(due, new, basis)
+            turns.append(kernels.matmul(_transposed(new), basis))
+            index = xp.expand_dims(order, axis=3 - axis)
+            v = xp.take_along_axis(v, xp.broadcast_to(index, shape), axis=axis)
+            arrays[f"{side}_basis"] = kernels.store(basis, None, new)
+        old = arrays["exp_avg_sq"]
+        arrays["exp_avg_sq"] = kernels.store(old, None, xp.where(due, xp.reshape(v, old.shape), old))
+        if history is not None:
+            history = self._rows(kernels, history, turns, due)
+        return self._replace(arrays=arrays), history
+
+    def rotated(self, kernels: Kernels, x: Array) -> Array:
+        """``U_L^T X U_R``."""
+        x = kernels.leaf_xp.reshape(x, self.shape)
+        if "left_basis" in self.arrays:
+            x = kernels.matmul(_transposed(self.arrays["left_basis"]), x)
+        return kernels.matmul(x, self.arrays["right_basis"]) if "right_basis" in self.arrays else x
+
+    def restored(self, kernels: Kernels, x: Array, like: tuple[int, ...]) -> Array:
+        """``U_L X U_R^T``, of this shape."""
+        if "left_basis" in self.arrays:
+            x = kernels.matmul(self.arrays["left_basis"], x)
+        if "right_basis" in self.arrays:
+            x = kernels.matmul(x, _transposed(self.arrays["right_basis"]))
+        return kernels.leaf_xp.reshape(x, like)
+
+    def _trace(self, kernels: Kernels) -> Array:
+        """(count, 1, 1): the running squared norm of the matrices."""
+        xp, factor = kernels.leaf_xp, self.arrays.get("left_factor", self.arrays.get("right_factor"))
+        return xp.reshape(xp.linalg.trace(factor), (-1, 1, 1))
+
+    def _floor(self, kernels: Kernels) -> Array:
+        """(count, 1, 1): what is added to mean squares, so that rounding is not taken for gradients."""
+        trace = self._trace(kernels)
+        return self.floor + (ROUNDING * kernels.leaf_xp.finfo(trace.dtype).eps) ** 2 * trace
+
+    def _entering(self, kernels: Kernels, rotated: Array) -> Array:
+        """What enters the mean squares. A matrix without a basis has no coordinates of its own, so all its
+        values count alike."""
+        return kernels.levelled(rotated, self._trace(kernels) > 0)
+
+    def _rows(self, kernels: Kernels, history: Array, turns: list[Array | None], due: Array) -> Array:
+        xp, m = kernels.leaf_xp, history.shape[1]
+        dtype = self.arrays["exp_avg_sq"].dtype
+        parts = []
+        for kind in range(2):  # half of the history at a time
+            rows = history[kind, ...]
+            new = xp.reshape(kernels.cast(rows, dtype), (m, *self.shape))
+            if turns[0] is not None:
+                new = kernels.matmul(turns[0][None, ...], new)
+            if turns[1] is not None:
+                new = kernels.matmul(new, _transposed(turns[1])[None, ...])
+            new = kernels.cast(xp.reshape(new, rows.shape), history.dtype)
+            parts.append(xp.where(due, new, rows))
+            if kernels.in_place:
+                history[kind, ...] = parts[-1]
+        return history if kernels.in_place else xp.stack(parts)
+
+
+class _Rotation(NamedTuple):
+    """`R` of a whole leaf."""
+
+    kernels: Kernels
+    root: KroneckerRoot
+    rotated: Array | None
+    """The gradient in the eigenbasis."""
+    scale: Array
+
+    @property
+    def kept(self) -> tuple[Array | None, Array]:
+        """What `KroneckerRoot.keeping` takes."""
+        return self.rotated, self.scale
+
+    def white(self, grad: Array) -> Array:
+        """``R g``."""
+        rotated = self.root.rotated(self.kernels, grad) if self.rotated is None else self.rotated
+        return self.kernels.leaf_xp.reshape(self.kernels.product(rotated, self.scale), grad.shape)
+
+    def whiten(self, x: Array) -> Array:
+        """``R x``."""
+        rotated = self.root.rotated(self.kernels, x)
+        rotated *= self.scale
+        return self.kernels.leaf_xp.reshape(rotated, x.shape)
+
+    def dual(self, x: Array) -> Array:
+        """``R^-T x``."""
+        rotated = self.root.rotated(self.kernels, x)
+        rotated /= self.scale
+        return self.kernels.leaf_xp.reshape(rotated, x.shape)
+
+    def back(self, x: Array) -> Array:
+        """``R^T x``."""
+        scaled = self.kernels.leaf_xp.reshape(x, self.root.shape)
+        scaled *= self.scale
+        return self.root.restored(self.kernels, scaled, x.shape)
+
+
+def _eigenvectors(kernels: Kernels, factor: Array) -> Array:
+    """Eigenvectors of factors (N, n, n) by falling eigenvalue. Where there was no gradient any basis would do,
+    so it is completed in one way that does not depend on the library: by the first coordinates."""
+    xp, n = kernels.leaf_xp, factor.shape[-1]
+    top = xp.max(xp.abs(factor), axis=(-2, -1), keepdims=True)
+    values, vectors = xp.linalg.eigh(factor / xp.where(top > 0, top, 1.0))
+    values, vectors = xp.flip(values, axis=-1), xp.flip(vectors, axis=-1)
+    known = values > n * xp.finfo(factor.dtype).eps * values[:, :1]
+    spanned = vectors * xp.astype(known, factor.dtype)[:, None, :]
+    rest = _unit(kernels, factor) - kernels.matmul(spanned, _transposed(spanned))
+    rank = xp.sum(xp.astype(known, xp.int64), axis=-1, keepdims=True)
+    place = xp.arange(n, dtype=rank.dtype, device=kernels.device(factor))[None, :] - rank
+    place = xp.where(place < 0, xp.zeros_like(place), place)
+    others = xp.take_along_axis(rest, xp.broadcast_to(place[:, None, :], rest.shape), axis=-1)
+    return _orthonormal(kernels, xp.where(known[:, None, :], vectors, others))
+
+
+def _iterated(kernels: Kernels, factor: Array, basis: Array) -> tuple[Array, Array]:
+    """Bases after one power iteration, and the order (N, n) into which vectors are brought before, by falling
+    eigenvalue."""
+    xp = kernels.leaf_xp
+    image = kernels.matmul(factor, basis)
+    values = xp.sum(basis * image, axis=-2)
+    order = xp.argsort(values, axis=-1, descending=True, stable=True)
+    top = xp.max(values, axis=-1)[:, None, None]
+    image = xp.where(top > 0, image / xp.where(top > 0, top, 1.0) + RIDGE * basis, basis)
+    index = xp.broadcast_to(order[:, None, :], image.shape)
+    return _orthonormal(kernels, xp.take_along_axis(image, index, axis=-1)), order
+
+
+def _orthonormal(kernels: Kernels, columns: Array) -> Array:
+    """Orthonormal columns that span the same, each on the side of its own."""
+    xp = kernels.leaf_xp
+    q, r = xp.linalg.qr(columns)
+    backwards = xp.sum(r * _unit(kernels, r), axis=-1) < 0
+    return xp.where(backwards[:, None, :], -q, q)
+
+
+def _unit(kernels: Kernels, like: Array) -> Array:
+    return kernels.leaf_xp.eye(like.shape[-1], dtype=like.dtype, device=kernels.device(like))[None, ...]
+
+
+def _transposed(x: Array) -> Array:
+    return x.mT
