@@ -17,7 +17,7 @@ from .config import (
 from .diagnostics import block_names
 from .kernels import Leaf, Means, PairTile, StepEnd, part, square_roots
 from .leaves import FlatLeaf, Member, pack
-from .matrices import MatrixAxes, matrices_in
+from .matrices import MatrixAxes, check_matrix_axes, matrices_in
 from .observation import Observation
 from .overlap import Overlap, Place, find_overlap
 from .preconditioner import Matrix, Preconditioner, Root, TileRoot
@@ -73,6 +73,7 @@ __all__ = [
     "accumulation_dtype",
     "as_number",
     "block_names",
+    "check_matrix_axes",
     "check_old_names",
     "check_real",
     "coefficients",

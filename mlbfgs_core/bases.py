@@ -49,7 +49,5 @@ def _turned(call: Call, state: State, due: Array) -> State:
 def _with_roots(state: State, roots: Sequence[Any]) -> State:
     """The state with what these roots remember."""
     return state._replace(
-        preconditioner={
-            name: tuple(root.arrays.get(name) for root in roots) for name in state.preconditioner
-        }
+        preconditioner={name: tuple(root.arrays.get(name) for root in roots) for name in state.preconditioner}
     )

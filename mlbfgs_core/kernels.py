@@ -409,14 +409,14 @@ class Kernels:
         y = self.masked(part(means.grads, tile) - part(means.prev_grads, tile), valid)
         return root.dual(s), root.whiten(y)
 
-    def mean_square(self, leaf: Leaf) -> Array:
-        """``|R M_g|^2``; reads 1 value (+ those of `R`)."""
+    def mean_square(self, leaf: Leaf, weight: Array) -> Array:
+        """``weight * |R M_g|^2``, with a weight as `of_leaf` gives it; reads 1 value (+ those of `R`)."""
         total = None
         for tile in self._tiles(leaf.means.grads, leaf.root):
             z = leaf.root.at(self, tile).whiten(part(leaf.means.grads, tile) + 0.0)
             square = self.dot(z, z)
             total = square if total is None else total + square
-        return total
+        return total * weight
 
     def next_products(self, leaf: Leaf, valid: Array) -> list[PairTile]:
         """Inner products of the next pair, tile by tile."""

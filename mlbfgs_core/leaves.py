@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from array_api_compat import array_namespace
 
 from .blocks import Blocks
+from .preconditioner import Matrix
 
 __all__ = ["FlatLeaf", "Member", "pack"]
 
@@ -31,6 +32,12 @@ class Member(Protocol):
     @property
     def dense(self) -> bool:
         """Whether `flat` of the parameter is a view of its memory."""
+        ...
+
+    @property
+    def matrix(self) -> Matrix | None:
+        """How `flat` forms matrices, if it does; only such members lie side by side whose matrices are of one
+        kind."""
         ...
 
     def flat(self, array: Array) -> Array:
@@ -73,6 +80,25 @@ class FlatLeaf(Generic[_Member]):
         for member in self.members:
             parts.append(flat[..., start : start + member.size])
             start += member.size
+        return parts
+
+    @property
+    def matrix(self) -> Matrix | None:
+        """The matrices of all members; None if they form none."""
+        first = self.members[0].matrix
+        return first and first._replace(count=sum(m.matrix.count for m in self.members if m.matrix))
+
+    def stacked(self, arrays: Sequence[Array]) -> Array:
+        """Stacks with an array for each matrix, one stack per member, as one."""
+        return arrays[0] if len(arrays) == 1 else array_namespace(*arrays).concat(arrays, axis=0)
+
+    def stacks(self, stack: Array) -> list[Array]:
+        """The inverse of `stacked`; views."""
+        parts, start = [], 0
+        for member in self.members:
+            count = 0 if member.matrix is None else member.matrix.count
+            parts.append(stack[start : start + count, ...])
+            start += count
         return parts
 
     def spread(self, flat: Array) -> Sequence[Array]:

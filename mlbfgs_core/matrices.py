@@ -8,7 +8,7 @@ from typing import Any
 from .config import Config
 from .preconditioner import Matrix, preconditioner_of
 
-__all__ = ["MatrixAxes", "matrices_in"]
+__all__ = ["MatrixAxes", "check_matrix_axes", "matrices_in"]
 
 Axes = tuple[int, int] | None
 MatrixAxes = Mapping[str, Axes] | Callable[[str, tuple[int, ...]], Axes] | None
@@ -38,17 +38,24 @@ def matrices_in(
     >>> matrices_in(config, ["w", "b"], [(12, 64, 256), (12, 64)], {"w": (1, 1), "b": None})
     [Matrix(count=12, rows=64, columns=256, left=True, right=True), None]
     """
+    check_matrix_axes(axes, names)
+    if not preconditioner_of(config).has_matrices:
+        return [None] * len(names)
+    return [
+        _matrix(config, name, shape, _axes(axes, name, shape))
+        for name, shape in zip(names, shapes, strict=True)
+    ]
+
+
+def check_matrix_axes(axes: MatrixAxes, names: Sequence[str]) -> None:
+    """Raise TypeError or ValueError unless this is a function or a mapping of some of these names."""
     if axes is not None and not callable(axes) and not isinstance(axes, Mapping):
         msg = f"`matrix_axes` must be None, a mapping of names or a function, got {axes!r}"
         raise TypeError(msg)
     if isinstance(axes, Mapping) and (unknown := set(axes) - set(names)):
-        msg = f"`matrix_axes` must hold names of parameters, such as {list(names)[:3]}, got {sorted(unknown)[0]!r}"
+        rule = f"must hold names of parameters, such as {list(names)[:3]}"
+        msg = f"`matrix_axes` {rule}, got {sorted(unknown, key=str)[0]!r}"
         raise ValueError(msg)
-    if not preconditioner_of(config).has_matrices:
-        return [None] * len(names)
-    return [
-        _matrix(config, name, shape, _axes(axes, name, shape)) for name, shape in zip(names, shapes, strict=True)
-    ]
 
 
 def _axes(axes: MatrixAxes, name: str, shape: tuple[int, ...]) -> Any:
@@ -62,7 +69,9 @@ def _matrix(config: Config, name: str, shape: tuple[int, ...], axes: Any) -> Mat
         return None
     pair = tuple(axes) if isinstance(axes, (tuple, list)) else ()
     if len(pair) != 2 or not all(type(number) is int for number in pair) or pair[0] < 0 or pair[1] < 1:
-        rule = "must give None or two ints, the axes that count matrices (>= 0) and those of their rows (>= 1)"
+        rule = (
+            "must give None or two ints, the axes that count matrices (>= 0) and those of their rows (>= 1)"
+        )
         msg = f"`matrix_axes` {rule}, got {axes!r} for {name!r}"
         raise ValueError(msg)
     if sum(pair) >= len(shape) and pair != (0, 1):

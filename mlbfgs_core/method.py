@@ -435,7 +435,9 @@ class Method:
             state, rows = run_if(when_due, due, part, (state, rows))
             state = turn_window(call, state, due) if when_due is not False else state
         update, factor, state = direction(call, state, seen._replace(rows=rows))
-        return update, factor, bases.renew(call, state, state.accepted, when_formed, when_turned)
+        # The rows that are turned have been read by the direction.
+        accepted = call.kernels.after(state.accepted, factor)
+        return update, factor, bases.renew(call, state, accepted, when_formed, when_turned)
 
     def renew_bases(self, state: State) -> State:
         """Give a Kronecker preconditioner new bases where the schedule asks for them, which `step` does at

@@ -13,7 +13,17 @@ from .preconditioner import Root
 from .scales import pair_scale
 from .state import State, dtype_name
 
-__all__ = ["Damping", "PairProducts", "common_scale", "damp", "joint_norm", "paper_tau", "products", "scatter", "valid"]
+__all__ = [
+    "Damping",
+    "PairProducts",
+    "common_scale",
+    "damp",
+    "joint_norm",
+    "paper_tau",
+    "products",
+    "scatter",
+    "valid",
+]
 
 Array = Any
 
@@ -81,7 +91,7 @@ def products(call: Call, state: State, roots: Sequence[Root]) -> PairProducts:
             ]
             if call.config.sums_squares:
                 count = call.scalar(call.kernels.of_leaf(state.leaf_window, number), leaf.dtype)
-                squares[number] = call.kernels.mean_square(leaf) * count
+                squares[number] = call.kernels.mean_square(leaf, count)
         columns = [[convert(x, call.dtype) for x in column] for column in zip(*tiles, strict=True)]
         if len(tiles) == 1:
             gathered.append([column[0] for column in columns])

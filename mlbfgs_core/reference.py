@@ -40,6 +40,68 @@ def bfgs_inverse_hessian(pairs: Sequence[tuple[Vector, Vector]], gamma: Any, dim
     return H
 
 
+class Matrices:
+    """One matrix of a x b values in a block, row by row from `start` on, for the Kronecker preconditioner."""
+
+    def __init__(self, start: int, shape: tuple[int, int], largest: int) -> None:
+        self.values = slice(start, start + shape[0] * shape[1])
+        self.shape = shape
+        self.sides = [side for side in (0, 1) if 1 < shape[side] <= largest]
+        self.factors = [np.zeros((n, n)) for n in shape]
+        self.bases: list[Vector] = [np.eye(n) for n in shape]
+
+    @property
+    def square(self) -> float:
+        """The running squared norm of the gradient."""
+        return float(np.trace(self.factors[self.sides[0]]))
+
+    def basis(self) -> Vector:
+        """The dense orthogonal matrix ``U_L x U_R``, which takes coordinates of the eigenbasis to those of
+        the parameters."""
+        result: Vector = np.kron(*self.bases)
+        return result
+
+    def add(self, G: Vector, beta: Any) -> None:
+        """``L <- beta L + (1 - beta) G G^T``, and for the columns ``G^T G``."""
+        for side in self.sides:
+            X = G if side == 0 else G.T
+            self.factors[side] = beta * self.factors[side] + (1 - beta) * X @ X.T
+
+    def form(self) -> None:
+        """Bases of eigenvectors, completed by the first coordinates where there was no gradient."""
+        for side in self.sides:
+            values, vectors = np.linalg.eigh(self.factors[side])
+            spanned = vectors[:, values > len(values) * np.finfo(float).eps * values[-1]][:, ::-1]
+            rest = np.eye(len(values)) - spanned @ spanned.T
+            self.bases[side] = _gram_schmidt(np.hstack([spanned, rest]))[:, : len(values)]
+
+    def turn(self, v: Vector) -> Vector:
+        """One power iteration and QR; `v`, the mean squares in the bases, in the new order of vectors."""
+        v = v.reshape(self.shape)
+        for side in self.sides:
+            L, U = self.factors[side], self.bases[side]
+            values = np.diag(U.T @ L @ U)
+            order = np.argsort(-values, kind="stable")
+            if values.max() > 0:
+                U = (L @ U / values.max() + 1e-6 * U)[:, order]
+            self.bases[side] = _gram_schmidt(U)
+            v = np.take(v, order, axis=side)
+        return v.ravel()
+
+
+def _gram_schmidt(columns: Vector) -> Vector:
+    """Orthonormal columns, twice for the sake of rounding, without those that depend on others."""
+    found: list[Vector] = []
+    for x in columns.T:
+        length = np.linalg.norm(x)
+        for _ in range(2):
+            for u in found:
+                x = x - (u @ x) * u
+        if np.linalg.norm(x) > 1e-10 * length:
+            found.append(x / np.linalg.norm(x))
+    return np.stack(found, axis=1)
+
+
 @dataclass
 class _Block:
     """What one block remembers; counts are kept for each coordinate, since gradients may be missing."""
@@ -59,6 +121,7 @@ class _Block:
     noise: list[list[float]] = field(default_factory=list, init=False)
     """The projections of the gradients on the `s` of each stored pair, since it was stored."""
     mean_square: Any = field(default=0.0, init=False)
+    matrices: list[Matrices] = field(default_factory=list, init=False)
 
 
 class Reference:
@@ -69,13 +132,23 @@ class Reference:
     config : Config
     sizes : sequence of int
         Dimension of each block.
+    matrices : sequence of (int, int, (int, int)), optional
+        Block, first coordinate and shape of each matrix, for ``preconditioner="kronecker"``, which runs here
+        in the symmetric root ``U V^(-p/4) U^T``: pairs need not be turned with the basis then.
     """
 
-    def __init__(self, config: Config, sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        sizes: Sequence[int],
+        matrices: Sequence[tuple[int, int, tuple[int, int]]] = (),
+    ) -> None:
         self.config = config
         self.blocks: list[_Block] = []
         for block, size in enumerate(sizes):
             self.extend(block, size)
+        for block, start, shape in matrices:
+            self.blocks[block].matrices.append(Matrices(start, shape, config.max_preconditioner_dim))
         self.steps = self.skipped = self.n = self.n_P = 0
         self.r = self.r_P = 0.0
         self.pending = self.diverges = False
@@ -125,14 +198,28 @@ class Reference:
         for block, g in zip(self.blocks, grads, strict=True):
             decay = cfg.preconditioner_beta
             block.mean_square += (1 - decay) / (1 - decay**self.steps) * (g @ g / len(g) - block.mean_square)
+            self._renew_bases(block)
         return directions
+
+    def _renew_bases(self, block: _Block) -> None:
+        for matrix in block.matrices:
+            if self.steps == 1:
+                matrix.form()
+            elif self.steps in (2, 4, 7) or self.steps % self.config.precondition_frequency == 0:
+                block.v[matrix.values] = matrix.turn(block.v[matrix.values])
 
     def dense_root(self, block: _Block) -> Vector:
         """The dense `R` of a block's preconditioner; it takes `g` to ``R g``, and `s` to ``R^-T s``."""
         if self.config.preconditioner == "none":
             return np.eye(len(block.v))
-        floor = 1e-16 * block.mean_square + np.finfo(np.float64).smallest_normal
-        root: Vector = np.diag((block.v + floor) ** (-self.config.preconditioner_power / 4))
+        floor: Any = 1e-16 * block.mean_square + np.finfo(np.float64).smallest_normal
+        floor = np.full(len(block.v), floor)
+        U = np.eye(len(block.v))
+        for matrix in block.matrices:
+            own = matrix.values
+            U[own, own] = matrix.basis()
+            floor[own] += (8 * np.finfo(np.float64).eps) ** 2 * matrix.square
+        root: Vector = (U * (block.v + floor) ** (-self.config.preconditioner_power / 4)) @ U.T
         return root
 
     def inverse_hessian(self, block: _Block) -> Vector:
@@ -149,10 +236,17 @@ class Reference:
         w_v = np.where(present, (1 - decay) / (1 - decay**steps), 0.0)
         w = 1 / n if cfg.beta is None else np.where(steps == 1, 1.0, 1 - cfg.beta)
         w = np.where(present, w, 0.0)
-        block.v = block.v + w_v * (g**2 - block.v)
+        squares = g**2
+        for matrix in block.matrices:
+            turned = matrix.basis().T @ g[matrix.values]
+            squares[matrix.values] = turned**2 if matrix.square > 0 else np.mean(turned**2)
+        block.v = block.v + w_v * (squares - block.v)
         R = self.dense_root(block)
         off = R @ np.where(present, np.sqrt(1 - w) * (g - block.M_g), 0.0)
-        self.r += float(off @ off)
+        self.r += float(np.sum((R @ g) ** 2)) if cfg.sums_squares else float(off @ off)
+        for matrix in block.matrices:
+            if present[matrix.values].any():
+                matrix.add(g[matrix.values].reshape(matrix.shape), cfg.factor_beta)
         for (s, _), seen in zip(block.pairs, block.noise, strict=True):
             seen.append(float(s @ R @ g))
         block.M_theta = block.M_theta + w * (theta - block.M_theta)
@@ -164,6 +258,13 @@ class Reference:
         s = np.where(known, block.M_theta - block.P_theta, 0.0)
         y = np.where(known, block.M_g - block.P_g, 0.0)
         return np.asarray(np.linalg.solve(R.T, s), dtype=np.float64), R @ y
+
+    def _scatter(self) -> float:
+        """The scatter of gradients about their mean in this window."""
+        if not self.config.sums_squares:
+            return self.r
+        means = (np.sum((self.dense_root(b) @ (np.sqrt(b.n) * b.M_g)) ** 2) for b in self.blocks)
+        return max(0.0, self.r - float(sum(means)))
 
     def _spread(self) -> tuple[float, float]:
         """Variance of ``M_g - P_g`` in units of one gradient's, and degrees of freedom of `r`."""
@@ -193,7 +294,7 @@ class Reference:
         cfg, (nu, freedom) = self.config, self._spread()
         pairs = [self._pair(block) for block in self.blocks]
         y_square = sum(y @ y for _, y in pairs)
-        if not y_square > cfg.signal_to_noise * nu * (self.r_P + self.r) / freedom:
+        if not y_square > cfg.signal_to_noise * nu * (self.r_P + self._scatter()) / freedom:
             return False
         noise = [self._row_noise(block) for block in self.blocks]
         if all(v is None for v in noise):
@@ -203,6 +304,7 @@ class Reference:
 
     def _refresh(self) -> None:
         cfg, (nu, freedom) = self.config, self._spread()
+        self.r = self._scatter()
         part: Any = 1.0
         if cfg.adaptive and (observed := sum(y @ y for _, y in map(self._pair, self.blocks))) > 0:
             expected = nu * (self.r_P + self.r) / freedom

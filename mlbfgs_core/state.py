@@ -378,7 +378,9 @@ def matrices_of(state: State) -> list[Matrix | None]:
     return [
         None
         if square is None
-        else Matrix.found({name: own[name][leaf] for name in OF_MATRICES if name in own}, math.prod(square.shape))
+        else Matrix.found(
+            {name: own[name][leaf] for name in OF_MATRICES if name in own}, math.prod(square.shape)
+        )
         for leaf, square in enumerate(squares)
     ]
 

@@ -14,6 +14,7 @@ import mlbfgs_core as core
 from mlbfgs_core.adapter import (
     LEAF_DTYPES,
     LEAF_NAMES,
+    OF_MATRICES,
     RENAMED,
     SETTINGS,
     as_number,
@@ -47,7 +48,12 @@ NUMBERS = ("lr", "momentum", "weight_decay")
 _NUMBERS_AND_SETTINGS = (*NUMBERS, *SETTINGS)
 SWITCHES = {"nesterov": False, "maximize": False, "decoupled_weight_decay": True, "capturable": False}
 """Options that are on or off, with their values for a state dict that lacks them."""
-ADDED = {"shrinkage": 1.0}
+ADDED = {
+    "shrinkage": 1.0,
+    "factor_beta": 0.95,
+    "precondition_frequency": 10,
+    "max_preconditioner_dim": 2048,
+}
 """Settings that older versions did not have, with the values that do what those versions did."""
 _TOGETHER = tuple(
     entry.name
@@ -161,6 +167,12 @@ def check_entry(entry: Any, param: Tensor, name: str) -> None:
     shape = real_shape(param)
     for part in arrays:
         got = tuple(entry[part].shape)
+        if part in OF_MATRICES:
+            if len(got) != 3 or got[1] != got[2]:
+                rule = f"must hold a stack of square matrices as {part!r}"
+                msg = f"`state_dict` {rule}, got one of shape {got} for {name!r}"
+                raise ValueError(msg)
+            continue
         got = got[2:] if part == "history" and len(got) > 1 else got
         if got != shape:
             msg = f"`state_dict` must hold a {part!r} of the parameter's shape {shape}, got {got}"

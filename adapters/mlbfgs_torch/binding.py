@@ -17,6 +17,7 @@ import mlbfgs_core as core
 from mlbfgs_core.adapter import (
     LEAF_COUNTS,
     LEAF_NAMES,
+    OF_MATRICES,
     Blocks,
     accumulation_dtype,
     dtype_name,
@@ -145,14 +146,19 @@ def bind(
     alone = [len(leaf.members) == 1 and is_known(memory[leaf.members[0].param]) for leaf in leaves]
     # Empty leaves stand in their places, since all leaves together decide the dtype of coefficients.
     new = [x[:0] if own else x for x, own in zip(like, [*alone, *(False for _ in absent)], strict=True)]
-    fresh = core.Method(config).init(new, xp=xp)
+    # A parameter's shape tells nothing of its matrices, since leaves are flat.
+    matrices = [*(leaf.matrix for leaf in leaves), *(None for _ in absent)]
+    fresh = core.Method(config, matrices=matrices).init(new, xp=xp)
     arrays: dict[str, list[Any]] = {name: list(own) for name, own in leaf_arrays(fresh).items()}
     momentum: list[Tensor | None] = []
     for i, (leaf, own) in enumerate(zip(leaves, alone, strict=True)):
         entries = [memory[member.param] for member in leaf.members]
         for name, of_leaves in arrays.items():
+            if of_leaves[i] is None:
+                continue
             if own:
-                kept = leaf.gather([local(entries[0][name])])
+                kept = local(entries[0][name])
+                kept = kept if name in OF_MATRICES else leaf.gather([kept])
                 # The parameter may have been moved.
                 of_leaves[i] = kept.to(of_leaves[i].device, of_leaves[i].dtype).contiguous()
             else:
@@ -170,14 +176,20 @@ def bind(
     )
     rows = Rows(state, blocks, first_label)
     for i, leaf in enumerate(leaves):
-        views = {name: leaf.spread(of_leaves[i]) for name, of_leaves in arrays.items()}
+        views = {
+            name: _parts(name, leaf, of_leaves[i])
+            for name, of_leaves in arrays.items()
+            if of_leaves[i] is not None
+        }
         if momentum[i] is not None:
             views["momentum_buffer"] = leaf.spread(momentum[i])
         for place, member in enumerate(leaf.members):
             entry = memory[member.param]
             for name, view in views.items():
                 own = view[place]
-                entry[name] = like_param(own, member.param, own.ndim - len(member.shape))
+                if name not in OF_MATRICES:
+                    own = like_param(own, member.param, own.ndim - len(member.shape))
+                entry[name] = own
             entry.update(rows.of(i))
     return Bound(state, rows, momentum)
 
@@ -235,8 +247,13 @@ def agreed(
     return {name: value.to(getattr(fresh, name)).to(device) for name, value in values.items()}
 
 
+def _parts(name: str, leaf: Leaf, array: Tensor) -> Sequence[Tensor]:
+    """Each member's part of a leaf's array; views."""
+    return leaf.stacks(array) if name in OF_MATRICES else leaf.spread(array)
+
+
 def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: Tensor) -> None:
-    for view, entry in zip(leaf.spread(flat), entries, strict=True):
+    for view, entry in zip(_parts(name, leaf, flat), entries, strict=True):
         if name in entry:
             view.copy_(local(entry[name]))
 
@@ -244,9 +261,12 @@ def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: 
 def _change(config: core.Config, member: Member, entry: dict[str, Any]) -> str | None:
     """The reason why a parameter's memory cannot be continued, or None."""
     like = torch.empty(member.shape, dtype=as_real(member.values.detach()).dtype, device="meta")
-    wanted = {own.name: own for own in layout(config, [like], ((0,),)) if own.leaf is not None}
+    entries = layout(config, [like], ((0,),), [member.matrix])
+    wanted = {own.name: own for own in entries if own.leaf is not None}
     held = {name: local(entry[name]) for name in LEAF_NAMES if name in entry}
     for name, value in held.items():
+        if name in OF_MATRICES:
+            continue
         lead = len(wanted[name].shape) - len(member.shape) if name in wanted else 0
         shape = tuple(value.shape[lead:])
         if shape != member.shape:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.adapter import Blocks, leaf_arrays, with_leaf_arrays
+from mlbfgs_core.adapter import OF_MATRICES, Blocks, leaf_arrays, with_leaf_arrays
 from mlbfgs_core.adapter import coefficients as coefficients_of
 
 from .binding import coefficients
@@ -36,7 +36,8 @@ def take(
     Parameters that never had a gradient count as fresh ones, and take no memory.
     """
     like = [torch.empty(m.whole, dtype=as_real(m.values.detach()).dtype, device="meta") for m in members]
-    template = core.Method(config, blocks).init(like, xp=xp)
+    matrices = [m.matrix for m in members]
+    template = core.Method(config, blocks, matrices=matrices).init(like, xp=xp)
     fresh = core.Method(config).init([torch.empty(0, dtype=tensor.dtype) for tensor in like], xp=xp)
     values: dict[str, Any] = dict(coefficients(fresh, [[m.param] for m in members], blocks, memory))
     values["size"] = torch.tensor(
@@ -46,7 +47,7 @@ def take(
     values = {name: _to_numpy(value) for name, value in values.items()}
     arrays = {
         name: tuple(
-            read(memory.get(member.param, {}).get(name, tensor))
+            None if tensor is None else read(memory.get(member.param, {}).get(name, tensor))
             for member, tensor in zip(members, tensors, strict=True)
         )
         for name, tensors in leaf_arrays(template).items()
@@ -74,9 +75,11 @@ def restore(
     for i, (member, buffer) in enumerate(zip(members, snapshot.momentum, strict=True)):
         device, entry = member.param.device, {}
         if used[i]:
-            arrays = {name: own[i] for name, own in leaf_arrays(state).items()}
+            arrays = {name: own[i] for name, own in leaf_arrays(state).items() if own[i] is not None}
             entry = {
-                name: _placed(array, member.param, array.ndim - len(member.whole))
+                name: _to_torch(array).to(device)
+                if name in OF_MATRICES
+                else _placed(array, member.param, array.ndim - len(member.whole))
                 for name, array in arrays.items()
             }
             entry.update({name: row.to(device, copy=True) for name, row in rows.of(i).items()})

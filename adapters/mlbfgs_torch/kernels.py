@@ -129,6 +129,13 @@ class TorchKernels(core.Kernels):
         """Inner product, of full precision inside `torch.autocast` too, unlike `matmul`."""
         return torch.dot(a, b)
 
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """Products of stacks of matrices; with `out`, `torch.autocast` leaves them in full precision."""
+        if not torch.is_autocast_enabled(a.device.type):
+            return torch.matmul(a, b)
+        with torch.autocast(a.device.type, enabled=False):
+            return torch.matmul(a, b)
+
     def largest(self, x: Tensor) -> Tensor:
         """The largest magnitude, in one pass."""
         low, high = torch.aminmax(x)

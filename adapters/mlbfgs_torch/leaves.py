@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from mlbfgs_core.adapter import Blocks, FlatLeaf, pack
+from mlbfgs_core.adapter import Blocks, FlatLeaf, Matrix, pack
 
 from .rows import counts_and_label, is_known
 from .sharding import is_sharded, local, matching
@@ -53,13 +53,18 @@ class Member:
     """What `place` returned for it."""
     carries: bool
     """Whether it has momentum."""
+    matrix: Matrix | None
+    """How its values form matrices."""
 
     @classmethod
-    def of(cls, name: str, param: Tensor, group: dict[str, Any], share: float) -> Member:
-        """A member with the layout of its parameter."""
+    def of(
+        cls, name: str, param: Tensor, group: dict[str, Any], share: float, matrix: Matrix | None
+    ) -> Member:
+        """A member with the layout of its parameter; matrices have the order of its axes."""
         values = local(param).detach()
         real, lazy = as_real(values), values.is_conj() or values.is_neg()
-        order = tuple(sorted(range(real.ndim), key=lambda axis: -real.stride(axis)))
+        axes = range(real.ndim)
+        order = tuple(axes if matrix else sorted(axes, key=lambda axis: -real.stride(axis)))
         dense = not lazy and real.permute(order).is_contiguous()
         return cls(
             name,
@@ -73,6 +78,7 @@ class Member:
             dense,
             place(param),
             group["momentum"] != 0,
+            matrix,
         )
 
     @property
@@ -205,6 +211,10 @@ class Leaf(FlatLeaf[Member]):
             return _flatten_dense_tensors(tensors)
         return super().gather(tensors)
 
+    def stacked(self, arrays: Sequence[Tensor]) -> Tensor:
+        """One stack of matrices per member as one."""
+        return torch.cat(list(arrays))
+
     def joined(self, flats: Sequence[Tensor]) -> Tensor:
         """Flat tensors, one after the other."""
         return torch.cat(flats, dim=-1)
@@ -234,6 +244,7 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
             counts.get(member.param),
             member.param.grad is None,
             member.share,
+            member.matrix and member.matrix[1:],
         )
         for member in members
     ]

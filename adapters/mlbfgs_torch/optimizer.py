@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from .arguments import (
 from .binding import forget_misfits
 from .checkpoint import contribution, outline, restore, take, whole
 from .kernels import as_tensor, quiet
-from .leaves import Member, place
+from .leaves import Member, place, real_shape
 from .memory import check_memory
 from .owners import divide, gather
 from .units import Partition, Unit
@@ -61,6 +61,11 @@ class MLBFGS(Optimizer):
     blocks : {"all", "layer", "parameter"} or callable
         Which parameters share curvature; a callable maps a parameter's name to a label. Names come
         from ``model.named_parameters()``.
+    matrix_axes : mapping or callable, optional
+        Which axes make the matrices of ``preconditioner="kronecker"``: for a parameter's name (a callable
+        gets its shape, too) how many leading axes count stacked layers, and how many of the next form the
+        rows, all others forming the columns; None for a parameter without a matrix. By default (0, 1): the
+        first axis against the rest, which suits linear layers and convolutions.
     nesterov : bool, optional
         Whether the momentum looks ahead (Nesterov's), as in `torch.optim.SGD`, or is heavy-ball. The
         default preset looks ahead, the others do not.
@@ -133,20 +138,24 @@ class MLBFGS(Optimizer):
         history_size: int = 5,
         update_every: int = 50,
         adaptive: bool = True,
-        check_every: int = 2,
+        check_every: int | None = None,
         signal_to_noise: float = 4.0,
         noise_floor: float = 4.0,
         beta: float | None = None,
         min_cosine: float = 0.2,
-        shrinkage: float = 0.25,
+        shrinkage: float | None = None,
         damping: tuple[float, float, float] | None = None,
         step_length: adapter.StepLength = "rms",
         clip_factor: float = 2.0,
         preconditioner: adapter.PreconditionerName = "diagonal",
         preconditioner_power: float = 1.0,
         preconditioner_beta: float = 0.99,
+        factor_beta: float = 0.95,
+        precondition_frequency: int = 10,
+        max_preconditioner_dim: int = 2048,
         history_dtype: str | None = None,
         blocks: BlockSpec = "all",
+        matrix_axes: adapter.MatrixAxes = None,
         nesterov: bool | None = None,
         maximize: bool = False,
         decoupled_weight_decay: bool = True,
@@ -166,6 +175,7 @@ class MLBFGS(Optimizer):
         }
         defaults |= check_hyperparameters(defaults)
         self._blocks = blocks
+        self._matrix_axes = matrix_axes
         self._shard_group = shard_group
         self._forget_units()
         super().__init__(params, defaults)
@@ -244,16 +254,23 @@ class MLBFGS(Optimizer):
             calls = [unit.call() for unit, _, _ in work]
             flags = [unit.asked(state) for (unit, _, _), (state, _) in zip(work, calls, strict=True)]
             seen = [
-                method.project(state, params, grads, when_scaled=scaled)
-                for (_, params, grads), (state, method), (*_, scaled) in zip(work, calls, flags, strict=True)
+                method.project(state, params, grads, when_scaled=asked.scaled)
+                for (_, params, grads), (state, method), asked in zip(work, calls, flags, strict=True)
             ]
-            for (unit, params, grads), (before, method), (check, due, _), own in zip(
+            for (unit, params, grads), (before, method), asked, own in zip(
                 work, calls, flags, seen, strict=True
             ):
                 finite, idle = self._verdict(seen, own.finite)
                 observed = own._replace(finite=finite)
                 update, factor, state = method.unscaled_step(
-                    before, params, grads, when_check=check, when_due=due, observed=observed
+                    before,
+                    params,
+                    grads,
+                    when_check=asked.check,
+                    when_due=asked.due,
+                    when_formed=asked.formed,
+                    when_turned=asked.turned,
+                    observed=observed,
                 )
                 if idle is not None:
                     xp = method.kernels.xp
@@ -417,10 +434,15 @@ class MLBFGS(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._named()
-        return {**super().__getstate__(), "_blocks": self._blocks, "_shard_group": self._shard_group}
+        return {
+            **super().__getstate__(),
+            "_blocks": self._blocks,
+            "_matrix_axes": self._matrix_axes,
+            "_shard_group": self._shard_group,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state.setdefault("_shard_group", None)  # of an older version
+        state = {"_shard_group": None, "_matrix_axes": None, **state}  # of an older version
         super().__setstate__(state)
         self.__dict__.setdefault("_names", {})
         for group in (self.defaults, *self.param_groups):  # of an older version
@@ -436,11 +458,22 @@ class MLBFGS(Optimizer):
         """All parameters, by settings and device; `shards` are the processes that sum over sharded ones."""
         named = self._named()
         check_memory([(name, param) for name, param, _ in named])
+        if self._shard_group is None:  # else the others' names are not known
+            adapter.check_matrix_axes(self._matrix_axes, [name for name, *_ in named])
         found: dict[tuple[core.Config, torch.device], list[Member]] = {}
         for name, param, group in named:
             sharding.check_placements(name, param, owned=self._shard_group is not None)
-            member = Member.of(name, param, group, sharding.share(param, shards))
-            found.setdefault((config_of(settings_of(group)), param.device), []).append(member)
+            config = config_of(settings_of(group))
+            axes = self._matrix_axes
+            if isinstance(axes, Mapping):
+                axes = {own: axes[own] for own in (name,) if own in axes}
+            (matrix,) = adapter.matrices_in(config, [name], [real_shape(param)], axes)
+            if matrix is not None and sharding.is_sharded(param):
+                rule = "must be 'none' or 'diagonal' for sharded parameters, whose matrices lie on several devices"
+                msg = f"`preconditioner` {rule}, got 'kronecker' for {name!r}"
+                raise ValueError(msg)
+            member = Member.of(name, param, group, sharding.share(param, shards), matrix)
+            found.setdefault((config, param.device), []).append(member)
         return found
 
     def _named(self) -> list[tuple[str, Tensor, dict[str, Any]]]:

@@ -21,11 +21,26 @@ from .kernels import HostKernels, TorchKernels, reduced
 from .leaves import Leaf, Member, Memory, plan_leaves
 from .rows import PER_BLOCK, PER_UNIT, is_known
 
-__all__ = ["HOSTS", "Partition", "Unit"]
+__all__ = ["HOSTS", "Asked", "Partition", "Unit"]
 
 _NOTHING: dict[str, Any] = {}
 HOSTS = {"cpu"}
 """Types of devices on whose tensors NumPy can work."""
+
+
+class Asked(NamedTuple):
+    """What a step is to do; None: what it does is masked."""
+
+    check: bool | None
+    """Ask whether a pair stands out of the noise."""
+    due: bool | None
+    """Take a pair."""
+    formed: bool | None
+    """Form the bases of a Kronecker preconditioner."""
+    turned: bool | None
+    """Turn them."""
+    scaled: bool | None
+    """Multiply gradients."""
 
 
 class Partition(NamedTuple):
@@ -52,7 +67,9 @@ class Partition(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        identities = tuple((m.name, m.place, m.shape, m.order, id(m.group), m.carries) for m in self.members)
+        identities = tuple(
+            (m.name, m.place, m.shape, m.order, id(m.group), m.carries, m.matrix) for m in self.members
+        )
         return self.config, identities, self.blocks
 
     @property
@@ -176,15 +193,15 @@ class Unit:
         # a process without any gradient would not take part, so each has one.
         return [*own, None, *self._absent[1:]] if self._absent else own
 
-    def asked(self, state: core.State) -> tuple[bool | None, bool | None, bool | None]:
-        """Whether this step makes a check, takes a pair, and multiplies gradients; None: mask it."""
+    def asked(self, state: core.State) -> Asked:
+        """What this step is to do."""
         if self._captured():
             self.flags = None
-            return None, None, None
+            # Eigenvectors cannot be captured in a CUDA graph: bases start from the parameters' coordinates.
+            return Asked(None, None, False, None, None)
         if not isinstance(state.gamma, Tensor):
             self.flags = None
-            check, due = self._on_host.upcoming(state)
-            return bool(check), bool(due), bool(is_scaled(state))
+            return Asked(*map(bool, self._on_host.upcoming(state)), bool(is_scaled(state)))
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             msg = "MLBFGS needs `capturable`=True for a step captured in a CUDA graph, got False"
             raise RuntimeError(msg)
@@ -251,7 +268,7 @@ class _Flags:
     def __init__(self, method: core.Method, state: core.State) -> None:
         self._method = method
         device = state.gamma.device
-        self._host = torch.empty(3, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._host = torch.empty(len(Asked._fields), dtype=torch.bool, pin_memory=device.type == "cuda")
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self.send(state)
 
@@ -262,12 +279,11 @@ class _Flags:
         if self._event is not None:
             self._event.record()
 
-    def read(self) -> tuple[bool, bool, bool]:
-        """Whether the step asks for a check, for a refresh and for scaled gradients; sent one step ago."""
+    def read(self) -> Asked:
+        """What was sent one step ago."""
         if self._event is not None:
             self._event.synchronize()
-        check, due, scaled = self._host.numpy()
-        return bool(check), bool(due), bool(scaled)
+        return Asked(*map(bool, self._host.numpy()))
 
 
 def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:

@@ -14,7 +14,11 @@ from .root import Preconditioner, Root, TileRoot
 
 __all__ = ["Matrix", "Preconditioner", "Root", "TileRoot", "is_basis_step", "preconditioner_of"]
 
-PRECONDITIONERS: dict[str, Preconditioner] = {"none": Identity(), "diagonal": Diagonal(), "kronecker": Kronecker()}
+PRECONDITIONERS: dict[str, Preconditioner] = {
+    "none": Identity(),
+    "diagonal": Diagonal(),
+    "kronecker": Kronecker(),
+}
 
 
 def preconditioner_of(config: Config) -> Preconditioner:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import array_api_extra as xpx
+
 from .diagonal import Diagonal, DiagonalRoot
 
 if TYPE_CHECKING:
@@ -59,13 +61,13 @@ class Matrix(NamedTuple):
         """
         stacked, along = axes
         count, rows, columns = (
-            math.prod(part) for part in (shape[:stacked], shape[stacked : stacked + along], shape[stacked + along :])
+            math.prod(part)
+            for part in (shape[:stacked], shape[stacked : stacked + along], shape[stacked + along :])
         )
         if len(shape) < stacked + 2 or count * rows * columns == 0:
             return None
         left, right = (1 < side <= largest for side in (rows, columns))
         return cls(count, rows, columns, left, right) if left or right else None
-
 
     @classmethod
     def found(cls, arrays: Mapping[str, Any], size: int) -> Matrix | None:
@@ -265,7 +267,6 @@ class KroneckerRoot(NamedTuple):
     def _rows(self, kernels: Kernels, history: Array, turns: list[Array | None], due: Array) -> Array:
         xp, m = kernels.leaf_xp, history.shape[1]
         dtype = self.arrays["exp_avg_sq"].dtype
-        parts = []
         for kind in range(2):  # half of the history at a time
             rows = history[kind, ...]
             new = xp.reshape(kernels.cast(rows, dtype), (m, *self.shape))
@@ -274,10 +275,9 @@ class KroneckerRoot(NamedTuple):
             if turns[1] is not None:
                 new = kernels.matmul(new, _transposed(turns[1])[None, ...])
             new = kernels.cast(xp.reshape(new, rows.shape), history.dtype)
-            parts.append(xp.where(due, new, rows))
-            if kernels.in_place:
-                history[kind, ...] = parts[-1]
-        return history if kernels.in_place else xp.stack(parts)
+            # Where arrays cannot be written to, a compiler still may.
+            history = xpx.at(history)[kind, ...].set(xp.where(due, new, rows))
+        return history
 
 
 class _Rotation(NamedTuple):
@@ -328,7 +328,7 @@ def _eigenvectors(kernels: Kernels, factor: Array) -> Array:
     known = values > n * xp.finfo(factor.dtype).eps * values[:, :1]
     spanned = vectors * xp.astype(known, factor.dtype)[:, None, :]
     rest = _unit(kernels, factor) - kernels.matmul(spanned, _transposed(spanned))
-    rank = xp.sum(xp.astype(known, xp.int64), axis=-1, keepdims=True)
+    rank = xp.sum(xp.astype(known, xp.int32), axis=-1, keepdims=True)
     place = xp.arange(n, dtype=rank.dtype, device=kernels.device(factor))[None, :] - rank
     place = xp.where(place < 0, xp.zeros_like(place), place)
     others = xp.take_along_axis(rest, xp.broadcast_to(place[:, None, :], rest.shape), axis=-1)
@@ -353,7 +353,7 @@ def _orthonormal(kernels: Kernels, columns: Array) -> Array:
     xp = kernels.leaf_xp
     q, r = xp.linalg.qr(columns)
     backwards = xp.sum(r * _unit(kernels, r), axis=-1) < 0
-    return xp.where(backwards[:, None, :], -q, q)
+    return xp.where(backwards[:, None, :], -q, q) + 0.0  # a basis that is still the identity has no -0
 
 
 def _unit(kernels: Kernels, like: Array) -> Array:
@@ -361,4 +361,4 @@ def _unit(kernels: Kernels, like: Array) -> Array:
 
 
 def _transposed(x: Array) -> Array:
-    return x.mT
+    return x.mT if hasattr(x, "mT") else x.swapaxes(-1, -2)  # CuPy has `mT` from version 14 on
