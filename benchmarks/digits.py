@@ -1,4 +1,4 @@
-"""Training on handwritten digits: an autoencoder and a classifier, each with three optimizers."""
+"""Training on handwritten digits: an autoencoder and a classifier, each with four optimizers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
@@ -20,10 +21,11 @@ from mlbfgs_torch import MLBFGS
 
 __all__ = ["COLOURS", "OPTIMIZERS", "TASKS", "Data", "Run", "Summary", "Task", "compare", "draw", "load"]
 
-COLOURS = {"mL-BFGS": "#0072B2", "AdamW": "#D55E00", "SGD": "#009E73"}
+COLOURS = {"mL-BFGS": "#0072B2", "mL-BFGS Kronecker": "#CC79A7", "AdamW": "#D55E00", "SGD": "#009E73"}
 # No weight decay, so that all minimise the same loss; fused, since that is their fastest implementation.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "mL-BFGS": MLBFGS,
+    "mL-BFGS Kronecker": partial(MLBFGS, preconditioner="kronecker"),
     "AdamW": lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True),
     "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, fused=True),
 }
@@ -68,6 +70,7 @@ TASKS = (
         steps=250,
         rates={
             "mL-BFGS": (0.0005, 0.001, 0.002),
+            "mL-BFGS Kronecker": (0.0005, 0.001, 0.002),
             "AdamW": (0.002, 0.005, 0.01),
             "SGD": (0.005, 0.01, 0.02),
         },
@@ -80,6 +83,7 @@ TASKS = (
         steps=150,
         rates={
             "mL-BFGS": (0.001, 0.002, 0.005),
+            "mL-BFGS Kronecker": (0.001, 0.002, 0.005),
             "AdamW": (0.01, 0.02, 0.05),
             "SGD": (0.1, 0.2, 0.5),
         },

@@ -25,7 +25,9 @@ def renew(call: Call, state: State, accepted: Array, when_formed: When, when_tur
 
 
 def _roots(call: Call, state: State) -> list[Any]:
-    return call.roots(state, [array.dtype for array in state.preconditioner["exp_avg_sq"]])
+    return call.roots(
+        state, [None if array is None else array.dtype for array in state.preconditioner["exp_avg_sq"]]
+    )
 
 
 def _formed(call: Call, state: State, due: Array) -> State:

@@ -464,8 +464,8 @@ class Method:
         return bases.renew(self._call(state), state, state.accepted, None, None)
 
     def upcoming(self, state: State) -> Array:
-        """What the next accepted step asks for: a check, a refresh, bases to be formed, and to be turned: (4,)
-        array of bool.
+        """Whether the next accepted step asks for a check, for a refresh, and for bases to be formed and to be
+        turned: (4,) array of bool.
 
         A host that copies it without waiting can hand them to the next `step` as `when_check`, `when_due`,
         `when_formed` and `when_turned`: it depends only on steps that are already done.

@@ -107,7 +107,7 @@ def products(call: Call, state: State, roots: Sequence[Root]) -> PairProducts:
     shard = _add_scaled(*local, s_total=scales[:, :1], y_total=scales[:, 1:], xp=xp)
     sums = [*shard[2:], square[:, 0]] if call.config.sums_squares else shard[2:]
     sums = call.reduce(xp.stack(sums, axis=1))
-    square = sums[:, 3] if call.config.sums_squares else square[:, 0]
+    square = sums[:, 3] if call.config.sums_squares else xp.zeros_like(sums[:, 0])
     return PairProducts(scales[:, 0], scales[:, 1], sums[:, 0], sums[:, 1], sums[:, 2], square)
 
 

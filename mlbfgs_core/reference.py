@@ -47,8 +47,8 @@ class Matrices:
         self.values = slice(start, start + shape[0] * shape[1])
         self.shape = shape
         self.sides = [side for side in (0, 1) if 1 < shape[side] <= largest]
-        self.factors = [np.zeros((n, n)) for n in shape]
-        self.bases: list[Vector] = [np.eye(n) for n in shape]
+        self.factors: list[Any] = [np.zeros((n, n)) for n in shape]
+        self.bases: list[Any] = [np.eye(n) for n in shape]
 
     @property
     def square(self) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from .preconditioner import Matrix, preconditioner_of
 from .snapshot import (
     Snapshot,
     arrays_by_name,
@@ -29,7 +30,6 @@ from .snapshot import (
     settings_of,
     shape_settings,
 )
-from .preconditioner import Matrix, preconditioner_of
 from .state import RENAMED, State, layout, matrices_of, with_leaf_arrays
 
 __all__ = ["load_state", "save_state"]

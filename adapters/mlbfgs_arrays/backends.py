@@ -6,7 +6,7 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat.numpy
 import numpy as np
@@ -14,9 +14,24 @@ from array_api_compat import is_cupy_array
 
 from .kernels import NumpyKernels
 
-__all__ = ["Backend", "Cuda", "Host", "as_numpy", "backend_of"]
+__all__ = ["Asked", "Backend", "Cuda", "Host", "as_numpy", "backend_of"]
 
 Array = Any
+
+
+class Asked(NamedTuple):
+    """What a step is to do."""
+
+    check: bool
+    """Ask whether a pair stands out of the noise."""
+    due: bool
+    """Take a pair."""
+    formed: bool
+    """Form the bases of a Kronecker preconditioner."""
+    turned: bool
+    """Turn them."""
+    scaled: bool
+    """Multiply gradients."""
 
 
 def as_numpy(array: Array) -> Array:
@@ -103,10 +118,9 @@ class HostFlags:
         """Remember it."""
         self._flags = flags
 
-    def read(self) -> tuple[bool, bool, bool]:
-        """Whether the step asks for a check, for a refresh and for scaled gradients."""
-        check, due, scaled = self._flags
-        return bool(check), bool(due), bool(scaled)
+    def read(self) -> Asked:
+        """What was sent."""
+        return Asked(*map(bool, self._flags))
 
 
 class CudaFlags:
@@ -116,7 +130,7 @@ class CudaFlags:
         import cupy
         import cupyx
 
-        self._host = cupyx.empty_pinned(3, dtype=bool)
+        self._host = cupyx.empty_pinned(len(Asked._fields), dtype=bool)
         self._event = cupy.cuda.Event(disable_timing=True)
         # The memory must not be reused while a copy to it is under way.
         weakref.finalize(self, self._event.synchronize)
@@ -126,11 +140,10 @@ class CudaFlags:
         flags.get(out=self._host, blocking=False)
         self._event.record()
 
-    def read(self) -> tuple[bool, bool, bool]:
-        """Whether the step asks for a check, for a refresh and for scaled gradients; sent one step ago."""
+    def read(self) -> Asked:
+        """What was sent one step ago."""
         self._event.synchronize()
-        check, due, scaled = self._host
-        return bool(check), bool(due), bool(scaled)
+        return Asked(*map(bool, self._host))
 
 
 def backend_of(array: Array) -> Backend:

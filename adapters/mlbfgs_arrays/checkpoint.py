@@ -39,10 +39,12 @@ def check_shapes(argument: str, new: core.Config, units: Sequence[Unit]) -> None
 
     def fixed(config: core.Config) -> dict[str, Any]:
         dtypes = sorted({config.history_dtype or own for own in owns})
+        factors = config.preconditioner == "kronecker"
         return {
             "history_size": config.history_size,
             "history_dtype": ", ".join(dtypes),
             "preconditioner": config.preconditioner,
+            **({"max_preconditioner_dim": config.max_preconditioner_dim} if factors else {}),
         }
 
     kept = fixed(units[0].config)
@@ -67,7 +69,10 @@ def encode(units: Sequence[Unit], hyperparameters: Mapping[str, Any]) -> dict[st
         if momentum is not None:
             named[_BUFFER] = momentum
         arrays = {
-            f"{field}/{name}": x for field in named for name, x in zip(unit.names, named[field], strict=True)
+            f"{field}/{name}": x
+            for field in named
+            for name, x in zip(unit.names, named[field], strict=True)
+            if x is not None
         }
         arrays |= {f"unit{number}/{name}": x for name, x in numbers.items()}
         with unit.backend.on():
@@ -124,12 +129,10 @@ def _part(
         msg = f"`state_dict` must be of the blocks {_named(unit, unit.blocks)}, got {blocks}"
         raise ValueError(msg)
     leaves = _listed(given, f"unit{number}/leaves")
-    kind = {
-        unit.names[i]: (n, unit.members[i].array.dtype) for n, block in enumerate(unit.blocks) for i in block
-    }
+    kind = {unit.names[i]: (n, unit.members[i].kind) for n, block in enumerate(unit.blocks) for i in block}
     once = sorted(name for leaf in leaves for name in leaf) == sorted(unit.names)
     if not once or any(len({kind[name] for name in leaf}) != 1 for leaf in leaves):
-        rule = "hold each parameter once, beside others of its block and dtype,"
+        rule = "hold each parameter once, beside others of its block, dtype and matrices,"
         msg = f"`state_dict` must {rule} in 'unit{number}/leaves', got {leaves}"
         raise ValueError(msg)
     numbers: dict[str, Any] = {}
@@ -139,13 +142,14 @@ def _part(
             numbers[field] = given[name]
         else:
             arrays.setdefault(field, {})[leaf] = given[name]
-    listed = {field: tuple(own[i] for i in range(len(own))) for field, own in arrays.items()}
+    state, _ = unit.export()
+    fields = (*adapter.leaf_arrays(state), *LEAF_COUNTS, *([_BUFFER] if buffers else []))
+    listed = {field: tuple(map(arrays.get(field, {}).get, range(len(unit.names)))) for field in fields}
     momentum = listed.pop(_BUFFER, None)
     with unit.backend.on():
         for name in LEAF_COUNTS:
             numbers[name] = unit.backend.xp.stack([unit.backend.asarray(count) for count in listed.pop(name)])
     place = {name: index for index, name in enumerate(unit.names)}
-    state, _ = unit.export()
     state = adapter.with_leaf_arrays(state, listed)._replace(**numbers)
     return state, momentum, [tuple(place[name] for name in leaf) for leaf in leaves]
 
@@ -156,7 +160,7 @@ def _entries(
     """What a dictionary holds of a unit: the name of each array, its field, the index of its parameter (None
     if it belongs to none), its shape and dtype."""
     likes = [member.like for member in unit.members]
-    entries = list(adapter.layout(config, likes, unit.blocks))
+    entries = list(adapter.layout(config, likes, unit.blocks, [member.matrix for member in unit.members]))
     if buffers:
         entries += [
             adapter.Entry(_BUFFER, i, like.shape, accumulation_dtype(like), "")

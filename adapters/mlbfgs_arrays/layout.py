@@ -1,4 +1,5 @@
-"""Parameters as the core sees them: flat leaves of real values, in the order in which they lie in memory."""
+"""Parameters as the core sees them: flat leaves of real values, in the order in which they lie in memory, or
+in that of their axes if they form matrices."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from mlbfgs_core.adapter import FlatLeaf
+from mlbfgs_core.adapter import FlatLeaf, Matrix
 
 __all__ = ["Array", "Leaf", "Like", "Member", "real"]
 
@@ -35,7 +36,8 @@ class Member(NamedTuple):
     shape: tuple[int, ...]
     """Shape of the real values: a complex parameter has a last axis of 2."""
     order: tuple[int, ...]
-    """Axes from the largest stride to the smallest."""
+    """Axes from the largest stride to the smallest; in their own order if there are matrices, whose rows and
+    columns are those of the parameter wherever it lies."""
     inverse: tuple[int, ...]
     """The permutation that undoes `order`."""
     plain: bool
@@ -46,6 +48,8 @@ class Member(NamedTuple):
     """Number of real values."""
     given: tuple[tuple[int, ...], tuple[int, ...], Any]
     """Shape, strides and dtype of the parameter when it was given."""
+    matrix: Matrix | None = None
+    """How the values form matrices, if the preconditioner has a use for them."""
 
     @property
     def like(self) -> Like:
@@ -53,15 +57,23 @@ class Member(NamedTuple):
         return Like(self.shape, real(self.array).dtype)
 
     @classmethod
-    def of(cls, name: str, array: Array) -> Member:
+    def of(cls, name: str, array: Array, matrix: Matrix | None = None) -> Member:
         """A member with the layout of its parameter."""
         view = real(array)
         axes = tuple(range(view.ndim))
-        order = tuple(sorted(axes, key=lambda axis: -view.strides[axis]))
+        order = axes if matrix else tuple(sorted(axes, key=lambda axis: -view.strides[axis]))
         inverse = tuple(sorted(axes, key=order.__getitem__))
         plain, dense = view is array and order == axes, view.transpose(order).flags.c_contiguous
         given = array.shape, array.strides, array.dtype
-        return cls(name, array, view.shape, order, inverse, plain, dense, math.prod(view.shape), given)
+        return cls(
+            name, array, view.shape, order, inverse, plain, dense, math.prod(view.shape), given, matrix
+        )
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Members of one block may share a leaf if this is the same: their dtype, and the shape of their
+        matrices."""
+        return self.array.dtype, self.matrix and self.matrix[1:]
 
     def check(self) -> None:
         """Raise ValueError if the parameter has been given another form since then: NumPy allows assigning an
@@ -74,7 +86,7 @@ class Member(NamedTuple):
             raise ValueError(msg)
 
     def flat(self, array: Array) -> Array:
-        """An array like the parameter (or several, along leading axes), as one axis in memory order."""
+        """An array like the parameter (or several, along leading axes), as one axis, its axes in `order`."""
         array = array if self.plain else real(array)
         lead = array.ndim - len(self.order)
         if not self.plain:
@@ -91,7 +103,7 @@ class Member(NamedTuple):
 
 
 class Leaf(FlatLeaf[Member]):
-    """One leaf of the core: parameters of one block and dtype, side by side.
+    """One leaf of the core: parameters of one block and `Member.kind`, side by side.
 
     Parameters
     ----------

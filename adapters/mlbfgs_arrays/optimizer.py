@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlbfgs_core as core
 from mlbfgs_core import adapter
-from mlbfgs_core.adapter import Blocks, BlockSpec, PreconditionerName, Preset, StepLength
+from mlbfgs_core.adapter import Blocks, BlockSpec, Matrix, MatrixAxes, PreconditionerName, Preset, StepLength
 
 from . import checkpoint
 from .arguments import Structure, check_number
 from .backends import backend_of
-from .layout import Member
+from .layout import Member, real
 from .unit import Unit
 
 __all__ = ["MLBFGS"]
@@ -41,6 +41,11 @@ class MLBFGS:
         those not given are the preset's.
     blocks : {"all", "layer", "parameter"} or callable
         Which parameters share curvature; a callable maps a parameter's name to a label.
+    matrix_axes : mapping or callable, optional
+        Which axes make the matrices of ``preconditioner="kronecker"``: for a parameter's name (a callable
+        gets its shape, too, with a last axis of 2 if it is complex) how many leading axes count stacked
+        layers, and how many of the next form the rows, all others forming the columns; None for a parameter
+        without a matrix. By default (0, 1): the first axis against the rest.
     nesterov : bool, optional
         Whether the momentum looks ahead (Nesterov's), as in `torch.optim.SGD`, or is heavy-ball. The
         default preset looks ahead, the others do not.
@@ -66,7 +71,8 @@ class MLBFGS:
     -----
     A step whose gradients hold a NaN or an infinity changes nothing; `diagnostics` counts it. Complex
     parameters count as pairs of reals. Memory with default settings: ``(2 * history_size + 6) * 4`` bytes
-    per float32 parameter, and 4 more during a step (12 for a parameter that is small or not contiguous);
+    per float32 parameter, and 4 more during a step (12 for a parameter that is small or not contiguous), and
+    with ``preconditioner="kronecker"`` ``2 * (a^2 + b^2) * 4`` for each matrix of a x b;
     `mlbfgs_core.plan_memory` gives the exact figure without the momentum's array. No step
     waits for a GPU, except the first after a start, a load or a change of `config`; with parameters in
     several places each step waits, since a NaN in one of them skips the step of all.
@@ -98,20 +104,24 @@ class MLBFGS:
         history_size: int = 5,
         update_every: int = 50,
         adaptive: bool = True,
-        check_every: int = 2,
+        check_every: int | None = None,
         signal_to_noise: float = 4.0,
         noise_floor: float = 4.0,
         beta: float | None = None,
         min_cosine: float = 0.2,
-        shrinkage: float = 0.25,
+        shrinkage: float | None = None,
         damping: tuple[float, float, float] | None = None,
         step_length: StepLength = "rms",
         clip_factor: float = 2.0,
         preconditioner: PreconditionerName = "diagonal",
         preconditioner_power: float = 1.0,
         preconditioner_beta: float = 0.99,
+        factor_beta: float = 0.95,
+        precondition_frequency: int = 10,
+        max_preconditioner_dim: int = 2048,
         history_dtype: str | None = None,
         blocks: BlockSpec = "all",
+        matrix_axes: MatrixAxes = None,
         nesterov: bool | None = None,
         maximize: bool = False,
     ) -> None:
@@ -127,12 +137,23 @@ class MLBFGS:
         }
         numbers = {name: check_number(name, value) for name, value in numbers.items()}
         structure = Structure.of(params)
-        self._form(structure, core.partition(structure.names, blocks), config, maximize)
+        partition = core.partition(structure.names, blocks)
+        shapes = [real(array).shape for array in structure.arrays]
+        matrices = adapter.matrices_in(config, structure.names, shapes, matrix_axes)
+        self._form(structure, partition, matrices, config, maximize)
         self.lr, self.momentum, self.weight_decay = numbers.values()
 
-    def _form(self, structure: Structure, blocks: Blocks, config: core.Config, maximize: bool) -> None:
+    def _form(
+        self,
+        structure: Structure,
+        blocks: Blocks,
+        matrices: Sequence[Matrix | None],
+        config: core.Config,
+        maximize: bool,
+    ) -> None:
         """Make one unit for each place where parameters lie, each with its own part of the blocks."""
-        self._structure, self._blocks, self._maximize = structure, blocks, maximize
+        self._structure, self._blocks, self._matrices = structure, blocks, matrices
+        self._maximize = maximize
         self._momentum = 0.0
         places: dict[Any, list[int]] = {}
         for index, array in enumerate(structure.arrays):
@@ -140,7 +161,7 @@ class MLBFGS:
         self._places = list(places.values())
         units = []
         for backend, indices in places.items():
-            members = [Member.of(structure.names[i], structure.arrays[i]) for i in indices]
+            members = [Member.of(structure.names[i], structure.arrays[i], matrices[i]) for i in indices]
             place = {index: new for new, index in enumerate(indices)}
             own = [tuple(place[i] for i in block if i in place) for block in blocks]
             units.append(Unit(backend, config, members, tuple(block for block in own if block)))
@@ -200,7 +221,8 @@ class MLBFGS:
         Raises
         ------
         ValueError
-            From an assignment: another `history_size`, `history_dtype` or `preconditioner`.
+            From an assignment: another `history_size`, `history_dtype` or `preconditioner`, or, with
+            Kronecker factors, `max_preconditioner_dim`.
         """
         return self.units[0].config
 
@@ -264,7 +286,9 @@ class MLBFGS:
             Copies: arrays of the parameters' library, numbers and strings, so that
             ``numpy.savez(file, **opt.state_dict())`` (or ``cupy.savez``) stores it. "history/NAME" is of
             the shape ``(2, m, *shape)``, the averages, "exp_avg_sq/NAME" and "momentum_buffer/NAME" are of
-            the parameter's shape (with a last axis of 2 for a complex one); "unit0/FIELD" are the fields of
+            the parameter's shape (with a last axis of 2 for a complex one); "left_factor/NAME",
+            "left_basis/NAME", "right_factor/NAME" and "right_basis/NAME" are stacks of square matrices, for a
+            parameter that has such factors; "unit0/FIELD" are the fields of
             `mlbfgs_core.State` for the first device; "lr", "momentum", "weight_decay",
             "nesterov" (0 or 1) and "settings" are the hyperparameters.
         """
@@ -365,6 +389,7 @@ class MLBFGS:
         return {
             "structure": self._structure,
             "blocks": self._blocks,
+            "matrices": self._matrices,
             "config": self.config,
             "maximize": self._maximize,
             "nesterov": self.nesterov,
@@ -373,7 +398,7 @@ class MLBFGS:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._form(state["structure"], state["blocks"], state["config"], state["maximize"])
+        self._form(*(state[name] for name in ("structure", "blocks", "matrices", "config", "maximize")))
         for unit, part in zip(self.units, state["parts"], strict=True):
             unit.restore(*part)
         self.lr, self.momentum, self.weight_decay = state["numbers"]
@@ -383,7 +408,8 @@ class MLBFGS:
         sizes = [sum(member.size for member in unit.members) for unit in self.units]
         places = [unit.backend for unit in self.units]
         held = ", ".join(f"{n:,} values on {place}" for n, place in zip(sizes, places, strict=True))
-        usual = vars(core.Config())
+        own, default = self.config.preconditioner, core.Config().preconditioner
+        usual = {**vars(core.Config(preconditioner=own)), "preconditioner": default}
         words = {"lr": self._lr, "momentum": self._momentum, "weight_decay": self._weight_decay}
         words |= {name: value for name, value in vars(self.config).items() if value != usual[name]}
         return f"MLBFGS({held}; {', '.join(f'{name}={value}' for name, value in words.items())})"

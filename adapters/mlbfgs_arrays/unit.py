@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import mlbfgs_core as core
 from mlbfgs_core import adapter
-from mlbfgs_core.adapter import LEAF_COUNTS, Blocks, pack
+from mlbfgs_core.adapter import LEAF_COUNTS, OF_MATRICES, Blocks, pack
 
 from .arguments import check_writable
-from .backends import Backend, CudaFlags, HostFlags, as_numpy
+from .backends import Asked, Backend, CudaFlags, HostFlags, as_numpy
 from .layout import Array, Leaf, Member, real
 
 __all__ = ["Unit", "Work"]
@@ -24,8 +25,7 @@ class Work(NamedTuple):
     params: list[Array]
     grads: list[Array | None]
     seen: adapter.Observation
-    check: bool
-    due: bool
+    asked: Asked
 
 
 class Unit:
@@ -50,7 +50,7 @@ class Unit:
         self._momentum: list[Array] | None = None
         self._flags: HostFlags | CudaFlags | None = None
         self._sent = False
-        self._lay(self._packed([member.array.dtype for member in members]))
+        self._lay(self._packed([member.kind for member in members]))
         with backend.on():
             self._state = self._method.init([leaf.like() for leaf in self._leaves])
 
@@ -77,7 +77,7 @@ class Unit:
     @config.setter
     def config(self, config: core.Config) -> None:
         self._config = config
-        self._method = core.Method(config, self._method.blocks, self.backend.kernels)
+        self._method = replace(self._method, config=config)
         self._sent = False
 
     def check(self, *, writes: bool) -> None:
@@ -114,9 +114,9 @@ class Unit:
         with self.backend.on():
             params = [leaf.params() for leaf in self._leaves]
             given = [_gathered(leaf, grads, maximize) for leaf in self._leaves]
-            check, due, scaled = self._asked()
-            seen = self._method.project(self._state, params, given, when_scaled=scaled)
-        return Work(params, given, seen, check, due)
+            asked = self._asked()
+            seen = self._method.project(self._state, params, given, when_scaled=asked.scaled)
+        return Work(params, given, seen, asked)
 
     def advance(
         self, work: Work, finite: Array, lr: Any, momentum: float, weight_decay: float, nesterov: bool
@@ -128,8 +128,10 @@ class Unit:
                 self._state,
                 work.params,
                 work.grads,
-                when_check=work.check,
-                when_due=work.due,
+                when_check=work.asked.check,
+                when_due=work.asked.due,
+                when_formed=work.asked.formed,
+                when_turned=work.asked.turned,
                 observed=work.seen._replace(finite=finite),
             )
             self._ask()
@@ -151,7 +153,8 @@ class Unit:
         Returns
         -------
         state : State
-            A complex parameter has a last axis of 2. Arrays are views of this unit's own.
+            A complex parameter has a last axis of 2. Arrays are views of this unit's own; None where a
+            parameter has none of the kind.
         momentum : list of arrays or None
             One buffer for each parameter; None where there is no momentum.
         """
@@ -179,7 +182,7 @@ class Unit:
         with backend.on():
             if groups is None:
                 counts = zip(*(getattr(state, name).tolist() for name in LEAF_COUNTS), strict=True)
-                kinds = [(m.array.dtype, own) for m, own in zip(self.members, counts, strict=True)]
+                kinds = [(m.kind, own) for m, own in zip(self.members, counts, strict=True)]
                 groups = self._packed(kinds)
             self._lay(groups)
             numbers = {name: backend.asarray(x).copy() for name, x in adapter.coefficients(state).items()}
@@ -193,7 +196,10 @@ class Unit:
 
         with self.backend.on():
             state, momentum = self.export()
-            arrays = {name: tuple(map(as_numpy, own)) for name, own in adapter.leaf_arrays(state).items()}
+            arrays = {
+                name: tuple(None if array is None else as_numpy(array) for array in own)
+                for name, own in adapter.leaf_arrays(state).items()
+            }
             numbers = {name: as_numpy(x) for name, x in adapter.coefficients(state).items()}
             return core.Snapshot(
                 names=self.names,
@@ -230,7 +236,8 @@ class Unit:
         blocks = tuple(
             tuple(i for i, own in enumerate(numbers) if own == number) for number in range(len(self.blocks))
         )
-        self._method = core.Method(self._config, blocks, self.backend.kernels)
+        matrices = [leaf.matrix for leaf in self._leaves]
+        self._method = core.Method(self._config, blocks, self.backend.kernels, matrices=matrices)
 
     def _split(self, missing: Sequence[bool]) -> None:
         """Separate members with a gradient from those without, in leaves that hold both."""
@@ -239,14 +246,15 @@ class Unit:
             return
         xp, leaves = self.backend.xp, self._leaves
 
-        def divided(arrays: Sequence[Array]) -> list[Array]:
-            result = []
+        def divided(arrays: Sequence[Array | None], *, stacks: bool = False) -> list[Array | None]:
+            result: list[Array | None] = []
             for leaf, array, groups in zip(leaves, arrays, parts, strict=True):
-                if len(groups) == 1:
-                    result.append(array)
+                if array is None or len(groups) == 1:
+                    result += [array] * len(groups)
                     continue
-                own = dict(zip(leaf.indices, leaf.cut(array), strict=True))
-                result += [xp.concat([own[i] for i in group], axis=-1) for group in groups]
+                own = dict(zip(leaf.indices, leaf.stacks(array) if stacks else leaf.cut(array), strict=True))
+                axis = 0 if stacks else -1
+                result += [xp.concat([own[i] for i in group], axis=axis) for group in groups]
             return result
 
         with self.backend.on():
@@ -257,31 +265,43 @@ class Unit:
         self._lay([tuple(group) for groups in parts for group in groups])
 
     def _moved(
-        self, state: core.State, function: Callable[[Sequence[Array]], Sequence[Array]], source: Sequence[int]
+        self, state: core.State, function: Callable[..., Sequence[Array | None]], source: Sequence[int]
     ) -> core.State:
-        """A state of other leaves: `function` makes its arrays from those of all leaves, and `source` gives
-        the leaf from which each count comes."""
-        arrays = {name: tuple(function(own)) for name, own in adapter.leaf_arrays(state).items()}
+        """A state of other leaves: `function` makes its arrays from those of all leaves, which may be
+        `stacks` of square matrices, and `source` gives the leaf from which each count comes."""
+        arrays = {
+            name: tuple(function(own, stacks=name in OF_MATRICES))
+            for name, own in adapter.leaf_arrays(state).items()
+        }
         counts = {}
         for name in LEAF_COUNTS:
             own = getattr(state, name)
             counts[name] = self.backend.xp.stack([own[number, ...] for number in source])
         return adapter.with_leaf_arrays(state, arrays)._replace(**counts)
 
-    def _spread(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
-        """One array per leaf as one per member."""
-        own: dict[int, Array] = {}
+    def _spread(self, arrays: Sequence[Array | None], *, stacks: bool = False) -> tuple[Array | None, ...]:
+        """One array per leaf as one per member; None where a leaf has none."""
+        own: dict[int, Array | None] = {}
         for leaf, array in zip(self._leaves, arrays, strict=True):
-            own.update(zip(leaf.indices, leaf.spread(array), strict=True))
+            parts: Sequence[Array | None] = [None] * len(leaf.indices)
+            if array is not None:
+                parts = leaf.stacks(array) if stacks else leaf.spread(array)
+            own.update(zip(leaf.indices, parts, strict=True))
         return tuple(own[i] for i in range(len(own)))
 
-    def _gathered(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
-        """One array per member as one per leaf, each a contiguous copy."""
-        given = [self.backend.asarray(array) for array in arrays]
-        return tuple(leaf.gather([given[i] for i in leaf.indices]).copy() for leaf in self._leaves)
+    def _gathered(self, arrays: Sequence[Array | None], *, stacks: bool = False) -> tuple[Array | None, ...]:
+        """One array per member as one per leaf, each a contiguous copy; None where members have none."""
+        result: list[Array | None] = []
+        for leaf in self._leaves:
+            if arrays[leaf.indices[0]] is None:
+                result.append(None)
+                continue
+            own = [self.backend.asarray(arrays[i]) for i in leaf.indices]
+            result.append((leaf.stacked(own) if stacks else leaf.gather(own)).copy())
+        return tuple(result)
 
-    def _asked(self) -> tuple[bool, bool, bool]:
-        """Whether this step makes a check, takes a pair, and multiplies gradients."""
+    def _asked(self) -> Asked:
+        """What this step is to do."""
         if not self._sent:
             self._ask()
         return self._flags.read()

@@ -18,7 +18,7 @@ from mlbfgs_core import adapter
 from mlbfgs_core.adapter import accumulation_dtype
 
 from .packing import Plan
-from .state import InPack, MLBFGSState, joined, map_leaf_arrays, pack_name
+from .state import InPack, MLBFGSState, joined, map_leaf_arrays, pack_name, packs_of
 from .tree import check_params, named_leaves, path_names
 from .values import as_real, from_real
 
@@ -179,8 +179,9 @@ def _snapshot(
     plan = Plan.of(leaves, packed, partition)
 
     def of_leaves(name: str, tree: Any) -> tuple[Any, ...]:
+        held = named_leaves(tree)  # without factors of parameters that have none
         return joined(
-            list(named_leaves(tree).values()), jax.tree.map(_local, own.packed.get(pack_name(name), ())), plan
+            [held.get(name) for name in names], jax.tree.map(_local, packs_of(own, name, plan)), plan
         )
 
     arrays = {name: of_leaves(name, tree) for name, tree in adapter.leaf_arrays(own).items()}
@@ -243,7 +244,11 @@ def _state_like(old: MLBFGSState, snapshot: core.Snapshot, plan: Plan) -> MLBFGS
 
     def alone(tree: Any, values: Any) -> Any:
         leaves, treedef = jax.tree.flatten(tree)
-        chosen = [value for value, inside in zip(values, plan.packed, strict=True) if not inside]
+        chosen = [
+            value
+            for value, inside in zip(values, plan.packed, strict=True)
+            if not inside and value is not None
+        ]
         return treedef.unflatten(map(_placed, leaves, chosen))
 
     def packs(name: str, places: Sequence[Any]) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ import mlbfgs_core as core
 from mlbfgs_core import adapter
 
 from .decisions import decide
-from .packing import Pack, Parts, may_be_sharded
+from .packing import Parts, Plan, may_be_sharded
 
 __all__ = ["JaxKernels"]
 
@@ -28,21 +28,25 @@ class JaxKernels(core.Kernels):
 
     Parameters
     ----------
-    packs : sequence of Pack or None
-        How the parameters lie in each leaf; by default each is a leaf.
+    plan : Plan, optional
+        Which leaves the parameters make; by default each is a leaf.
     present : sequence of bool
         Whether each parameter has a gradient; by default as the leaves.
     """
 
-    def __init__(self, packs: Sequence[Pack | None] = (), present: Sequence[bool] | None = None) -> None:
+    def __init__(self, plan: Plan | None = None, present: Sequence[bool] | None = None) -> None:
         super().__init__(jnp)
+        self._plan = plan
+        packs = () if plan is None else plan.packs
         self._packs = {leaf: pack for leaf, pack in enumerate(packs) if pack is not None}
         self._present = present
 
     def of_leaf(self, values: Array, leaf: int) -> Array:
         """A leaf's number, 0-d; of a pack a number per value."""
-        pack = self._packs.get(leaf)
-        return values[leaf] if pack is None else pack.spread(values)
+        if (pack := self._packs.get(leaf)) is not None:
+            return pack.spread(values)
+        # Leaves are in the order of blocks and packs, parameters in that of the tree.
+        return values[leaf if self._plan is None else self._plan.groups[leaf][0]]
 
     def present(self, grads: Sequence[Array | None]) -> list[bool]:
         """Whether each parameter has a gradient."""
@@ -95,6 +99,10 @@ class JaxKernels(core.Kernels):
         """The 2m rows of a history, each of the leaf's shape, in the history's own dtype."""
         return history.reshape(2 * history.shape[1], *history.shape[2:])
 
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Products of stacks of matrices, at full precision on every device."""
+        return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
     def dot(self, a: Array, b: Array) -> Array:
         """Inner product."""
         a, b = _flat(a), _flat(b)
@@ -107,6 +115,11 @@ class JaxKernels(core.Kernels):
             return self.dot(x, x) * weight
         rows = pack.by_row(x)
         return jnp.sum(jnp.sum(rows * rows, axis=-1) * pack.by_row(weight)[:, 0])
+
+    def mean_square(self, leaf: adapter.Leaf, weight: Array) -> Array:
+        """As `Kernels.mean_square`, with a weight for each parameter of a pack."""
+        z = leaf.root.at(self, None).whiten(leaf.means.grads)
+        return self.weighted_square(leaf.number, z, weight)
 
     def square(self, leaf: Array, dtype: Any, factor: float = 1.0) -> Array:
         """Sum of squares of a multiple, of the parameters that have a gradient. XLA would square the factor

@@ -19,7 +19,16 @@ from .decisions import undisclosed
 from .shards import varying_axes
 from .values import kind
 
-__all__ = ["Pack", "PackMode", "Parts", "Plan", "check_mode", "may_be_sharded", "to_be_packed"]
+__all__ = [
+    "Pack",
+    "PackMode",
+    "Parts",
+    "Plan",
+    "check_mode",
+    "may_be_sharded",
+    "sharded_explicitly",
+    "to_be_packed",
+]
 
 PackMode = bool | Literal["auto"]
 Array = Any
@@ -186,6 +195,13 @@ class Plan(NamedTuple):
             for group, pack in zip(self.groups, self.packs, strict=True)
         ]
 
+    def matrices(self, matrices: Sequence[adapter.Matrix | None]) -> list[adapter.Matrix | None]:
+        """The matrices of the leaves of the core, of which packs have none."""
+        return [
+            matrices[group[0]] if pack is None else None
+            for group, pack in zip(self.groups, self.packs, strict=True)
+        ]
+
     def join(
         self, arrays: Sequence[Array | None], dtypes: Sequence[Any], xp: Any = jnp
     ) -> list[Array | None]:
@@ -239,26 +255,34 @@ def check_mode(pack: PackMode, axes: tuple[str, ...]) -> None:
 
 
 def to_be_packed(
-    pack: PackMode, axes: tuple[str, ...], names: Sequence[str], leaves: Sequence[Any]
+    pack: PackMode,
+    axes: tuple[str, ...],
+    names: Sequence[str],
+    leaves: Sequence[Any],
+    matrices: Sequence[adapter.Matrix | None],
 ) -> list[bool]:
-    """Which parameters an argument `pack` lets lie side by side.
+    """Which parameters an argument `pack` lets lie side by side: none of those with a matrix.
 
     Raises
     ------
     ValueError
         With True where a type says that a parameter is sharded.
     """
+    alone = [matrix is not None for matrix in matrices]
     if pack is True:
-        for name, leaf in zip(names, leaves, strict=True):
-            if axes_of := _sharded_axes(leaf):
+        for name, leaf, whole in zip(names, leaves, alone, strict=True):
+            if not whole and (axes_of := _sharded_axes(leaf)):
                 rule = "must not be True where a parameter is sharded, since packing would gather it"
                 msg = f"`pack` {rule}, got {kind(leaf)} over the axes {axes_of} at {name!r}"
                 raise ValueError(msg)
-        return [True] * len(names)
+        return [not whole for whole in alone]
     if pack is False or axes:
         return [False] * len(names)
     # Inside of `shard_map` a leaf that is replicated could be packed; but outside, on the mesh, it is not.
-    return [not may_be_sharded(leaf) and not _axes_of(leaf, AxisType.Manual) for leaf in leaves]
+    return [
+        not (whole or may_be_sharded(leaf) or _axes_of(leaf, AxisType.Manual))
+        for leaf, whole in zip(leaves, alone, strict=True)
+    ]
 
 
 def may_be_sharded(leaf: Any) -> bool:
@@ -267,6 +291,12 @@ def may_be_sharded(leaf: Any) -> bool:
     shardings."""
     shard = not _is_abstract(leaf) and varying_axes(leaf)
     return bool(_axes_of(leaf, AxisType.Auto) or _sharded_axes(leaf) or shard)
+
+
+def sharded_explicitly(leaf: Any) -> list[str]:
+    """Names of the explicit axes over which a leaf is sharded."""
+    explicit = _axes_of(leaf, AxisType.Explicit)
+    return [name for name in _sharded_axes(leaf) if name in explicit]
 
 
 def _axes_of(leaf: Any, kind: AxisType) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 import mlbfgs_core as core
 from mlbfgs_core import adapter
 
@@ -18,6 +20,7 @@ __all__ = [
     "map_leaf_arrays",
     "pack_name",
     "packed_leaves",
+    "packs_of",
     "parted",
     "unfolded",
 ]
@@ -63,10 +66,21 @@ def folded(state: core.State, plan: Plan, leaves: Sequence[Any], treedef: Any) -
     trees: dict[str, Any] = {}
     packed: dict[str, Any] = {}
     for name, arrays in adapter.leaf_arrays(state).items():
-        trees[name], packed[pack_name(name)] = parted(arrays, plan, leaves, treedef)
+        if name in adapter.OF_MATRICES:
+            trees[name] = _of_matrices(arrays, plan, treedef)
+        else:
+            trees[name], packed[pack_name(name)] = parted(arrays, plan, leaves, treedef)
     packed = packed if any(plan.packed) else {}
     own = {name: trees.pop(name) for name in state.preconditioner}
     return MLBFGSState(*state)._replace(**trees, preconditioner=own, packed=packed)
+
+
+def _of_matrices(arrays: Sequence[Any | None], plan: Plan, treedef: Any) -> Any:
+    """Factors or bases of the core's leaves as a tree; packs have none."""
+    if treedef.num_leaves == 0:
+        # A tree of placeholders, as `optax.tree.map_params` makes it: what holds factors is no parameter.
+        return jnp.zeros(())
+    return treedef.unflatten(plan.split(arrays))
 
 
 def parted(
@@ -88,22 +102,27 @@ def parted(
 def unfolded(state: MLBFGSState, plan: Plan, treedef: Any) -> core.State:
     """The inverse of `folded`."""
     arrays = {
-        name: joined(treedef.flatten_up_to(tree), state.packed.get(pack_name(name), ()), plan)
+        name: joined(treedef.flatten_up_to(tree), packs_of(state, name, plan), plan)
         for name, tree in adapter.leaf_arrays(state).items()
     }
     return adapter.with_leaf_arrays(core.State(*state)._replace(packed=()), arrays)
 
 
+def packs_of(state: MLBFGSState, name: str, plan: Plan) -> tuple[Any | None, ...]:
+    """The packs of what has this name in the state of this plan; each None for factors and bases."""
+    if name in adapter.OF_MATRICES:
+        return (None,) * len(plan.packs)
+    packs: tuple[Any, ...] = state.packed.get(pack_name(name), ())
+    return packs
+
+
 def joined(alone: Sequence[Any], packed: Sequence[Any], plan: Plan) -> tuple[Any, ...]:
     """The inverse of `parted`, from the leaves of the tree."""
     packs = iter(packed)
-    arrays = []
-    for group, pack in zip(plan.groups, plan.packs, strict=True):
-        if pack is None:
-            arrays.append(alone[group[0]])
-        else:
-            arrays.append(next(packs))
-    return tuple(arrays)
+    return tuple(
+        alone[group[0]] if pack is None else next(packs)
+        for group, pack in zip(plan.groups, plan.packs, strict=True)
+    )
 
 
 def packed_leaves(tree: Any, treedef: Any) -> list[bool]:

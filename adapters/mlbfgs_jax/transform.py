@@ -17,6 +17,7 @@ from mlbfgs_core.adapter import accumulation_dtype, dtype_name
 
 from .decisions import decide
 from .kernels import JaxKernels
+from .matrices import check_matrices, matrices_of
 from .packing import PackMode, Plan, check_mode, may_be_sharded, to_be_packed
 from .shards import AxisName, Shards, axis_names
 from .state import MLBFGSState, folded, joined, pack_name, packed_leaves, parted, unfolded
@@ -33,20 +34,24 @@ def scale_by_mlbfgs(
     history_size: int = 5,
     update_every: int = 50,
     adaptive: bool = True,
-    check_every: int = 2,
+    check_every: int | None = None,
     signal_to_noise: float = 4.0,
     noise_floor: float = 4.0,
     beta: float | None = None,
     min_cosine: float = 0.2,
-    shrinkage: float = 0.25,
+    shrinkage: float | None = None,
     damping: tuple[float, float, float] | None = None,
     step_length: adapter.StepLength = "rms",
     clip_factor: float = 2.0,
     preconditioner: adapter.PreconditionerName = "diagonal",
     preconditioner_power: float = 1.0,
     preconditioner_beta: float = 0.99,
+    factor_beta: float = 0.95,
+    precondition_frequency: int = 10,
+    max_preconditioner_dim: int = 2048,
     history_dtype: str | None = None,
     blocks: adapter.BlockSpec = "all",
+    matrix_axes: adapter.MatrixAxes | None = None,
     axis_name: AxisName | None = None,
     pack: PackMode = "auto",
 ) -> optax.GradientTransformationExtraArgs:
@@ -57,22 +62,29 @@ def scale_by_mlbfgs(
     preset : {"default", "paper", "formulas", "lbfgs", "fit"} or None
         As in `mlbfgs_core.Config`. The settings `history_size` to `history_dtype` are those of
         `mlbfgs_core.Config`, which explains them; those not given are the preset's. All numbers except
-        `history_size` may be traced.
+        `history_size` and, with matrices, `max_preconditioner_dim` may be traced.
     blocks : {"all", "layer", "parameter"} or callable
         Which parameters share curvature; a callable maps a parameter's name to a label. A name is the
         path in the tree, joined by dots ("params.Dense_0.kernel").
+    matrix_axes : mapping or callable, optional
+        For ``preconditioner="kronecker"``: how the axes of a parameter make matrices. It maps a name to two
+        numbers, of the leading axes that count stacked layers, and of the following axes that form the rows;
+        all other axes form the columns. None: that parameter has the diagonal. (1, 1) suits a stack of dense
+        kernels, as `flax.linen.scan` and `nnx.vmap` make it, and (0, 3) Flax's convolution kernels
+        (height, width, in, out). A callable takes a name and a shape, which has a last axis of 2 if the
+        parameter is complex. Names that a mapping lacks have (0, 1): the first axis against the rest.
     axis_name : str or tuple of str, optional
         For `update` inside `jax.shard_map`: the axes over which parameters are sharded; inner products are
         summed over them. A parameter that is replicated over some of them counts once. Leave out axes over
         which all parameters are replicated and their gradients already summed. Under `jit`, which knows
-        the shardings, give none.
+        the shardings, give none. Not with ``preconditioner="kronecker"``.
     pack : {"auto", True, False}
         Which parameters lie side by side in one flat array of the state for each block and dtype of averages,
         which compiles and runs much faster and computes the same. "auto": those of which the types say that
         they are not sharded; never on a mesh of several devices with automatic axes, since types say nothing
         of them, and never with an `axis_name`. True: all; give it where all are replicated on such a mesh.
-        False: none; each array of the state then has its parameter's shape. A state must be used with the
-        `pack` with which `init` has made it.
+        False: none; each array of the state then has its parameter's shape. A parameter with a matrix is
+        never packed. A state must be used with the `pack` and `matrix_axes` with which `init` has made it.
 
     Returns
     -------
@@ -85,8 +97,8 @@ def scale_by_mlbfgs(
     ValueError, TypeError
         Settings out of range; from `init` and `update`: parameters that are not floating-point or
         complex, missing parameters; a state with other parameters packed, or packed ones that may be
-        sharded; with `axis_name` a `shard_map` without ``check_vma``, or gradients that differ between copies
-        of a parameter.
+        sharded, or with other matrices; with `axis_name` a `shard_map` without ``check_vma``, or gradients
+        that differ between copies of a parameter.
     NameError
         From `update`: no such axis.
 
@@ -95,7 +107,8 @@ def scale_by_mlbfgs(
     A non-finite gradient gives a direction of zero and changes nothing in the state except the counter
     `skipped`. A parameter whose gradient is None does not move. Donate the state to the compiled step
     (``jax.jit(step, donate_argnums=...)``), or each step copies it. State: ``(2 * history_size + 5) * 4``
-    bytes per float32 parameter with default settings, and up to a sixty-fourth more for packs.
+    bytes per float32 parameter with default settings, and up to a sixty-fourth more for packs; Kronecker
+    factors and bases of a matrix of a x b are ``2 (a^2 + b^2)`` values more.
 
     A packed parameter keeps its own count of gradients. While it has none, its averages, momentum and part of
     the history stay as they are, and afterwards it goes on as if it lay alone.
@@ -125,8 +138,8 @@ def scale_by_mlbfgs(
     True
     """
     config = core.Config(**adapter.settings_in(locals()))
-    method = _Packed(config, blocks, axis_names(axis_name), pack)
-    check_mode(pack, method.axes)
+    method = _Packed(config, blocks, axis_names(axis_name), pack, matrix_axes)
+    method.check()
 
     # Compiled as a whole, since outside `jit` each `cond` would be compiled again at every step.
     @partial(jax.jit, inline=True)
@@ -175,6 +188,12 @@ class _Packed(NamedTuple):
     blocks: adapter.BlockSpec
     axes: tuple[str, ...]
     pack: PackMode
+    matrix_axes: adapter.MatrixAxes
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError unless the options go together."""
+        check_mode(self.pack, self.axes)
+        check_matrices(self.config, self.axes)
 
     def init(self, params: optax.Params) -> MLBFGSState:
         """The state before the first step."""
@@ -184,11 +203,13 @@ class _Packed(NamedTuple):
         """The state before the first step, and of what it is."""
         tree = Tree.of(params, self.blocks)
         packs = self.config.takes_pairs or self.config.preconditioner != "none"
-        packed = to_be_packed(self.pack if packs else False, self.axes, tree.names, tree.leaves)
+        matrices = self.matrices(tree)
+        packed = to_be_packed(self.pack if packs else False, self.axes, tree.names, tree.leaves, matrices)
         plan = Plan.of(tree.leaves, packed, tree.blocks)
-        kernels = JaxKernels(plan.packs)
+        kernels = JaxKernels(plan)
         likes = plan.likes(tree.leaves) or [jnp.zeros(0)]
-        state = core.Method(self.config, plan.blocks or None, kernels).init(likes)
+        of_leaves = plan.matrices(matrices) or [None]
+        state = core.Method(self.config, plan.blocks or None, kernels, matrices=of_leaves).init(likes)
         shards = Shards({})
         if self.axes:
             with contextlib.suppress(NameError):  # outside `shard_map`, where leaves are whole
@@ -207,7 +228,11 @@ class _Packed(NamedTuple):
             state = state._replace(packed=jnp.zeros(()))
         return state, tree, plan
 
-    def plan(self, tree: Tree, state: MLBFGSState) -> Plan:
+    def matrices(self, tree: Tree) -> list[adapter.Matrix | None]:
+        """The matrices of the parameters."""
+        return matrices_of(self.config, tree.names, tree.leaves, self.matrix_axes)
+
+    def plan(self, tree: Tree, state: MLBFGSState, matrices: Sequence[adapter.Matrix | None]) -> Plan:
         """The plan of a state.
 
         Raises
@@ -220,7 +245,7 @@ class _Packed(NamedTuple):
         plan = Plan.of(tree.leaves, packed, tree.blocks)
         advice = "make a new one with `init`, or carry it over with `save_state` and `load_state`"
         if self.pack != "auto" and arrays is not None:
-            wanted = to_be_packed(self.pack, self.axes, tree.names, tree.leaves)
+            wanted = to_be_packed(self.pack, self.axes, tree.names, tree.leaves, matrices)
             if Plan.of(tree.leaves, wanted, tree.blocks).packed != packed:
                 told = "some" if any(packed) else "no"
                 got = f"got one with {told} parameters packed"
@@ -245,9 +270,10 @@ class _Packed(NamedTuple):
         tree.check_names(state)
         if not tree.leaves:
             return None
-        plan = self.plan(tree, state)
+        matrices = self.matrices(tree)
+        plan = self.plan(tree, state, matrices)
         before = unfolded(state, plan, tree.treedef)
-        tree.check(state, before, plan, self.config)
+        tree.check(state, before, plan, self.config, matrices)
         if all(grad is None for grad in given):
             return None
         likes = plan.likes(tree.leaves)
@@ -259,10 +285,17 @@ class _Packed(NamedTuple):
             shards = Shards.over(self.axes)
             shards.check(tree.names, leaves, grads)
             shared = shards.reduce, shards.shares(leaves)
-        kernels = JaxKernels(plan.packs, [grad is not None for grad in given])
+        kernels = JaxKernels(plan, [grad is not None for grad in given])
         method = core.Method(_cast(self.config, state.gamma.dtype), plan.blocks, kernels, *shared)
         directions, factor, after = method.unscaled_step(
-            before, leaves, grads, when_check=decide, when_due=decide, when_scaled=decide
+            before,
+            leaves,
+            grads,
+            when_check=decide,
+            when_due=decide,
+            when_scaled=decide,
+            when_formed=decide,
+            when_turned=decide,
         )
         new = folded(after, plan, tree.leaves, tree.treedef)
         new = new._replace(packed=state.packed | new.packed)  # the momentum is not the core's
@@ -286,20 +319,24 @@ def mlbfgs(
     history_size: int = 5,
     update_every: int = 50,
     adaptive: bool = True,
-    check_every: int = 2,
+    check_every: int | None = None,
     signal_to_noise: float = 4.0,
     noise_floor: float = 4.0,
     beta: float | None = None,
     min_cosine: float = 0.2,
-    shrinkage: float = 0.25,
+    shrinkage: float | None = None,
     damping: tuple[float, float, float] | None = None,
     step_length: adapter.StepLength = "rms",
     clip_factor: float = 2.0,
     preconditioner: adapter.PreconditionerName = "diagonal",
     preconditioner_power: float = 1.0,
     preconditioner_beta: float = 0.99,
+    factor_beta: float = 0.95,
+    precondition_frequency: int = 10,
+    max_preconditioner_dim: int = 2048,
     history_dtype: str | None = None,
     blocks: adapter.BlockSpec = "all",
+    matrix_axes: adapter.MatrixAxes | None = None,
     axis_name: AxisName | None = None,
     pack: PackMode = "auto",
     nesterov: bool | None = None,
@@ -316,7 +353,7 @@ def mlbfgs(
         Momentum on the direction; by default the preset's: 0 for "lbfgs" and "fit", else 0.9.
     weight_decay : float or schedule
         Parameters shrink by ``learning_rate * weight_decay`` per step, as in `optax.adamw`.
-    preset, blocks, axis_name, pack
+    preset, blocks, matrix_axes, axis_name, pack
         As in `scale_by_mlbfgs`. The settings `history_size` to `history_dtype` are those of
         `mlbfgs_core.Config`, which explains them; those not given are the preset's.
     nesterov : bool, optional
@@ -341,8 +378,8 @@ def mlbfgs(
     The chain computes in float32 where parameters are of half precision, and rounds its update once. A
     step with a non-finite gradient leaves parameters, momentum and the schedules' counts as they were.
     Memory: 4 bytes per float32 parameter more than `scale_by_mlbfgs`, for the momentum. To change numbers
-    during a run, use `optax.inject_hyperparams`, with `history_size` (and `blocks` and `mask`, if they are
-    functions) in its `static_args`.
+    during a run, use `optax.inject_hyperparams`, with `history_size`, `max_preconditioner_dim` (and `blocks`,
+    `matrix_axes` and `mask`, if they are functions) in its `static_args`.
 
     References
     ----------
@@ -370,8 +407,8 @@ def mlbfgs(
     decay = _number("momentum", momentum)
     shrinkage = weight_decay if callable(weight_decay) else _number("weight_decay", weight_decay)
     rate = learning_rate if callable(learning_rate) else _number("learning_rate", learning_rate)
-    method = _Packed(config, blocks, axis_names(axis_name), pack)
-    check_mode(pack, method.axes)
+    method = _Packed(config, blocks, axis_names(axis_name), pack, matrix_axes)
+    method.check()
     momentum = None if adapter.is_zero(decay) else _Momentum(decay, nesterov)
     # A decay of zero would still turn an infinite parameter into a NaN.
     weights = optax.identity() if adapter.is_zero(shrinkage) else optax.add_decayed_weights(shrinkage, mask)

@@ -83,11 +83,19 @@ class Tree(NamedTuple):
             msg = f"`params` {rule}, got one {told}"
             raise ValueError(msg)
 
-    def check(self, state: MLBFGSState, plain: core.State, plan: Plan, config: core.Config) -> None:
+    def check(
+        self,
+        state: MLBFGSState,
+        plain: core.State,
+        plan: Plan,
+        config: core.Config,
+        matrices: Sequence[adapter.Matrix | None],
+    ) -> None:
         """Raise ValueError unless the state, given as the core's, too, is one of these parameters."""
         tree = next(iter(adapter.leaf_arrays(state).values()), None)
         if tree is not None:
             check_params(self.names, self.given, self.treedef.flatten_up_to(tree), plain, plan, config)
+            check_factors(self.names, plain, plan, config, self.leaves, matrices)
 
     def updates(
         self, parts: Sequence[Any | None], grads: Sequence[Any | None], like: Callable[..., Any]
@@ -121,7 +129,8 @@ def check_params(
     for name, param, leaf, stands in zip(names, params, leaves, tree, strict=True):
         if isinstance(stands, InPack) and stands != InPack.of(leaf):
             refuse(name, param, str(stands))
-    for entry in adapter.layout(config, plan.likes(leaves), ()):
+    # Without matrices, whose arrays are not like the parameters.
+    for entry in adapter.layout(config, plan.likes(leaves), (), [None] * len(plan.groups)):
         if entry.leaf is None or entry.kind == "history":
             continue
         if entry.name not in held:
@@ -130,6 +139,31 @@ def check_params(
         found, first = held[entry.name][entry.leaf], plan.groups[entry.leaf][0]
         if (tuple(found.shape), dtype_name(found)) != (entry.shape, entry.dtype):
             refuse(names[first], params[first], kind(found))
+
+
+def check_factors(
+    names: Sequence[str],
+    state: core.State,
+    plan: Plan,
+    config: core.Config,
+    leaves: Sequence[Any],
+    matrices: Sequence[adapter.Matrix | None],
+) -> None:
+    """Raise ValueError unless a state has the factors and bases of these matrices, and no others."""
+    wanted = {
+        (entry.name, entry.leaf): f"{entry.dtype} of shape {entry.shape}"
+        for entry in adapter.layout(config, plan.likes(leaves), (), plan.matrices(matrices))
+        if entry.name in adapter.OF_MATRICES
+    }
+    for name in adapter.OF_MATRICES:
+        held = state.preconditioner.get(name, (None,) * len(plan.groups))
+        for leaf, (group, array) in enumerate(zip(plan.groups, held, strict=True)):
+            got = "nothing" if array is None else f"{dtype_name(array)} of shape {tuple(array.shape)}"
+            told = wanted.get((name, leaf), "nothing")
+            if got != told:
+                rule = "must be of these settings and `matrix_axes`, which give"
+                msg = f"`state` {rule} {told} for {name!r} of {names[group[0]]!r}, got one with {got}"
+                raise ValueError(msg)
 
 
 def path_names(paths: Sequence[tuple[Any, ...]]) -> list[str]:

@@ -31,7 +31,7 @@ class Curvature:
 
     def direction(self, point: Evaluation) -> Vector:
         """The direction to subtract, once the point is in the averages; zero for a non-finite gradient."""
-        check, due = self.method.upcoming(self.memory)
+        check, due, *_ = self.method.upcoming(self.memory)
         update, self.memory = self.method.step(
             self.memory,
             [point.x],

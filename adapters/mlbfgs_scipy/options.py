@@ -90,6 +90,10 @@ def read_options(given: dict[str, Any]) -> Options:
 
 
 def _check(options: Options) -> None:
+    if options.config.preconditioner == "kronecker":
+        rule = "must be 'none' or 'diagonal', since a vector has no matrices"
+        msg = f"`preconditioner` {rule}, got {options.config.preconditioner!r}"
+        raise ValueError(msg)
     for name in ("tol", "gtol", "ftol"):
         _check_number(name, getattr(options, name), "must be finite and >= 0", lambda x: 0 <= x < math.inf)
     for name in ("c1", "c2"):

@@ -469,8 +469,9 @@ class MLBFGS(Optimizer):
                 axes = {own: axes[own] for own in (name,) if own in axes}
             (matrix,) = adapter.matrices_in(config, [name], [real_shape(param)], axes)
             if matrix is not None and sharding.is_sharded(param):
-                rule = "must be 'none' or 'diagonal' for sharded parameters, whose matrices lie on several devices"
-                msg = f"`preconditioner` {rule}, got 'kronecker' for {name!r}"
+                rule = "must be 'none' or 'diagonal' for sharded parameters"
+                why = "since a matrix must lie on one device"
+                msg = f"`preconditioner` {rule}, {why}, got 'kronecker' for {name!r}"
                 raise ValueError(msg)
             member = Member.of(name, param, group, sharding.share(param, shards), matrix)
             found.setdefault((config, param.device), []).append(member)

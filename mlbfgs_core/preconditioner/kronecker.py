@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import array_api_extra as xpx
 
-from .diagonal import Diagonal, DiagonalRoot
+from .diagonal import Diagonal
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -31,7 +31,7 @@ _SIDES = ("left", "right")
 class Matrix(NamedTuple):
     """How a leaf's values form matrices, ``count`` of them one after the other, row by row."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides the tuple's method
     """Number of matrices of equal shape."""
     rows: int
     columns: int
@@ -85,7 +85,7 @@ class Matrix(NamedTuple):
 
 
 def is_basis_step(config: Config, step: Array) -> Array:
-    """Whether bases are turned after this accepted step, the first of which is 1; the first forms them anew."""
+    """Whether bases are turned after this accepted step; after the very first, 1, they are formed."""
     due = (step > 1) & (step % config.precondition_frequency == 0)
     for early in EARLY[1:]:
         due = due | (step == early)
@@ -119,7 +119,7 @@ class Kronecker(Diagonal):
 
     def root(
         self, config: Config, arrays: dict[str, Array], dtype: Any, weight: Array | None, floor: Array
-    ) -> DiagonalRoot | KroneckerRoot:
+    ) -> Any:
         """`R` of a leaf."""
         arrays = {name: array for name, array in arrays.items() if array is not None}
         if len(arrays) == 1:
@@ -264,19 +264,20 @@ class KroneckerRoot(NamedTuple):
         values count alike."""
         return kernels.levelled(rotated, self._trace(kernels) > 0)
 
-    def _rows(self, kernels: Kernels, history: Array, turns: list[Array | None], due: Array) -> Array:
-        xp, m = kernels.leaf_xp, history.shape[1]
-        dtype = self.arrays["exp_avg_sq"].dtype
-        for kind in range(2):  # half of the history at a time
-            rows = history[kind, ...]
-            new = xp.reshape(kernels.cast(rows, dtype), (m, *self.shape))
-            if turns[0] is not None:
-                new = kernels.matmul(turns[0][None, ...], new)
-            if turns[1] is not None:
-                new = kernels.matmul(new, _transposed(turns[1])[None, ...])
-            new = kernels.cast(xp.reshape(new, rows.shape), history.dtype)
-            # Where arrays cannot be written to, a compiler still may.
-            history = xpx.at(history)[kind, ...].set(xp.where(due, new, rows))
+    def _rows(self, kernels: Kernels, history: Array, turns: Sequence[Array | None], due: Array) -> Array:
+        """The rows of a history in other bases, one at a time where memory can be written."""
+        xp, dtype = kernels.leaf_xp, self.arrays["exp_avg_sq"].dtype
+        m = history.shape[1]
+        # Where arrays cannot be written to, a compiler still may: then half of the history at a time.
+        places: list[tuple[Any, ...]] = [(kind, ...) for kind in range(2)]
+        if kernels.in_place:
+            places = [(kind, place, ...) for kind in range(2) for place in range(m)]
+        for place in places:
+            rows = history[place]
+            lead = rows.shape[: 1 if len(place) == 2 else 0]
+            own = kernels.cast(xp.reshape(rows, (*lead, *self.shape)), dtype)
+            new = kernels.cast(xp.reshape(_turned(kernels, own, turns), rows.shape), history.dtype)
+            history = xpx.at(history)[place].set(xp.where(due, new, rows))
         return history
 
 
@@ -318,9 +319,16 @@ class _Rotation(NamedTuple):
         return self.root.restored(self.kernels, scaled, x.shape)
 
 
+def _turned(kernels: Kernels, x: Array, turns: Sequence[Array | None]) -> Array:
+    """``T_L X T_R^T``; None stands for the identity."""
+    left, right = turns
+    x = x if left is None else kernels.matmul(left, x)
+    return x if right is None else kernels.matmul(x, _transposed(right))
+
+
 def _eigenvectors(kernels: Kernels, factor: Array) -> Array:
-    """Eigenvectors of factors (N, n, n) by falling eigenvalue. Where there was no gradient any basis would do,
-    so it is completed in one way that does not depend on the library: by the first coordinates."""
+    """Eigenvectors of factors (N, n, n) by falling eigenvalue. Where there was no gradient any basis would
+    do, so it is completed in one way that does not depend on the library: by the first coordinates."""
     xp, n = kernels.leaf_xp, factor.shape[-1]
     top = xp.max(xp.abs(factor), axis=(-2, -1), keepdims=True)
     values, vectors = xp.linalg.eigh(factor / xp.where(top > 0, top, 1.0))

@@ -340,3 +340,13 @@ def test_a_packed_run_on_a_mesh_is_that_of_one_device():
         assert deviation(params, expected[number]) < GROWTH["default"] * np.finfo("float64").eps
     assert packed(state)
     assert int(state[0].pairs[0]) >= 4
+
+
+def test_factors_and_bases_of_sharded_matrices_are_those_of_one_device():
+    tx = mlbfgs(RATE, preconditioner="kronecker", precondition_frequency=3, **SETTINGS)
+    alone = Run(tx)
+    expected = [jax.tree.map(np.array, params) for params, _ in alone.train(*alone.start(), 0, 12)]
+    sharded = MeshRun(tx, LAYOUTS["data and tensor"], AxisType.Auto)
+    for (params, state), own in zip(sharded.train(*sharded.start(), 0, 12), expected, strict=True):
+        assert all(np.max(np.abs(np.array(params[name]) - own[name])) < 1e-11 for name in own)
+    assert int(state[0].pairs[0]) > 0

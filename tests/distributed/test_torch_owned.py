@@ -49,8 +49,14 @@ def trained(settings, steps=STEPS):
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"preset": "fit"}, {"preconditioner": "none", "momentum": 0.0}, {"preset": "lbfgs", "lr": 0.01}],
-    ids=["default", "fit", "plain", "lbfgs"],
+    [
+        {},
+        {"preset": "fit"},
+        {"preconditioner": "none", "momentum": 0.0},
+        {"preset": "lbfgs", "lr": 0.01},
+        {"preconditioner": "kronecker", "precondition_frequency": 3, "check_every": 2},
+    ],
+    ids=["default", "fit", "plain", "lbfgs", "kronecker"],
 )
 def test_one_block_over_all_owners_is_that_of_one_process(count, settings):
     for params, _ in on_ranks(count, trained, settings):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mlbfgs_torch import MLBFGS
 
 from .processes import on_ranks
-from .training import SETTINGS, batches, deviation, digest, make_model, whole
+from .training import SETTINGS, batches, deviation, digest, make_model, parallel, whole
 
 STEPS = 500
 
@@ -31,12 +31,36 @@ def test_replicas_stay_equal_bit_by_bit_for_500_steps():
     assert all(torch.isfinite(param).all() for param in params.values())
 
 
-def replica(steps=STEPS):
+def test_factors_and_bases_of_replicas_are_equal_bit_by_bit():
+    settings = {"preconditioner": "kronecker", "precondition_frequency": 5}
+    (expected, params, _), *others = on_ranks(2, replica, 60, settings)
+    assert len(set(expected)) == 60, "each step changed something"
+    for digests, _, _ in others:
+        assert digests == expected
+    assert all(torch.isfinite(param).all() for param in params.values())
+
+
+def test_matrices_on_several_devices_are_refused():
+    for message in on_ranks(2, refusal):
+        assert "`preconditioner` must be 'none' or 'diagonal' for sharded parameters" in message
+        assert "got 'kronecker' for 'hidden.weight'" in message
+
+
+def refusal():
+    model, _ = parallel(make_model(), "fsdp")
+    try:
+        MLBFGS(model.named_parameters(), preconditioner="kronecker")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def replica(steps=STEPS, settings=None):
     """Digests of parameters and state after each step."""
     model = make_model()
     world, rank = dist.get_world_size(), dist.get_rank()
     replicated = DistributedDataParallel(model, find_unused_parameters=True)
-    optimizer = MLBFGS(model.named_parameters(), **SETTINGS)
+    optimizer = MLBFGS(model.named_parameters(), **{**SETTINGS, **(settings or {})})
     digests = []
     for step, (x, y) in enumerate(batches(steps)):
         optimizer.zero_grad()

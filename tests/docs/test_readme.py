@@ -36,7 +36,7 @@ def test_python_blocks_of_the_pytorch_page_run():
 
 def test_python_blocks_of_the_jax_page_run():
     names = {}
-    assert run_blocks(ROOT / "docs" / "jax.md", names) == 7
+    assert run_blocks(ROOT / "docs" / "jax.md", names) == 8
     assert names["value"] < 0.05
     assert int(names["state"][0].pairs[0]) > 0
     np.testing.assert_allclose(names["minimum"], 1.0, atol=1e-3)
@@ -46,7 +46,7 @@ def test_python_blocks_of_the_jax_page_run():
 
 def test_python_blocks_of_the_arrays_page_run():
     names = {}
-    assert run_blocks(ROOT / "docs" / "arrays.md", names) == 3
+    assert run_blocks(ROOT / "docs" / "arrays.md", names) == 4
     assert int(names["optimizer"].diagnostics()[0].step) == 100
     assert int(names["optimizer"].diagnostics()[0].pairs[0]) > 0
 

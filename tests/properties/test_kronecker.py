@@ -96,7 +96,7 @@ def test_rescaling_the_loss_leaves_the_run_alone(xp, rng, exponent):
 
 
 def soap(start, gradients, lr, shape, frequency, beta=0.99, factor_beta=0.95):
-    """SOAP without momentum (Vyas et al. 2024), in plain NumPy: its first step has one scale for all values."""
+    """SOAP without momentum (Vyas et al. 2024); its first step has one scale for all values."""
     W, v = start.reshape(shape).copy(), np.zeros(shape)
     L, R, U, V = np.zeros((shape[0],) * 2), np.zeros((shape[1],) * 2), np.eye(shape[0]), np.eye(shape[1])
     for t, gradient in enumerate(gradients, 1):
@@ -159,6 +159,7 @@ def test_stacked_layers_are_batches_of_matrices(xp, rng):
     assert state.preconditioner["left_factor"][0].shape == (2, 3, 3)
 
 
+@pytest.mark.backends("numpy", "torch")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     "kind",
