@@ -259,7 +259,7 @@ def asked(optimizer: Optimizer) -> tuple[bool, bool]:
     found = getattr(optimizer, "_units", None)
     if not found:
         return False, False
-    check, refresh = core.Method(found[0].config).upcoming(found[0].state).tolist()
+    check, refresh, *_ = core.Method(found[0].config).upcoming(found[0].state).tolist()
     return check, refresh
 
 

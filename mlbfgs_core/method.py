@@ -464,7 +464,7 @@ class Method:
         return bases.renew(self._call(state), state, state.accepted, None, None)
 
     def upcoming(self, state: State) -> Array:
-        """Whether the next accepted step asks for a check, for a refresh, and for bases to be formed and to be
+        """Whether the next accepted step asks for a check, for a refresh, and for bases to be formed and
         turned: (4,) array of bool.
 
         A host that copies it without waiting can hand them to the next `step` as `when_check`, `when_due`,

@@ -127,7 +127,7 @@ def scaled_loss(preset: str, scale: float, *, told: bool) -> float:
     x = np.random.default_rng(0).standard_normal(CALM.dim)
     first, state = CALM.loss(x), core.Method(config).init([x])
     for _ in range(STEPS):
-        check, due = core.Method(config).upcoming(state)
+        check, due, *_ = core.Method(config).upcoming(state)
         with np.errstate(over="ignore", invalid="ignore"):
             update, state = core.Method(config).step(
                 state, [x], [scale * CALM.curvature * x], when_check=bool(check), when_due=bool(due)

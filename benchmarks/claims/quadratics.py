@@ -111,7 +111,7 @@ def direction_of(method: str, problem: Problem, start: Array, settings: dict[str
 
     def direction(x: Array, gradient: Array) -> Array:
         nonlocal state
-        check, due = core.Method(config).upcoming(state)
+        check, due, *_ = core.Method(config).upcoming(state)
         update, state = core.Method(config).step(
             state, [x], [gradient], when_check=bool(check), when_due=bool(due)
         )

@@ -263,3 +263,21 @@ def test_a_parameter_without_a_gradient_keeps_its_factors(xp):
         got = np.concatenate([np.zeros(9) if leaf is None else to_numpy(leaf).ravel() for leaf in update])
         assert relative(got, expected) < 1e-8
         x = x - 0.02 * got
+
+
+@given(rng=generators)
+def test_what_the_host_foresees_equals_the_masked_step(xp, rng):
+    config, gradient, x = settings(update_every=4, check_every=2), noisy_quadratic(rng), rng.normal(size=DIM)
+    masked, _ = run(config, SHAPES, xp, gradient, 12, start=x)
+    method = core.Method(config)
+    state = method.init(split(x, SHAPES, xp), xp=xp)
+    for step in range(12):
+        names = ("when_check", "when_due", "when_formed", "when_turned")
+        flags = dict(zip(names, (bool(flag) for flag in method.upcoming(state)), strict=True))
+        assert flags["when_formed"] == (step == 0)
+        assert flags["when_turned"] == (step + 1 in (2, 3, 4, 6, 7, 9, 12))
+        update, state = method.step(
+            state, split(x, SHAPES, xp), split(gradient(x, step), SHAPES, xp), **flags
+        )
+        x = x - 0.02 * join(update)
+    assert relative(x, masked) < 1e-9

@@ -186,7 +186,7 @@ def test_fit_converges_on_ill_conditioned_least_squares_without_noise(rate, dim,
     first, highest = value(), 0.0
     for _ in range(1500):
         grad = 2 * matrix.T @ (matrix @ x - target) / len(target)
-        check, due = (bool(flag) for flag in core.Method(config).upcoming(state))
+        check, due, *_ = (bool(flag) for flag in core.Method(config).upcoming(state))
         flags = {"when_check": check, "when_due": due, "when_scaled": bool(adapter.is_scaled(state))}
         update, state = core.Method(config).step(state, [x], [grad], **flags)
         x = x - rate * update[0]
