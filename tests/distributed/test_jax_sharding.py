@@ -343,7 +343,9 @@ def test_a_packed_run_on_a_mesh_is_that_of_one_device():
 
 
 def test_factors_and_bases_of_sharded_matrices_are_those_of_one_device():
-    tx = mlbfgs(RATE, preconditioner="kronecker", precondition_frequency=3, **SETTINGS)
+    tx = mlbfgs(
+        RATE, **{**SETTINGS, "preconditioner": "kronecker", "precondition_frequency": 3, "check_every": 2}
+    )
     alone = Run(tx)
     expected = [jax.tree.map(np.array, params) for params, _ in alone.train(*alone.start(), 0, 12)]
     sharded = MeshRun(tx, LAYOUTS["data and tensor"], AxisType.Auto)
