@@ -221,12 +221,6 @@ class Kernels:
         """Products of stacks of matrices, in the arrays' full precision."""
         return self.leaf_xp.matmul(a, b)
 
-    def levelled(self, x: Array, known: Array) -> Array:
-        """Stacks of matrices (N, a, b), of which those that are not `known` (N, 1, 1) have all values
-        replaced by their root mean square."""
-        xp = self.leaf_xp
-        return xp.where(known, x, xp.sqrt(xp.mean(x * x, axis=(1, 2), keepdims=True)))
-
     def dot(self, a: Array, b: Array) -> Array:
         """Inner product over all axes, in the arrays' (full) precision."""
         return self.leaf_xp.matmul(self.leaf_xp.reshape(a, (-1,)), self.leaf_xp.reshape(b, (-1,)))

@@ -205,6 +205,7 @@ class Reference:
         for matrix in block.matrices:
             if self.steps == 1:
                 matrix.form()
+                block.v[matrix.values] = np.mean(block.v[matrix.values])
             elif self.steps in (2, 4, 7) or self.steps % self.config.precondition_frequency == 0:
                 block.v[matrix.values] = matrix.turn(block.v[matrix.values])
 
@@ -239,7 +240,7 @@ class Reference:
         squares = g**2
         for matrix in block.matrices:
             turned = matrix.basis().T @ g[matrix.values]
-            squares[matrix.values] = turned**2 if matrix.square > 0 else np.mean(turned**2)
+            squares[matrix.values] = turned**2
         block.v = block.v + w_v * (squares - block.v)
         R = self.dense_root(block)
         off = R @ np.where(present, np.sqrt(1 - w) * (g - block.M_g), 0.0)

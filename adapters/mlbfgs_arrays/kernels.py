@@ -58,10 +58,6 @@ class NumpyKernels(core.Kernels):
             np.sqrt(x, out=x)
         return np.divide(1.0, x, out=x)
 
-    def levelled(self, x: Array, known: Array) -> Array:
-        """Stacks of matrices, levelled where they are not known; `x` itself if all are."""
-        return x if known.all() else super().levelled(x, known)
-
     def largest(self, x: Array) -> Array:
         """The largest magnitude, without an array of magnitudes."""
         return np.maximum(np.max(x), -np.min(x))

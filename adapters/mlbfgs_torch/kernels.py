@@ -328,10 +328,6 @@ class HostKernels(TorchKernels):
             part(mean, tile).lerp_(x, weight)
         return mean
 
-    def levelled(self, x: Tensor, known: Tensor) -> Tensor:
-        """Matrices without a basis have all values alike; the host knows that most often there are none."""
-        return x if known.all() else super().levelled(x, known)
-
     def to_leaf(self, x: Any, dtype: torch.dtype | None = None) -> Tensor:
         """A coefficient as a tensor."""
         return as_tensor(x) if dtype is None else torch.from_numpy(np.asarray(x, _DTYPES[dtype]))

@@ -177,7 +177,7 @@ class KroneckerRoot(NamedTuple):
         if grad is not None:
             rotated = self.rotated(kernels, grad)
             if self.weight is not None:
-                entering = self._entering(kernels, rotated), self.weight
+                entering = rotated, self.weight
         out = None if out is None else xp.reshape(out, shape)
         return _Rotation(
             kernels, self, rotated, kernels.diagonal(v, entering, self._floor(kernels), self.exponent, out)
@@ -188,7 +188,7 @@ class KroneckerRoot(NamedTuple):
         if self.weight is None or self.kept is None:
             return self
         xp, shape, arrays = kernels.leaf_xp, self.shape, dict(self.arrays)
-        entering = xp.reshape(self._entering(kernels, self.kept[0]), arrays["exp_avg_sq"].shape)
+        entering = xp.reshape(self.kept[0], arrays["exp_avg_sq"].shape)
         arrays["exp_avg_sq"] = kernels.average(
             arrays["exp_avg_sq"], entering, self.weight, keep, squared=True
         )
@@ -200,8 +200,12 @@ class KroneckerRoot(NamedTuple):
         return self._replace(arrays=arrays, weight=None)
 
     def formed(self, kernels: Kernels, due: Array) -> KroneckerRoot:
-        """Bases of eigenvectors where `due` (0-d), for the first time."""
-        arrays = dict(self.arrays)
+        """Bases of eigenvectors where `due` (0-d), for the first time. Mean squares belong to other
+        coordinates then, so all values of a matrix count alike."""
+        xp, arrays, old = kernels.leaf_xp, dict(self.arrays), self.arrays["exp_avg_sq"]
+        v = xp.reshape(old, self.shape)
+        level = xp.broadcast_to(xp.mean(v, axis=(1, 2), keepdims=True), v.shape)
+        arrays["exp_avg_sq"] = kernels.store(old, None, xp.where(due, xp.reshape(level, old.shape), old))
         for side in _SIDES:
             if (factor := arrays.get(f"{side}_factor")) is not None:
                 basis = arrays[f"{side}_basis"]
@@ -258,11 +262,6 @@ class KroneckerRoot(NamedTuple):
         """(count, 1, 1): what is added to mean squares, so that rounding is not taken for gradients."""
         trace = self._trace(kernels)
         return self.floor + (ROUNDING * kernels.leaf_xp.finfo(trace.dtype).eps) ** 2 * trace
-
-    def _entering(self, kernels: Kernels, rotated: Array) -> Array:
-        """What enters the mean squares. A matrix without a basis has no coordinates of its own, so all its
-        values count alike."""
-        return kernels.levelled(rotated, self._trace(kernels) > 0)
 
     def _rows(self, kernels: Kernels, history: Array, turns: Sequence[Array | None], due: Array) -> Array:
         """The rows of a history in other bases, one at a time where memory can be written."""
