@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from .call import Call, When, run_if
+from .call import Call, When, remembered, run_if
 from .preconditioner import is_basis_step
 from .state import State
 
@@ -34,7 +33,7 @@ def _formed(call: Call, state: State, due: Array) -> State:
     """Bases of eigenvectors; there are no pairs yet."""
     due = call.kernels.to_leaf(due)
     roots = [root if root.elementwise else root.formed(call.kernels, due) for root in _roots(call, state)]
-    return _with_roots(state, roots)
+    return state._replace(preconditioner=remembered(state, roots))
 
 
 def _turned(call: Call, state: State, due: Array) -> State:
@@ -45,11 +44,4 @@ def _turned(call: Call, state: State, due: Array) -> State:
             roots[leaf], rows = root.turned(call.kernels, history[leaf] if history else None, due)
             if history:
                 history[leaf] = rows
-    return _with_roots(state, roots)._replace(history=tuple(history))
-
-
-def _with_roots(state: State, roots: Sequence[Any]) -> State:
-    """The state with what these roots remember."""
-    return state._replace(
-        preconditioner={name: tuple(root.arrays.get(name) for root in roots) for name in state.preconditioner}
-    )
+    return state._replace(preconditioner=remembered(state, roots), history=tuple(history))

@@ -11,7 +11,7 @@ from .kernels import Kernels, Leaf, Means
 from .preconditioner import Preconditioner, Root, preconditioner_of
 from .state import State, accumulation_dtype
 
-__all__ = ["Call", "Reduce", "When", "identity", "run_if", "stack"]
+__all__ = ["Call", "Reduce", "When", "identity", "remembered", "run_if", "stack"]
 
 Array = Any
 Reduce = Callable[[Array], Array]
@@ -110,6 +110,16 @@ class Call(NamedTuple):
                     total = part if total is None else total + part
             sums.append(self.xp.zeros_like(like) if total is None else total)
         return stack(sums, self.xp)
+
+
+def remembered(state: State, roots: Sequence[Root | None]) -> dict[str, tuple[Array | None, ...]]:
+    """A state's `preconditioner` with what these roots hold; a leaf without a root keeps what it has."""
+    return {
+        name: tuple(
+            old if root is None else root.arrays.get(name) for root, old in zip(roots, arrays, strict=True)
+        )
+        for name, arrays in state.preconditioner.items()
+    }
 
 
 def stack(parts: Sequence[Array], xp: Any) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 from .config import Config
 from .preconditioner import Matrix, preconditioner_of
 
-__all__ = ["MatrixAxes", "check_matrix_axes", "matrices_in"]
+__all__ = ["MatrixAxes", "check_matrix_axes", "matrices_in", "matrix_in"]
 
 Axes = tuple[int, int] | None
 MatrixAxes = Mapping[str, Axes] | Callable[[str, tuple[int, ...]], Axes] | None
@@ -39,12 +39,14 @@ def matrices_in(
     [Matrix(count=12, rows=64, columns=256, left=True, right=True), None]
     """
     check_matrix_axes(axes, names)
+    return [matrix_in(config, name, shape, axes) for name, shape in zip(names, shapes, strict=True)]
+
+
+def matrix_in(config: Config, name: str, shape: tuple[int, ...], axes: MatrixAxes) -> Matrix | None:
+    """The matrices of one of the parameters for which `check_matrix_axes` has found nothing wrong."""
     if not preconditioner_of(config).has_matrices:
-        return [None] * len(names)
-    return [
-        _matrix(config, name, shape, _axes(axes, name, shape))
-        for name, shape in zip(names, shapes, strict=True)
-    ]
+        return None
+    return _matrix(config, name, shape, _axes(axes, name, shape))
 
 
 def check_matrix_axes(axes: MatrixAxes, names: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .call import Call, When, run_if
+from .call import Call, When, remembered, run_if
 from .config import Config
 from .noise import follow_noise
 from .scales import first_scale, is_scaled, norm_of_squares, param_squares
@@ -145,13 +145,7 @@ def observe(
     state = follow_noise(call, state, seen.rows, keep)
     increments, window = seen.weights.increments * one, state.window + one
     state = state._replace(
-        preconditioner={
-            name: tuple(
-                old if root is None else root.arrays.get(name)
-                for root, old in zip(roots, arrays, strict=True)
-            )
-            for name, arrays in state.preconditioner.items()
-        },
+        preconditioner=remembered(state, roots),
         leaf_steps=state.leaf_steps + increments,
         leaf_window=state.leaf_window + increments,
         step=state.step + one,

@@ -130,7 +130,7 @@ class TorchKernels(core.Kernels):
         return torch.dot(a, b)
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """Products of stacks of matrices; with `out`, `torch.autocast` leaves them in full precision."""
+        """Products of stacks of matrices, of full precision inside `torch.autocast` too."""
         if not torch.is_autocast_enabled(a.device.type):
             return torch.matmul(a, b)
         with torch.autocast(a.device.type, enabled=False):

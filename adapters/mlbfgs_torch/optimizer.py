@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -464,10 +464,7 @@ class MLBFGS(Optimizer):
         for name, param, group in named:
             sharding.check_placements(name, param, owned=self._shard_group is not None)
             config = config_of(settings_of(group))
-            axes = self._matrix_axes
-            if isinstance(axes, Mapping):
-                axes = {own: axes[own] for own in (name,) if own in axes}
-            (matrix,) = adapter.matrices_in(config, [name], [real_shape(param)], axes)
+            matrix = adapter.matrix_in(config, name, real_shape(param), self._matrix_axes)
             if matrix is not None and sharding.is_sharded(param):
                 rule = "must be 'none' or 'diagonal' for sharded parameters"
                 why = "since a matrix must lie on one device"

@@ -18,8 +18,8 @@ __all__ = ["Kronecker", "KroneckerRoot", "Matrix", "is_basis_step"]
 
 Array = Any
 
-EARLY = (1, 2, 4, 7)
-"""The first steps after which bases are formed; then it is every `precondition_frequency` steps."""
+EARLY = (2, 4, 7)
+"""The first steps after which bases are turned; then it is every `precondition_frequency` steps."""
 RIDGE = 1e-6
 """What power iteration adds to a factor, in units of its largest eigenvalue: directions in which there was no
 gradient keep their vectors, which rounding would otherwise choose."""
@@ -87,7 +87,7 @@ class Matrix(NamedTuple):
 def is_basis_step(config: Config, step: Array) -> Array:
     """Whether bases are turned after this accepted step; after the very first, 1, they are formed."""
     due = (step > 1) & (step % config.precondition_frequency == 0)
-    for early in EARLY[1:]:
+    for early in EARLY:
         due = due | (step == early)
     return due
 
@@ -122,9 +122,11 @@ class Kronecker(Diagonal):
     ) -> Any:
         """`R` of a leaf."""
         arrays = {name: array for name, array in arrays.items() if array is not None}
-        if len(arrays) == 1:
+        matrix = Matrix.found(arrays, math.prod(arrays["exp_avg_sq"].shape))
+        if matrix is None:
             return super().root(config, arrays, dtype, weight, floor)
-        return KroneckerRoot(arrays, weight, floor, config.preconditioner_power / 4, config.factor_beta)
+        exponent, shape = config.preconditioner_power / 4, (matrix.count, matrix.rows, matrix.columns)
+        return KroneckerRoot(arrays, weight, floor, exponent, config.factor_beta, shape)
 
 
 class KroneckerRoot(NamedTuple):
@@ -140,6 +142,8 @@ class KroneckerRoot(NamedTuple):
     """``p / 4``."""
     factor_beta: Any
     """Decay of the factors."""
+    shape: tuple[int, int, int]
+    """Count, rows and columns of the matrices."""
     kept: tuple[Array, Array] | None = None
     """The gradient in the eigenbasis, and ``V^(-p/4)``, both of the matrices' shape."""
 
@@ -152,13 +156,6 @@ class KroneckerRoot(NamedTuple):
     def keeps(self) -> bool:
         """Always: the gradient's products are formed once a step."""
         return True
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Count, rows and columns of the matrices."""
-        matrix = Matrix.found(self.arrays, math.prod(self.arrays["exp_avg_sq"].shape))
-        assert matrix is not None
-        return matrix.count, matrix.rows, matrix.columns
 
     def keeping(self, kept: tuple[Array, Array]) -> KroneckerRoot:
         """The same root with the gradient in the eigenbasis and the scales."""
