@@ -1,44 +1,58 @@
-"""The bases of a Kronecker preconditioner: formed after the first step, turned after later ones."""
+"""The bases of a Kronecker preconditioner: formed before the first step, turned after later ones."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .call import Call, When, remembered, run_if
 from .preconditioner import is_basis_step
 from .state import State
 
-__all__ = ["renew"]
+__all__ = ["form", "turn"]
 
 Array = Any
 
 
-def renew(call: Call, state: State, accepted: Array, when_formed: When, when_turned: When) -> State:
-    """New bases where the schedule asks for them after an accepted step, and the stored pairs in them."""
+def form(
+    call: Call, state: State, roots: list[Any], grads: Sequence[Array | None], when: When
+) -> list[Any]:
+    """Roots with bases from the very first gradient; the state has them once it has accepted that."""
+    if when is False or not call.preconditioner.has_matrices:
+        return roots
+    first = state.step == 0
+    due = call.kernels.to_leaf(first)
+    chosen = [
+        None if root is None or grad is None or root.elementwise else root
+        for root, grad in zip(roots, grads, strict=True)
+    ]
+
+    def part(old: list[Any]) -> list[Any]:
+        return [
+            bases if root is None else root.formed(call.kernels, grad, due)
+            for root, bases, grad in zip(chosen, old, grads, strict=True)
+        ]
+
+    bases = run_if(when, first, part, [None if root is None else root.bases for root in chosen])
+    return [
+        root if own is None else own.starting(new, due)
+        for root, own, new in zip(roots, chosen, bases, strict=True)
+    ]
+
+
+def turn(call: Call, state: State, accepted: Array, when: When) -> State:
+    """New bases by a power iteration where the schedule asks for them after an accepted step, and the stored
+    pairs in them."""
     if not call.preconditioner.has_matrices:
         return state
-    first = accepted & (state.step == 1)
-    state = run_if(when_formed, first, lambda old: _formed(call, old, first), state)
-    later = accepted & is_basis_step(call.config, state.step)
-    return run_if(when_turned, later, lambda old: _turned(call, old, later), state)
-
-
-def _roots(call: Call, state: State) -> list[Any]:
-    return call.roots(
-        state, [None if array is None else array.dtype for array in state.preconditioner["exp_avg_sq"]]
-    )
-
-
-def _formed(call: Call, state: State, due: Array) -> State:
-    """Bases of eigenvectors; there are no pairs yet."""
-    due = call.kernels.to_leaf(due)
-    roots = [root if root.elementwise else root.formed(call.kernels, due) for root in _roots(call, state)]
-    return state._replace(preconditioner=remembered(state, roots))
+    due = accepted & is_basis_step(call.config, state.step)
+    return run_if(when, due, lambda old: _turned(call, old, due), state)
 
 
 def _turned(call: Call, state: State, due: Array) -> State:
-    """Bases after a power iteration."""
-    due, roots, history = call.kernels.to_leaf(due), _roots(call, state), list(state.history)
+    due, history = call.kernels.to_leaf(due), list(state.history)
+    dtypes = [None if array is None else array.dtype for array in state.preconditioner["exp_avg_sq"]]
+    roots = call.roots(state, dtypes)
     for leaf, root in enumerate(roots):
         if not root.elementwise:
             roots[leaf], rows = root.turned(call.kernels, history[leaf] if history else None, due)

@@ -141,6 +141,7 @@ class Method:
         grads: Sequence[Array | None],
         *,
         when_scaled: When = None,
+        when_formed: When = None,
     ) -> Observation:
         """Everything a step must know about its gradient before it may write: one pass, one reduction.
 
@@ -150,7 +151,7 @@ class Method:
             Not consumed.
         params, grads : sequence of arrays
             One per leaf; a gradient may be None.
-        when_scaled : optional
+        when_scaled, when_formed : optional
             As in `step`.
 
         Returns
@@ -172,7 +173,9 @@ class Method:
         array([45.])
         """
         call = self._call(state, params=params, grads=grads)
-        return observation.project(call, state, params, grads, when_scaled=when_scaled)
+        return observation.project(
+            call, state, params, grads, when_scaled=when_scaled, when_formed=when_formed
+        )
 
     def observe(
         self,
@@ -343,7 +346,7 @@ class Method:
             `mlbfgs_core.adapter.is_scaled`. With None each step reads the gradient once more, and unless
             this is False it also multiplies it (which a compiler fuses).
         when_formed, when_turned : None, bool or callable
-            The same for the bases of a Kronecker preconditioner: formed after the first step, by
+            The same for the bases of a Kronecker preconditioner: formed before the first step, by
             eigenvectors, and turned after later ones. With None both happen at each step, which is slow. A
             run whose bases are never formed starts from the parameters' own coordinates.
         observed : Observation, optional
@@ -419,10 +422,10 @@ class Method:
         1.0
         """
         if observed is None:
-            call = self._call(state, params=params, grads=grads)
-            observed = observation.project(call, state, params, grads, when_scaled=when_scaled)
-        else:
-            call = self._call(state)
+            observed = self.project(
+                state, params, grads, when_scaled=when_scaled, when_formed=when_formed
+            )
+        call = self._call(state)
         state, seen = observation.observe(call, state, params, observed)
         rows = seen.rows
         if self.config.takes_pairs:
@@ -437,9 +440,9 @@ class Method:
         update, factor, state = direction(call, state, seen._replace(rows=rows))
         # The rows that are turned have been read by the direction.
         accepted = call.kernels.after(state.accepted, factor)
-        return update, factor, bases.renew(call, state, accepted, when_formed, when_turned)
+        return update, factor, bases.turn(call, state, accepted, when_turned)
 
-    def renew_bases(self, state: State) -> State:
+    def turn_bases(self, state: State) -> State:
         """Give a Kronecker preconditioner new bases where the schedule asks for them, which `step` does at
         its end; for those who call the other verbs one by one.
 
@@ -461,7 +464,7 @@ class Method:
         ----------
         Vyas et al. 2024 (SOAP), Algorithm 4.
         """
-        return bases.renew(self._call(state), state, state.accepted, None, None)
+        return bases.turn(self._call(state), state, state.accepted, None)
 
     def upcoming(self, state: State) -> Array:
         """Whether the next accepted step asks for a check, for a refresh, and for bases to be formed and

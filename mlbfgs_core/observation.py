@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .bases import form
 from .call import Call, When, remembered, run_if
 from .config import Config
 from .noise import follow_noise
@@ -58,6 +59,7 @@ def project(
     *,
     observed: bool = False,
     when_scaled: When = None,
+    when_formed: When = None,
 ) -> Observation:
     """Whiten a gradient and project it; `observed` says that it is in the averages already."""
     config, kernels, xp = call.config, call.kernels, call.xp
@@ -75,6 +77,8 @@ def project(
         ]
     weights = weights_of(call, state, grads)
     roots = call.roots(state, dtypes, weights=None if observed else weights.square)
+    if not observed:
+        roots = form(call, state, roots, grads, when_formed)
     clips = config.step_length == "clip"
     parts: list[Array | None] = [None] * len(grads)
     for number, (grad, dtype) in enumerate(zip(grads, dtypes, strict=True)):

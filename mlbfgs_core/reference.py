@@ -67,12 +67,15 @@ class Matrices:
             X = G if side == 0 else G.T
             self.factors[side] = beta * self.factors[side] + (1 - beta) * X @ X.T
 
-    def form(self) -> None:
-        """Bases of eigenvectors, completed by the first coordinates where there was no gradient."""
+    def form(self, G: Vector) -> None:
+        """Bases of eigenvectors for the first gradient, completed by the first coordinates where there is
+        none."""
         for side in self.sides:
-            values, vectors = np.linalg.eigh(self.factors[side])
+            X = G if side == 0 else G.T
+            values, vectors = np.linalg.eigh(X @ X.T)
             spanned = vectors[:, values > len(values) * np.finfo(float).eps * values[-1]][:, ::-1]
             rest = np.eye(len(values)) - spanned @ spanned.T
+            rest = rest[:, np.argsort(~X.any(axis=1), kind="stable")]  # what never has a gradient comes last
             self.bases[side] = _gram_schmidt(np.hstack([spanned, rest]))[:, : len(values)]
 
     def turn(self, v: Vector) -> Vector:
@@ -80,7 +83,7 @@ class Matrices:
         v = v.reshape(self.shape)
         for side in self.sides:
             L, U = self.factors[side], self.bases[side]
-            values = np.diag(U.T @ L @ U)
+            values = np.maximum(np.diag(U.T @ L @ U), 0.0)
             order = np.argsort(-values, kind="stable")
             if values.max() > 0:
                 U = (L @ U / values.max() + 1e-6 * U)[:, order]
@@ -151,7 +154,7 @@ class Reference:
             self.blocks[block].matrices.append(Matrices(start, shape, config.max_preconditioner_dim))
         self.steps = self.skipped = self.n = self.n_P = 0
         self.r = self.r_P = 0.0
-        self.pending = self.diverges = False
+        self.pending = self.diverges = self.is_first = False
         self.length = 0.0
 
     def extend(self, block: int, count: int) -> None:
@@ -182,6 +185,7 @@ class Reference:
             return [np.zeros_like(g) for g in grads]
         self.steps += 1
         self.n += 1
+        self.is_first = self.steps == 1
         for block, theta, g, own in zip(self.blocks, thetas, grads, here, strict=True):
             self._observe(block, theta, g, own)
         due = cfg.takes_pairs and (self.n >= cfg.update_every or self.pending)
@@ -198,16 +202,11 @@ class Reference:
         for block, g in zip(self.blocks, grads, strict=True):
             decay = cfg.preconditioner_beta
             block.mean_square += (1 - decay) / (1 - decay**self.steps) * (g @ g / len(g) - block.mean_square)
-            self._renew_bases(block)
+            if self.steps in (2, 4, 7) or (self.steps > 1 and self.steps % cfg.precondition_frequency == 0):
+                for matrix in block.matrices:
+                    block.v[matrix.values] = matrix.turn(block.v[matrix.values])
+        self.is_first = False
         return directions
-
-    def _renew_bases(self, block: _Block) -> None:
-        for matrix in block.matrices:
-            if self.steps == 1:
-                matrix.form()
-                block.v[matrix.values] = np.mean(block.v[matrix.values])
-            elif self.steps in (2, 4, 7) or self.steps % self.config.precondition_frequency == 0:
-                block.v[matrix.values] = matrix.turn(block.v[matrix.values])
 
     def dense_root(self, block: _Block) -> Vector:
         """The dense `R` of a block's preconditioner; it takes `g` to ``R g``, and `s` to ``R^-T s``."""
@@ -219,8 +218,11 @@ class Reference:
         for matrix in block.matrices:
             own = matrix.values
             U[own, own] = matrix.basis()
-            floor[own] += (8 * np.finfo(np.float64).eps) ** 2 * matrix.square
-        root: Vector = (U * (block.v + floor) ** (-self.config.preconditioner_power / 4)) @ U.T
+            floor[own] += (64 * np.finfo(np.float64).eps) ** 2 * matrix.square
+        scale = (block.v + floor) ** (-self.config.preconditioner_power / 4)
+        if self.is_first:
+            scale = np.where(block.v > 0, scale, 0.0)
+        root: Vector = (U * scale) @ U.T
         return root
 
     def inverse_hessian(self, block: _Block) -> Vector:
@@ -239,7 +241,11 @@ class Reference:
         w = np.where(present, w, 0.0)
         squares = g**2
         for matrix in block.matrices:
+            if self.steps == 1:
+                matrix.form(g[matrix.values].reshape(matrix.shape))
             turned = matrix.basis().T @ g[matrix.values]
+            if self.steps == 1:  # the rest is rounding
+                turned[turned**2 <= np.finfo(float).eps * np.sum(turned**2)] = 0.0
             squares[matrix.values] = turned**2
         block.v = block.v + w_v * (squares - block.v)
         R = self.dense_root(block)

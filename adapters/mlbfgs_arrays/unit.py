@@ -115,7 +115,9 @@ class Unit:
             params = [leaf.params() for leaf in self._leaves]
             given = [_gathered(leaf, grads, maximize) for leaf in self._leaves]
             asked = self._asked()
-            seen = self._method.project(self._state, params, given, when_scaled=asked.scaled)
+            seen = self._method.project(
+                self._state, params, given, when_scaled=asked.scaled, when_formed=asked.formed
+            )
         return Work(params, given, seen, asked)
 
     def advance(
@@ -130,7 +132,6 @@ class Unit:
                 work.grads,
                 when_check=work.asked.check,
                 when_due=work.asked.due,
-                when_formed=work.asked.formed,
                 when_turned=work.asked.turned,
                 observed=work.seen._replace(finite=finite),
             )

@@ -254,7 +254,7 @@ class MLBFGS(Optimizer):
             calls = [unit.call() for unit, _, _ in work]
             flags = [unit.asked(state) for (unit, _, _), (state, _) in zip(work, calls, strict=True)]
             seen = [
-                method.project(state, params, grads, when_scaled=asked.scaled)
+                method.project(state, params, grads, when_scaled=asked.scaled, when_formed=asked.formed)
                 for (_, params, grads), (state, method), asked in zip(work, calls, flags, strict=True)
             ]
             for (unit, params, grads), (before, method), asked, own in zip(
@@ -268,7 +268,6 @@ class MLBFGS(Optimizer):
                     grads,
                     when_check=asked.check,
                     when_due=asked.due,
-                    when_formed=asked.formed,
                     when_turned=asked.turned,
                     observed=observed,
                 )

@@ -23,7 +23,7 @@ EARLY = (2, 4, 7)
 RIDGE = 1e-6
 """What power iteration adds to a factor, in units of its largest eigenvalue: directions in which there was no
 gradient keep their vectors, which rounding would otherwise choose."""
-ROUNDING = 8.0
+ROUNDING = 64.0
 """Mean squares below the square of this many roundings of the whole matrix are noise of the products."""
 _SIDES = ("left", "right")
 
@@ -85,7 +85,7 @@ class Matrix(NamedTuple):
 
 
 def is_basis_step(config: Config, step: Array) -> Array:
-    """Whether bases are turned after this accepted step; after the very first, 1, they are formed."""
+    """Whether bases are turned after this accepted step; before the very first they are formed."""
     due = (step > 1) & (step % config.precondition_frequency == 0)
     for early in EARLY:
         due = due | (step == early)
@@ -146,6 +146,15 @@ class KroneckerRoot(NamedTuple):
     """Count, rows and columns of the matrices."""
     kept: tuple[Array, Array] | None = None
     """The gradient in the eigenbasis, and ``V^(-p/4)``, both of the matrices' shape."""
+    former: dict[str, Array] | None = None
+    """The bases that the state has, if `arrays` may hold the first ones; `update` then writes them."""
+    first: Array | None = None
+    """0-d bool: whether it does."""
+
+    @property
+    def bases(self) -> dict[str, Array]:
+        """Those arrays that are bases."""
+        return {name: array for name, array in self.arrays.items() if name.endswith("basis")}
 
     @property
     def elementwise(self) -> bool:
@@ -169,15 +178,19 @@ class KroneckerRoot(NamedTuple):
         xp, shape = kernels.leaf_xp, self.shape
         if grad is None and self.kept is not None:
             return _Rotation(kernels, self, *self.kept)
-        v = xp.reshape(self.arrays["exp_avg_sq"], shape)
+        v, trace = xp.reshape(self.arrays["exp_avg_sq"], shape), self._trace(kernels)
         rotated = entering = None
         if grad is not None:
             rotated = self.rotated(kernels, grad)
+            if self.first is not None:
+                rotated = self._resolved(kernels, rotated)
             if self.weight is not None:
                 entering = rotated, self.weight
+        # So that rounding of the products is not taken for gradients.
+        floor = self.floor + (ROUNDING * xp.finfo(trace.dtype).eps) ** 2 * trace
         out = None if out is None else xp.reshape(out, shape)
         return _Rotation(
-            kernels, self, rotated, kernels.diagonal(v, entering, self._floor(kernels), self.exponent, out)
+            kernels, self, rotated, kernels.diagonal(v, entering, floor, self.exponent, out)
         )
 
     def update(self, kernels: Kernels, grad: Array, keep: Array) -> KroneckerRoot:
@@ -194,21 +207,26 @@ class KroneckerRoot(NamedTuple):
         for side, product in (("left", (G, _transposed(G))), ("right", (_transposed(G), G))):
             if (factor := arrays.get(f"{side}_factor")) is not None:
                 arrays[f"{side}_factor"] = kernels.average(factor, kernels.matmul(*product), weight, keep)
-        return self._replace(arrays=arrays, weight=None)
+        for name, old in (self.former or {}).items():
+            arrays[name] = kernels.store(old, None, xp.where(keep, arrays[name], old))
+        return self._replace(arrays=arrays, weight=None, former=None, first=None)
 
-    def formed(self, kernels: Kernels, due: Array) -> KroneckerRoot:
-        """Bases of eigenvectors where `due` (0-d), for the first time. Mean squares belong to other
-        coordinates then, so all values of a matrix count alike."""
-        xp, arrays, old = kernels.leaf_xp, dict(self.arrays), self.arrays["exp_avg_sq"]
-        v = xp.reshape(old, self.shape)
-        level = xp.broadcast_to(xp.mean(v, axis=(1, 2), keepdims=True), v.shape)
-        arrays["exp_avg_sq"] = kernels.store(old, None, xp.where(due, xp.reshape(level, old.shape), old))
-        for side in _SIDES:
-            if (factor := arrays.get(f"{side}_factor")) is not None:
-                basis = arrays[f"{side}_basis"]
-                new = kernels.leaf_xp.where(due, _eigenvectors(kernels, factor), basis)
-                arrays[f"{side}_basis"] = kernels.store(basis, None, new)
-        return self._replace(arrays=arrays)
+    def formed(self, kernels: Kernels, grad: Array, due: Array) -> dict[str, Array]:
+        """`bases`, where `due` (0-d) of eigenvectors of a first gradient's products, which are formed here;
+        consumes nothing."""
+        xp, bases = kernels.leaf_xp, self.bases
+        G = xp.reshape(kernels.cast(grad, self.arrays["exp_avg_sq"].dtype), self.shape)
+        for name, basis in bases.items():
+            X = G if name == "left_basis" else _transposed(G)
+            product = kernels.matmul(X, _transposed(X))
+            usable = xp.all(xp.isfinite(product)) & due
+            vectors = _eigenvectors(kernels, xp.where(usable, product, xp.zeros_like(product)))
+            bases[name] = xp.where(due, vectors, basis)
+        return bases
+
+    def starting(self, bases: dict[str, Array], first: Array) -> KroneckerRoot:
+        """The same root with these bases, which are new where `first` (0-d)."""
+        return self._replace(arrays={**self.arrays, **bases}, former=self.bases, first=first)
 
     def turned(
         self, kernels: Kernels, history: Array | None, due: Array
@@ -250,15 +268,17 @@ class KroneckerRoot(NamedTuple):
             x = kernels.matmul(x, _transposed(self.arrays["right_basis"]))
         return kernels.leaf_xp.reshape(x, like)
 
+    def _resolved(self, kernels: Kernels, rotated: Array) -> Array:
+        """A first gradient in its own basis, without what only rounding has put there: its mean squares are
+        that gradient's, so the smallest value would count as much as the largest."""
+        xp, squares = kernels.leaf_xp, rotated * rotated
+        least = xp.finfo(rotated.dtype).eps * xp.sum(squares, axis=(1, 2), keepdims=True)
+        return xp.where(self.first & (squares <= least), xp.zeros_like(rotated), rotated)
+
     def _trace(self, kernels: Kernels) -> Array:
         """(count, 1, 1): the running squared norm of the matrices."""
         xp, factor = kernels.leaf_xp, self.arrays.get("left_factor", self.arrays.get("right_factor"))
         return xp.reshape(xp.linalg.trace(factor), (-1, 1, 1))
-
-    def _floor(self, kernels: Kernels) -> Array:
-        """(count, 1, 1): what is added to mean squares, so that rounding is not taken for gradients."""
-        trace = self._trace(kernels)
-        return self.floor + (ROUNDING * kernels.leaf_xp.finfo(trace.dtype).eps) ** 2 * trace
 
     def _rows(self, kernels: Kernels, history: Array, turns: Sequence[Array | None], due: Array) -> Array:
         """The rows of a history in other bases, one at a time where memory can be written."""
@@ -324,8 +344,9 @@ def _turned(kernels: Kernels, x: Array, turns: Sequence[Array | None]) -> Array:
 
 def _eigenvectors(kernels: Kernels, factor: Array) -> Array:
     """Eigenvectors of factors (N, n, n) by falling eigenvalue. Where there was no gradient any basis would
-    do, so it is completed in one way that does not depend on the library: by the first coordinates."""
-    xp, n = kernels.leaf_xp, factor.shape[-1]
+    do, so it is completed in one way that does not depend on the library: by the first coordinates that are
+    not dead, and then by those that are."""
+    xp, n, dead = kernels.leaf_xp, factor.shape[-1], _dead(kernels, factor)
     top = xp.max(xp.abs(factor), axis=(-2, -1), keepdims=True)
     values, vectors = xp.linalg.eigh(factor / xp.where(top > 0, top, 1.0))
     values, vectors = xp.flip(values, axis=-1), xp.flip(vectors, axis=-1)
@@ -335,8 +356,10 @@ def _eigenvectors(kernels: Kernels, factor: Array) -> Array:
     rank = xp.sum(xp.astype(known, xp.int32), axis=-1, keepdims=True)
     place = xp.arange(n, dtype=rank.dtype, device=kernels.device(factor))[None, :] - rank
     place = xp.where(place < 0, xp.zeros_like(place), place)
+    alive_first = xp.argsort(xp.astype(dead, xp.int32), axis=-1, stable=True)
+    place = xp.take_along_axis(alive_first, place, axis=-1)
     others = xp.take_along_axis(rest, xp.broadcast_to(place[:, None, :], rest.shape), axis=-1)
-    return _orthonormal(kernels, xp.where(known[:, None, :], vectors, others))
+    return _orthonormal(kernels, xp.where(known[:, None, :], vectors, others), dead)
 
 
 def _iterated(kernels: Kernels, factor: Array, basis: Array) -> tuple[Array, Array]:
@@ -345,19 +368,38 @@ def _iterated(kernels: Kernels, factor: Array, basis: Array) -> tuple[Array, Arr
     xp = kernels.leaf_xp
     image = kernels.matmul(factor, basis)
     values = xp.sum(basis * image, axis=-2)
+    values = xp.where(values > 0, values, xp.zeros_like(values))  # so that dead coordinates stay the last
     order = xp.argsort(values, axis=-1, descending=True, stable=True)
     top = xp.max(values, axis=-1)[:, None, None]
     image = xp.where(top > 0, image / xp.where(top > 0, top, 1.0) + RIDGE * basis, basis)
     index = xp.broadcast_to(order[:, None, :], image.shape)
-    return _orthonormal(kernels, xp.take_along_axis(image, index, axis=-1)), order
+    image = xp.take_along_axis(image, index, axis=-1)
+    return _orthonormal(kernels, image, _dead(kernels, factor)), order
 
 
-def _orthonormal(kernels: Kernels, columns: Array) -> Array:
-    """Orthonormal columns that span the same, each on the side of its own."""
+def _orthonormal(kernels: Kernels, columns: Array, dead: Array) -> Array:
+    """Orthonormal columns that span the same, each on the side of its own; dead coordinates come last."""
     xp = kernels.leaf_xp
-    q, r = xp.linalg.qr(columns)
+    q, r = xp.linalg.qr(_apart(kernels, columns, dead))
     backwards = xp.sum(r * _unit(kernels, r), axis=-1) < 0
-    return xp.where(backwards[:, None, :], -q, q) + 0.0  # a basis that is still the identity has no -0
+    return _apart(kernels, xp.where(backwards[:, None, :], -q, q), dead)
+
+
+def _dead(kernels: Kernels, factor: Array) -> Array:
+    """(N, n): the rows or columns of a weight that never had a gradient, such as an embedding's padding."""
+    return kernels.leaf_xp.sum(factor * _unit(kernels, factor), axis=-1) == 0
+
+
+def _apart(kernels: Kernels, columns: Array, dead: Array) -> Array:
+    """Columns (N, n, n) without the dead coordinates, which have the last columns for themselves: so what has
+    no gradient does not move, not even by rounding."""
+    xp, n = kernels.leaf_xp, columns.shape[-1]
+    number = xp.cumulative_sum(xp.astype(dead, xp.int32), axis=-1)
+    first = n - number[:, -1:]
+    place = xp.arange(n, dtype=number.dtype, device=kernels.device(columns))[None, :]
+    own = dead[:, :, None] & (place[:, None, :] == (first + number - 1)[:, :, None])
+    others = dead[:, :, None] | (place >= first)[:, None, :]
+    return xp.where(own, xp.ones_like(columns), xp.where(others, xp.zeros_like(columns), columns))
 
 
 def _unit(kernels: Kernels, like: Array) -> Array:

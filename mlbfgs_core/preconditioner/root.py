@@ -101,8 +101,8 @@ class Preconditioner(Protocol):
 
     @property
     def has_matrices(self) -> bool:
-        """Whether a leaf's values form matrices: then whitening costs products, and bases are renewed from
-        time to time by `Root.formed` and `Root.turned` (see `KroneckerRoot`)."""
+        """Whether a leaf's values form matrices: then whitening costs products, and bases are formed
+        before the first step and turned after later ones (see `KroneckerRoot`)."""
         ...
 
     @property

@@ -98,19 +98,21 @@ def test_rescaling_the_loss_leaves_the_run_alone(xp, rng, exponent):
 
 
 def soap(start, gradients, lr, shape, frequency, beta=0.99, factor_beta=0.95):
-    """SOAP without momentum (Vyas et al. 2024), whose first step is Adam's."""
+    """SOAP without momentum (Vyas et al. 2024) that knows a basis before its first step."""
     W, v = start.reshape(shape).copy(), np.zeros(shape)
     L, R, U, V = np.zeros((shape[0],) * 2), np.zeros((shape[1],) * 2), np.eye(shape[0]), np.eye(shape[1])
     for t, gradient in enumerate(gradients, 1):
         G = gradient(W.ravel()).reshape(shape)
-        rotated = U.T @ G @ V
-        v = beta * v + (1 - beta) * rotated**2
-        W = W - lr * U @ (rotated / np.sqrt(v / (1 - beta**t))) @ V.T
-        L, R = factor_beta * L + (1 - factor_beta) * G @ G.T, factor_beta * R + (1 - factor_beta) * G.T @ G
         if t == 1:
-            U, V = (np.linalg.eigh(X)[1][:, ::-1] for X in (L, R))
-            v[...] = np.mean(v)
-        elif t in (2, 4, 7) or t % frequency == 0:
+            U, V = (np.linalg.eigh(X)[1][:, ::-1] for X in (G @ G.T, G.T @ G))
+        rotated = U.T @ G @ V
+        if t == 1:  # all else is rounding
+            rotated = np.diag(np.diag(rotated))
+        v = beta * v + (1 - beta) * rotated**2
+        scale = np.sqrt(np.where(v > 0, v / (1 - beta**t), 1.0))
+        W = W - lr * U @ (rotated / scale) @ V.T
+        L, R = factor_beta * L + (1 - factor_beta) * G @ G.T, factor_beta * R + (1 - factor_beta) * G.T @ G
+        if t in (2, 4, 7) or (t > 1 and t % frequency == 0):
             orders = []
             for X, basis in ((L, U), (R, V)):
                 orders.append(np.argsort(-np.einsum("ij,ij->j", basis, X @ basis)))
@@ -203,9 +205,9 @@ def test_degenerate_gradients_give_finite_steps_of_the_usual_size(xp, dtype, kin
     moved = x[:size].reshape(shape)
     assert np.abs(moved).max(initial=0.0) < 300
     if kind == "dead row":
-        assert np.abs(moved[1]).max() < 1e-2 * np.abs(moved).max()
+        assert not moved[1].any()
     if kind == "dead column":
-        assert np.abs(moved[:, 2]).max() < 1e-2 * np.abs(moved).max()
+        assert not moved[:, 2].any()
     if kind == "zero":
         assert not moved.any()
 
