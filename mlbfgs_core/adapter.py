@@ -17,10 +17,10 @@ from .config import (
 from .diagnostics import block_names
 from .kernels import Leaf, Means, PairTile, StepEnd, part, square_roots
 from .leaves import FlatLeaf, Member, pack
-from .matrices import MatrixAxes, check_matrix_axes, matrices_in, matrix_in
+from .matrices import MatrixAxes, axes_in, check_matrix_axes, matrices_in, matrix_in
 from .observation import Observation
 from .overlap import Overlap, Place, find_overlap
-from .preconditioner import Matrix, Preconditioner, Root, TileRoot
+from .preconditioner import FactorSums, Matrix, Preconditioner, Root, TileRoot
 from .preconditioner.diagonal import DiagonalRoot
 from .presets import Preset, default_rate, preset_momentum, preset_nesterov
 from .scales import is_scaled
@@ -52,6 +52,7 @@ __all__ = [
     "Blocks",
     "DiagonalRoot",
     "Entry",
+    "FactorSums",
     "FlatLeaf",
     "Leaf",
     "Matrix",
@@ -72,6 +73,7 @@ __all__ = [
     "When",
     "accumulation_dtype",
     "as_number",
+    "axes_in",
     "block_names",
     "check_matrix_axes",
     "check_old_names",

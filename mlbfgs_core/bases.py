@@ -14,9 +14,7 @@ __all__ = ["form", "turn"]
 Array = Any
 
 
-def form(
-    call: Call, state: State, roots: list[Any], grads: Sequence[Array | None], when: When
-) -> list[Any]:
+def form(call: Call, state: State, roots: list[Any], grads: Sequence[Array | None], when: When) -> list[Any]:
     """Roots with bases from the very first gradient; the state has them once it has accepted that."""
     if when is False or not call.preconditioner.has_matrices:
         return roots
@@ -29,8 +27,8 @@ def form(
 
     def part(old: list[Any]) -> list[Any]:
         return [
-            bases if root is None else root.formed(call.kernels, grad, due)
-            for root, bases, grad in zip(chosen, old, grads, strict=True)
+            bases if root is None else root.formed(call.kernels, grad, due, call.sums_of(leaf))
+            for leaf, (root, bases, grad) in enumerate(zip(chosen, old, grads, strict=True))
         ]
 
     bases = run_if(when, first, part, [None if root is None else root.bases for root in chosen])
@@ -55,7 +53,8 @@ def _turned(call: Call, state: State, due: Array) -> State:
     roots = call.roots(state, dtypes)
     for leaf, root in enumerate(roots):
         if not root.elementwise:
-            roots[leaf], rows = root.turned(call.kernels, history[leaf] if history else None, due)
+            own = history[leaf] if history else None
+            roots[leaf], rows = root.turned(call.kernels, own, due, call.sums_of(leaf))
             if history:
                 history[leaf] = rows
     return state._replace(preconditioner=remembered(state, roots), history=tuple(history))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .blocks import Blocks
 from .config import Config
 from .kernels import Kernels, Leaf, Means
-from .preconditioner import Preconditioner, Root, preconditioner_of
+from .preconditioner import FactorSums, Preconditioner, Root, preconditioner_of
 from .state import State, accumulation_dtype
 
 __all__ = ["Call", "Reduce", "When", "identity", "remembered", "run_if", "stack"]
@@ -36,6 +36,7 @@ class Call(NamedTuple):
     xp: Any
     dtype: Any
     """The dtype of coefficients."""
+    factor_sums: Sequence[FactorSums | None] | None = None
 
     def scalar(self, value: Array, dtype: Any) -> Array:
         """A coefficient as the kernels take it, in a leaf's dtype."""
@@ -59,6 +60,10 @@ class Call(NamedTuple):
         """The dtype of each leaf's averages and inner products; None for one that is None."""
         xp = self.kernels.leaf_xp
         return [None if leaf is None else getattr(xp, accumulation_dtype(leaf)) for leaf in leaves]
+
+    def sums_of(self, leaf: int) -> FactorSums:
+        """What adds up a leaf's factors over shards."""
+        return (None if self.factor_sums is None else self.factor_sums[leaf]) or (None, None)
 
     def leaf(self, state: State, number: int, dtype: Any, root: Root) -> Leaf:
         """What is remembered of a leaf."""

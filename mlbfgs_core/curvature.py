@@ -68,9 +68,8 @@ def inverse_hessian(
     [array([1., 0.])]
     """
     xp = array_namespace(state.gamma)
-    call = Call(
-        config, blocks or one_block(len(vectors)), Kernels(xp), identity, None, xp, dtype=state.gamma.dtype
-    )
+    blocks = blocks or one_block(len(vectors))
+    call = Call(config, blocks, Kernels(xp), identity, None, xp, state.gamma.dtype)
     dtypes = [vector.dtype for vector in vectors]
     leaves = [
         call.leaf(state, i, dtype, root)

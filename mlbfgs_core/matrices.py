@@ -8,7 +8,7 @@ from typing import Any
 from .config import Config
 from .preconditioner import Matrix, preconditioner_of
 
-__all__ = ["MatrixAxes", "check_matrix_axes", "matrices_in", "matrix_in"]
+__all__ = ["MatrixAxes", "axes_in", "check_matrix_axes", "matrices_in", "matrix_in"]
 
 Axes = tuple[int, int] | None
 MatrixAxes = Mapping[str, Axes] | Callable[[str, tuple[int, ...]], Axes] | None
@@ -44,9 +44,16 @@ def matrices_in(
 
 def matrix_in(config: Config, name: str, shape: tuple[int, ...], axes: MatrixAxes) -> Matrix | None:
     """The matrices of one of the parameters for which `check_matrix_axes` has found nothing wrong."""
+    found = axes_in(config, name, shape, axes)
+    return None if found is None else Matrix.of(shape, config.max_preconditioner_dim, found)
+
+
+def axes_in(config: Config, name: str, shape: tuple[int, ...], axes: MatrixAxes) -> tuple[int, int] | None:
+    """How many leading axes of a parameter count matrices, and how many of the next form their rows; None if
+    it has none. ValueError for what does not fit."""
     if not preconditioner_of(config).has_matrices:
         return None
-    return _matrix(config, name, shape, _axes(axes, name, shape))
+    return _checked(name, shape, _axes(axes, name, shape))
 
 
 def check_matrix_axes(axes: MatrixAxes, names: Sequence[str]) -> None:
@@ -66,7 +73,7 @@ def _axes(axes: MatrixAxes, name: str, shape: tuple[int, ...]) -> Any:
     return axes(name, shape) if callable(axes) else axes.get(name, (0, 1))
 
 
-def _matrix(config: Config, name: str, shape: tuple[int, ...], axes: Any) -> Matrix | None:
+def _checked(name: str, shape: tuple[int, ...], axes: Any) -> tuple[int, int] | None:
     if axes is None:
         return None
     pair = tuple(axes) if isinstance(axes, (tuple, list)) else ()
@@ -79,4 +86,4 @@ def _matrix(config: Config, name: str, shape: tuple[int, ...], axes: Any) -> Mat
     if sum(pair) >= len(shape) and pair != (0, 1):
         msg = f"`matrix_axes` must leave axes for the columns, got {pair} for {name!r} of shape {shape}"
         raise ValueError(msg)
-    return Matrix.of(shape, config.max_preconditioner_dim, pair)
+    return pair[0], pair[1]

@@ -15,7 +15,7 @@ from .config import Config
 from .direction import direction, scaled
 from .kernels import Kernels
 from .observation import Observation
-from .preconditioner import is_basis_step, preconditioner_of
+from .preconditioner import FactorSums, is_basis_step, preconditioner_of
 from .schedule import is_check, is_due, next_pair
 from .state import (
     LEAF_DTYPES,
@@ -54,7 +54,11 @@ class Method:
         hold copies of a leaf, their shares sum to 1: for instance, 1 on one of them and 0 on the others.
     matrices : sequence of Matrix or None, optional
         For each leaf how its values form matrices, which a Kronecker preconditioner needs when the state is
-        made; by default the first axis are rows and all others columns. See `adapter.matrices_of`.
+        made; by default the first axis are rows and all others columns. See `adapter.matrices_in`.
+    factor_sums : sequence of (callable or None, callable or None), optional
+        For each leaf that holds a block of larger matrices: what adds up its left factor, and its right one,
+        over the shards that hold other parts of the same rows, or of the same columns. It is called when
+        bases are formed and turned, and returns a new array.
 
     Raises
     ------
@@ -90,6 +94,7 @@ class Method:
     reduce: Reduce | None = None
     shares: Sequence[float] | None = None
     matrices: Matrices | None = None
+    factor_sums: Sequence[FactorSums | None] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config):
@@ -422,9 +427,7 @@ class Method:
         1.0
         """
         if observed is None:
-            observed = self.project(
-                state, params, grads, when_scaled=when_scaled, when_formed=when_formed
-            )
+            observed = self.project(state, params, grads, when_scaled=when_scaled, when_formed=when_formed)
         call = self._call(state)
         state, seen = observation.observe(call, state, params, observed)
         rows = seen.rows
@@ -498,7 +501,16 @@ class Method:
             _check_leaves(state, leaves.get("params"), leaves["grads"])
         xp = array_namespace(state.gamma) if self.kernels is None else self.kernels.xp
         kernels = Kernels(xp) if self.kernels is None else self.kernels
-        return Call(self.config, blocks, kernels, self.reduce or identity, self.shares, xp, state.gamma.dtype)
+        return Call(
+            self.config,
+            blocks,
+            kernels,
+            self.reduce or identity,
+            self.shares,
+            xp,
+            state.gamma.dtype,
+            self.factor_sums,
+        )
 
 
 def _check_leaves(state: State, params: Any, grads: Any) -> None:

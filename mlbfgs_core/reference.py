@@ -6,7 +6,8 @@ Symbols are those of the paper (Niu et al. 2023) and of Nocedal & Wright, Numeri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,12 +42,25 @@ def bfgs_inverse_hessian(pairs: Sequence[tuple[Vector, Vector]], gamma: Any, dim
 
 
 class Matrices:
-    """One matrix of a x b values in a block, row by row from `start` on, for the Kronecker preconditioner."""
+    """One matrix of a x b values in a block, row by row from `start` on, for the Kronecker preconditioner.
 
-    def __init__(self, start: int, shape: tuple[int, int], largest: int) -> None:
+    `parts` are the lengths of the parts of its rows and of its columns; by default each is one part. The
+    factors have a block for each part, as those of a sharded parameter do.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        shape: tuple[int, int],
+        largest: int,
+        parts: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> None:
         self.values = slice(start, start + shape[0] * shape[1])
         self.shape = shape
-        self.sides = [side for side in (0, 1) if 1 < shape[side] <= largest]
+        own = parts or ([shape[0]], [shape[1]])
+        self.sides = [side for side in (0, 1) if 1 < max(own[side]) <= largest]
+        ends = [np.cumsum([0, *lengths]) for lengths in own]
+        self.parts = [list(itertools.starmap(slice, itertools.pairwise(e))) for e in ends]
         self.factors: list[Any] = [np.zeros((n, n)) for n in shape]
         self.bases: list[Any] = [np.eye(n) for n in shape]
 
@@ -70,25 +84,39 @@ class Matrices:
     def form(self, G: Vector) -> None:
         """Bases of eigenvectors for the first gradient, completed by the first coordinates where there is
         none."""
-        for side in self.sides:
-            X = G if side == 0 else G.T
+        for side, part in self._blocks():
+            X = (G if side == 0 else G.T)[part]
             values, vectors = np.linalg.eigh(X @ X.T)
             spanned = vectors[:, values > len(values) * np.finfo(float).eps * values[-1]][:, ::-1]
             rest = np.eye(len(values)) - spanned @ spanned.T
             rest = rest[:, np.argsort(~X.any(axis=1), kind="stable")]  # what never has a gradient comes last
-            self.bases[side] = _gram_schmidt(np.hstack([spanned, rest]))[:, : len(values)]
+            basis = _gram_schmidt(np.hstack([spanned, rest]))[:, : len(values)]
+            self.bases[side][part, part] = basis
+
+    def resolved(self, turned: Vector) -> Vector:
+        """The first gradient in the bases, without what is only rounding."""
+        result = turned.reshape(self.shape).copy()
+        for rows in self.parts[0]:
+            for columns in self.parts[1]:
+                own = result[rows, columns]
+                own[own**2 <= np.finfo(float).eps * np.sum(own**2)] = 0.0
+        return result.ravel()
+
+    def _blocks(self) -> Iterator[tuple[int, slice]]:
+        return ((side, part) for side in self.sides for part in self.parts[side] if part.stop > part.start)
 
     def turn(self, v: Vector) -> Vector:
         """One power iteration and QR; `v`, the mean squares in the bases, in the new order of vectors."""
-        v = v.reshape(self.shape)
-        for side in self.sides:
-            L, U = self.factors[side], self.bases[side]
+        v = v.reshape(self.shape).copy()
+        for side, part in self._blocks():
+            L, U = self.factors[side][part, part], self.bases[side][part, part]
             values = np.maximum(np.diag(U.T @ L @ U), 0.0)
             order = np.argsort(-values, kind="stable")
             if values.max() > 0:
                 U = (L @ U / values.max() + 1e-6 * U)[:, order]
-            self.bases[side] = _gram_schmidt(U)
-            v = np.take(v, order, axis=side)
+            self.bases[side][part, part] = _gram_schmidt(U)
+            own = part if side == 0 else (slice(None), part)
+            v[own] = np.take(v[own], order, axis=side)
         return v.ravel()
 
 
@@ -136,22 +164,24 @@ class Reference:
     sizes : sequence of int
         Dimension of each block.
     matrices : sequence of (int, int, (int, int)), optional
-        Block, first coordinate and shape of each matrix, for ``preconditioner="kronecker"``, which runs here
-        in the symmetric root ``U V^(-p/4) U^T``: pairs need not be turned with the basis then.
+        Block, first coordinate and shape of each matrix (and its parts, see `Matrices`), for
+        ``preconditioner="kronecker"``, which runs here in the symmetric root ``U V^(-p/4) U^T``: pairs need
+        not be turned with the basis then.
     """
 
     def __init__(
         self,
         config: Config,
         sizes: Sequence[int],
-        matrices: Sequence[tuple[int, int, tuple[int, int]]] = (),
+        matrices: Sequence[tuple[Any, ...]] = (),
     ) -> None:
         self.config = config
         self.blocks: list[_Block] = []
         for block, size in enumerate(sizes):
             self.extend(block, size)
-        for block, start, shape in matrices:
-            self.blocks[block].matrices.append(Matrices(start, shape, config.max_preconditioner_dim))
+        for block, start, shape, *parts in matrices:
+            matrix = Matrices(start, shape, config.max_preconditioner_dim, *parts)
+            self.blocks[block].matrices.append(matrix)
         self.steps = self.skipped = self.n = self.n_P = 0
         self.r = self.r_P = 0.0
         self.pending = self.diverges = self.is_first = False
@@ -244,8 +274,8 @@ class Reference:
             if self.steps == 1:
                 matrix.form(g[matrix.values].reshape(matrix.shape))
             turned = matrix.basis().T @ g[matrix.values]
-            if self.steps == 1:  # the rest is rounding
-                turned[turned**2 <= np.finfo(float).eps * np.sum(turned**2)] = 0.0
+            if self.steps == 1:
+                turned = matrix.resolved(turned)
             squares[matrix.values] = turned**2
         block.v = block.v + w_v * (squares - block.v)
         R = self.dense_root(block)

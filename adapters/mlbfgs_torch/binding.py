@@ -28,7 +28,7 @@ from mlbfgs_core.adapter import (
 
 from .leaves import Leaf, Member, Memory, as_real
 from .rows import PER_BLOCK, PER_UNIT, Rows, counts_and_label, is_known, unpack
-from .sharding import like_param, local
+from .sharding import Spread, like_param, local
 
 __all__ = ["Bound", "agreed", "bind", "coefficients", "forget_misfits"]
 
@@ -151,17 +151,24 @@ def bind(
     fresh = core.Method(config, matrices=matrices).init(new, xp=xp)
     arrays: dict[str, list[Any]] = {name: list(own) for name, own in leaf_arrays(fresh).items()}
     momentum: list[Tensor | None] = []
+    rooms: dict[tuple[int, str], Tensor] = {}
     for i, (leaf, own) in enumerate(zip(leaves, alone, strict=True)):
         entries = [memory[member.param] for member in leaf.members]
         for name, of_leaves in arrays.items():
             if of_leaves[i] is None:
                 continue
+            spread = leaf.members[0].spread if name in OF_MATRICES else None
             if own:
                 kept = local(entries[0][name])
                 kept = kept if name in OF_MATRICES else leaf.gather([kept])
                 # The parameter may have been moved.
-                of_leaves[i] = kept.to(of_leaves[i].device, of_leaves[i].dtype).contiguous()
+                kept = kept.to(of_leaves[i].device, of_leaves[i].dtype).contiguous()
+                if spread:
+                    rooms[i, name], kept = kept, spread.own(kept, of_leaves[i].shape)
+                of_leaves[i] = kept
             else:
+                if spread:
+                    rooms[i, name], of_leaves[i] = spread.room(name, of_leaves[i])
                 _copy_known(name, leaf, entries, of_leaves[i])
         momentum.append(None)
         if leaf.group["momentum"] != 0 or any("momentum_buffer" in entry for entry in entries):
@@ -187,7 +194,9 @@ def bind(
             entry = memory[member.param]
             for name, view in views.items():
                 own = view[place]
-                if name not in OF_MATRICES:
+                if member.spread and name in OF_MATRICES:
+                    own = member.spread.placed(rooms[i, name], member.param)
+                elif name not in OF_MATRICES:
                     own = like_param(own, member.param, own.ndim - len(member.shape))
                 entry[name] = own
             entry.update(rows.of(i))
@@ -255,7 +264,8 @@ def _parts(name: str, leaf: Leaf, array: Tensor) -> Sequence[Tensor]:
 def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: Tensor) -> None:
     for view, entry in zip(_parts(name, leaf, flat), entries, strict=True):
         if name in entry:
-            view.copy_(local(entry[name]))
+            known = local(entry[name])
+            view.copy_(Spread.own(known, view.shape) if name in OF_MATRICES else known)
 
 
 def _change(config: core.Config, member: Member, entry: dict[str, Any]) -> str | None:
@@ -272,8 +282,12 @@ def _change(config: core.Config, member: Member, entry: dict[str, Any]) -> str |
         if shape != member.shape:
             return f"the shape of {member.name!r} has changed from {shape} to {member.shape}"
     # Averages follow their parameter to another dtype, and so does a history for which none is set.
+    shapes = {name: own.shape for name, own in wanted.items()}
+    if member.spread:  # those are of one shape on all processes
+        entries = layout(config, [like], ((0,),), [member.spread.most])
+        shapes |= {own.name: own.shape for own in entries if own.name in OF_MATRICES}
     fits = set(held) == set(wanted) and all(
-        tuple(value.shape) == wanted[name].shape for name, value in held.items()
+        tuple(value.shape) == shapes[name] for name, value in held.items()
     )
     if fits and "history" in held:
         fits = dtype_name(held["history"]) == (config.history_dtype or dtype_name(held["mean_params"]))

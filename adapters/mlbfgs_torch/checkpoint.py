@@ -35,6 +35,11 @@ def take(
     `read` makes arrays of parameter-sized tensors: `whole`, or `outline` for their shapes only.
     Parameters that never had a gradient count as fresh ones, and take no memory.
     """
+    if spread := [member.name for member in members if member.spread]:
+        rule = "must be 'none' or 'diagonal' for a file of sharded parameters"
+        why = "whose factors only torch.distributed.checkpoint holds"
+        msg = f"`preconditioner` {rule}, {why}, got 'kronecker' for {spread[0]!r}"
+        raise ValueError(msg)
     like = [torch.empty(m.whole, dtype=as_real(m.values.detach()).dtype, device="meta") for m in members]
     matrices = [m.matrix for m in members]
     template = core.Method(config, blocks, matrices=matrices).init(like, xp=xp)

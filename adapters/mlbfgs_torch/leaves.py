@@ -19,7 +19,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from mlbfgs_core.adapter import Blocks, FlatLeaf, Matrix, pack
 
 from .rows import counts_and_label, is_known
-from .sharding import is_sharded, local, matching
+from .sharding import Spread, is_sharded, local, matching
 
 __all__ = ["Leaf", "Member", "Memory", "as_real", "place", "plan_leaves", "real_shape"]
 
@@ -55,23 +55,36 @@ class Member:
     """Whether it has momentum."""
     matrix: Matrix | None
     """How its values form matrices."""
+    spread: Spread | None
+    """How those lie over processes, if it is a `DTensor` that has some."""
 
     @classmethod
     def of(
-        cls, name: str, param: Tensor, group: dict[str, Any], share: float, matrix: Matrix | None
+        cls,
+        name: str,
+        param: Tensor,
+        group: dict[str, Any],
+        share: float,
+        axes: tuple[int, int] | None = None,
+        largest: int = 0,
     ) -> Member:
-        """A member with the layout of its parameter; matrices have the order of its axes."""
+        """A member with the layout of its parameter; matrices, of `Matrix.of`, have the order of its axes."""
         values = local(param).detach()
         real, lazy = as_real(values), values.is_conj() or values.is_neg()
-        axes = range(real.ndim)
-        order = tuple(axes if matrix else sorted(axes, key=lambda axis: -real.stride(axis)))
+        sharded = is_sharded(param)
+        spread = Spread.of(param, tuple(real.shape), axes, largest) if sharded and axes else None
+        matrix = spread and spread.matrix
+        if axes and not sharded:
+            matrix = Matrix.of(tuple(real.shape), largest, axes)
+        every = range(real.ndim)
+        order = tuple(every if matrix else sorted(every, key=lambda axis: -real.stride(axis)))
         dense = not lazy and real.permute(order).is_contiguous()
         return cls(
             name,
             param,
             group,
             share,
-            is_sharded(param),
+            sharded,
             tuple(real.shape),
             order,
             lazy,
@@ -79,6 +92,7 @@ class Member:
             place(param),
             group["momentum"] != 0,
             matrix,
+            spread,
         )
 
     @property
@@ -237,7 +251,7 @@ def plan_leaves(members: Sequence[Member], blocks: Blocks, memory: Memory) -> tu
     counts = {param: numbers for param, (numbers, _) in zip(known, found, strict=True)}
     kinds = [
         None
-        if member.size > _small(member.param)
+        if member.spread or member.size > _small(member.param)
         else (
             id(member.group),
             member.param.dtype,

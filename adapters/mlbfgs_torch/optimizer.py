@@ -463,13 +463,9 @@ class MLBFGS(Optimizer):
         for name, param, group in named:
             sharding.check_placements(name, param, owned=self._shard_group is not None)
             config = config_of(settings_of(group))
-            matrix = adapter.matrix_in(config, name, real_shape(param), self._matrix_axes)
-            if matrix is not None and sharding.is_sharded(param):
-                rule = "must be 'none' or 'diagonal' for sharded parameters"
-                why = "since a matrix must lie on one device"
-                msg = f"`preconditioner` {rule}, {why}, got 'kronecker' for {name!r}"
-                raise ValueError(msg)
-            member = Member.of(name, param, group, sharding.share(param, shards), matrix)
+            axes = adapter.axes_in(config, name, real_shape(param), self._matrix_axes)
+            share, largest = sharding.share(param, shards), config.max_preconditioner_dim
+            member = Member.of(name, param, group, share, axes, largest)
             found.setdefault((config, param.device), []).append(member)
         return found
 

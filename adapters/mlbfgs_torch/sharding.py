@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mlbfgs_core.adapter import FactorSums, Matrix
+
 __all__ = [
+    "Spread",
     "apart",
     "check_placements",
     "is_first",
@@ -105,6 +109,76 @@ def _shifted(placement: Any, lead: int) -> Any:
     if hasattr(placement, "split_factor"):  # of tensor parallelism and FSDP2 along the same axis
         return type(placement)(placement.dim + lead, split_factor=placement.split_factor)
     return type(placement)(placement.dim + lead)
+
+
+class Spread(NamedTuple):
+    """How the matrices of a sharded parameter lie over processes: each holds a block of every matrix, or some
+    of the matrices, and the factors of its rows and columns."""
+
+    matrix: Matrix
+    """Those of this process."""
+    most: Matrix
+    """Those of the process that holds most."""
+    groups: tuple[tuple[Group, ...], tuple[Group, ...]]
+    """The processes with other parts of the same rows, and of the same columns."""
+
+    @classmethod
+    def of(cls, param: Tensor, shape: tuple[int, ...], axes: tuple[int, int], largest: int) -> Spread | None:
+        """Those of a parameter whose real values have this shape on this process; None without a factor.
+
+        `axes` are those of `Matrix.of`.
+        """
+        mesh, stacked, rows = param.device_mesh, axes[0], sum(axes)
+        tops = [*param.shape, *shape[param.ndim :]]
+        sides: tuple[list[Group], list[Group]] = ([], [])
+        for dim, placement in enumerate(param.placements):
+            if placement.is_replicate():
+                continue
+            tops[placement.dim] = -(-tops[placement.dim] // mesh.size(dim))
+            if placement.dim >= stacked:  # what shards columns spreads the sums for rows, and the reverse
+                sides[0 if placement.dim >= rows else 1].append(mesh.get_group(dim))
+        most = Matrix.of(tuple(tops), largest, axes)
+        if most is None:
+            return None
+        parts = (shape[:stacked], shape[stacked:rows], shape[rows:])
+        own = Matrix(*(math.prod(part) for part in parts), most.left, most.right)
+        return cls(own, most, (tuple(sides[0]), tuple(sides[1])))
+
+    def sums(self, device: torch.device) -> FactorSums:
+        """What adds factors up over the processes, whose collectives work on a device."""
+        left, right = (_sum_over(groups, device) if groups else None for groups in self.groups)
+        return left, right
+
+    def room(self, name: str, stack: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory of one size on all processes for a stack of factors or bases of this name, and the view of
+        it that has the stack's own size and holds its values."""
+        side = self.most.rows if name.startswith("left") else self.most.columns
+        whole = stack.new_zeros((self.most.count, side, side))
+        own = self.own(whole, stack.shape)
+        own.copy_(stack)
+        return whole, own
+
+    @staticmethod
+    def own(whole: Tensor, shape: Sequence[int]) -> Tensor:
+        """The view of that memory that has this shape."""
+        return whole[: shape[0], : shape[1], : shape[2]]
+
+    def placed(self, whole: Tensor, param: Tensor) -> Tensor:
+        """That memory as a tensor with a place for each process that holds another part."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        placements = [own if own.is_replicate() else Shard(0) for own in param.placements]
+        return DTensor.from_local(whole, param.device_mesh, placements, run_check=False)
+
+
+def _sum_over(groups: Sequence[Group], device: torch.device) -> Callable[[Tensor], Tensor]:
+    def total(values: Tensor) -> Tensor:
+        sums = values.to(device, copy=True, memory_format=torch.contiguous_format)
+        for group in groups:
+            dist.all_reduce(sums, group=group)
+        return sums.to(values.device)
+
+    return total
 
 
 def shard_group(params: Sequence[Tensor]) -> Group | None:

@@ -68,7 +68,8 @@ class Partition(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         identities = tuple(
-            (m.name, m.place, m.shape, m.order, id(m.group), m.carries, m.matrix) for m in self.members
+            (m.name, m.place, m.shape, m.order, id(m.group), m.carries, m.matrix, m.spread and m.spread.most)
+            for m in self.members
         )
         return self.config, identities, self.blocks
 
@@ -140,6 +141,9 @@ class Unit:
         self.flags: _Flags | None = None
         shares = [*(leaf.share for leaf in self.leaves), *(1.0 for _ in self._absent)]
         self._shares = None if all(share == 1.0 for share in shares) else shares
+        spread = [leaf.members[0].spread for leaf in self.leaves]
+        sums = [own and own.sums(part.reduce_device) for own in spread]
+        self._factor_sums = [*sums, *(None for _ in self._absent)] if any(sums) else None
         self._reduce = sharding.reduction(part.group, part.reduce_device)
         self._on_host = self._method(self._host_kernels, reduced(self._reduce))
 
@@ -163,7 +167,9 @@ class Unit:
         return self._bound.host_state, self._on_host
 
     def _method(self, kernels: TorchKernels, reduce: Any) -> core.Method:
-        return core.Method(self.config, self.blocks, kernels, reduce, self._shares)
+        return core.Method(
+            self.config, self.blocks, kernels, reduce, self._shares, factor_sums=self._factor_sums
+        )
 
     def _captured(self) -> bool:
         """Whether a step is recorded, to be repeated without this code."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from ..config import Config
 from .diagonal import Diagonal
 from .identity import Identity
-from .kronecker import Kronecker, Matrix, is_basis_step
+from .kronecker import FactorSums, Kronecker, Matrix, is_basis_step
 from .root import Preconditioner, Root, TileRoot
 
-__all__ = ["Matrix", "Preconditioner", "Root", "TileRoot", "is_basis_step", "preconditioner_of"]
+__all__ = ["FactorSums", "Matrix", "Preconditioner", "Root", "TileRoot", "is_basis_step", "preconditioner_of"]
 
 PRECONDITIONERS: dict[str, Preconditioner] = {
     "none": Identity(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import array_api_extra as xpx
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..config import Config
     from ..kernels import Kernels
 
-__all__ = ["Kronecker", "KroneckerRoot", "Matrix", "is_basis_step"]
+__all__ = ["FactorSums", "Kronecker", "KroneckerRoot", "Matrix", "is_basis_step"]
 
 Array = Any
 
@@ -26,6 +26,9 @@ gradient keep their vectors, which rounding would otherwise choose."""
 ROUNDING = 64.0
 """Mean squares below the square of this many roundings of the whole matrix are noise of the products."""
 _SIDES = ("left", "right")
+FactorSums = tuple[Callable[[Array], Array] | None, Callable[[Array], Array] | None]
+"""What adds up a left factor, and a right one, over the shards that hold other parts of the same rows, or
+columns; returns a new array. None: there are no others."""
 
 
 class Matrix(NamedTuple):
@@ -73,12 +76,14 @@ class Matrix(NamedTuple):
     def found(cls, arrays: Mapping[str, Any], size: int) -> Matrix | None:
         """The matrices of a leaf of this many values, which has these arrays; None if it has no factor."""
         left, right = (arrays.get(f"{side}_factor") for side in _SIDES)
-        if left is not None:
+        if left is not None and right is not None:
+            (count, rows), columns = left.shape[:2], right.shape[1]
+        elif left is not None:
             count, rows = left.shape[:2]
-            columns = size // (count * rows)
+            columns = size // max(count * rows, 1)
         elif right is not None:
             count, columns = right.shape[:2]
-            rows = size // (count * columns)
+            rows = size // max(count * columns, 1)
         else:
             return None
         return cls(count, rows, columns, left is not None, right is not None)
@@ -189,9 +194,7 @@ class KroneckerRoot(NamedTuple):
         # So that rounding of the products is not taken for gradients.
         floor = self.floor + (ROUNDING * xp.finfo(trace.dtype).eps) ** 2 * trace
         out = None if out is None else xp.reshape(out, shape)
-        return _Rotation(
-            kernels, self, rotated, kernels.diagonal(v, entering, floor, self.exponent, out)
-        )
+        return _Rotation(kernels, self, rotated, kernels.diagonal(v, entering, floor, self.exponent, out))
 
     def update(self, kernels: Kernels, grad: Array, keep: Array) -> KroneckerRoot:
         """Add the gradient to mean squares and factors; ``2 a b (a + b)`` operations."""
@@ -211,14 +214,18 @@ class KroneckerRoot(NamedTuple):
             arrays[name] = kernels.store(old, None, xp.where(keep, arrays[name], old))
         return self._replace(arrays=arrays, weight=None, former=None, first=None)
 
-    def formed(self, kernels: Kernels, grad: Array, due: Array) -> dict[str, Array]:
-        """`bases`, where `due` (0-d) of eigenvectors of a first gradient's products, which are formed here;
-        consumes nothing."""
+    def formed(self, kernels: Kernels, grad: Array, due: Array, sums: FactorSums) -> dict[str, Array]:
+        """`bases`, where `due` (0-d) of eigenvectors of a first gradient's products, which are formed here
+        and added up over shards; consumes nothing."""
         xp, bases = kernels.leaf_xp, self.bases
         G = xp.reshape(kernels.cast(grad, self.arrays["exp_avg_sq"].dtype), self.shape)
-        for name, basis in bases.items():
-            X = G if name == "left_basis" else _transposed(G)
+        for side, total in zip(_SIDES, sums, strict=True):
+            basis = bases.get(name := f"{side}_basis")
+            if basis is None or 0 in basis.shape:
+                continue
+            X = G if side == "left" else _transposed(G)
             product = kernels.matmul(X, _transposed(X))
+            product = product if total is None else total(product)
             usable = xp.all(xp.isfinite(product)) & due
             vectors = _eigenvectors(kernels, xp.where(usable, product, xp.zeros_like(product)))
             bases[name] = xp.where(due, vectors, basis)
@@ -229,17 +236,20 @@ class KroneckerRoot(NamedTuple):
         return self._replace(arrays={**self.arrays, **bases}, former=self.bases, first=first)
 
     def turned(
-        self, kernels: Kernels, history: Array | None, due: Array
+        self, kernels: Kernels, history: Array | None, due: Array, sums: FactorSums
     ) -> tuple[KroneckerRoot, Array | None]:
-        """New bases where `due` (0-d), by one power iteration and a QR decomposition; and the rows of the
-        history in them, since a row is kept in the coordinates of its basis. Consumes both."""
+        """New bases where `due` (0-d), by one power iteration with the factors of all shards and a QR
+        decomposition; and the rows of the history in them, since a row is kept in the coordinates of its
+        basis. Consumes both."""
         xp, shape, arrays = kernels.leaf_xp, self.shape, dict(self.arrays)
         v = xp.reshape(arrays["exp_avg_sq"], shape)
         turns: list[Array | None] = []
-        for axis, side in enumerate(_SIDES, 1):
-            if (factor := arrays.get(f"{side}_factor")) is None:
+        for axis, (side, total) in enumerate(zip(_SIDES, sums, strict=True), 1):
+            factor = arrays.get(f"{side}_factor")
+            if factor is None or 0 in factor.shape:
                 turns.append(None)
                 continue
+            factor = factor if total is None else total(factor)
             basis = arrays[f"{side}_basis"]
             new, order = _iterated(kernels, factor, basis)
             new = xp.where(due, new, basis)

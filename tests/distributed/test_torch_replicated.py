@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mlbfgs_torch import MLBFGS
 
 from .processes import on_ranks
-from .training import SETTINGS, batches, deviation, digest, make_model, parallel, whole
+from .training import SETTINGS, batches, deviation, digest, make_model, whole
 
 STEPS = 500
 
@@ -38,21 +38,6 @@ def test_factors_and_bases_of_replicas_are_equal_bit_by_bit():
     for digests, _, _ in others:
         assert digests == expected
     assert all(torch.isfinite(param).all() for param in params.values())
-
-
-def test_matrices_on_several_devices_are_refused():
-    for message in on_ranks(2, refusal):
-        assert "`preconditioner` must be 'none' or 'diagonal' for sharded parameters" in message
-        assert "got 'kronecker' for 'hidden.weight'" in message
-
-
-def refusal():
-    model, _ = parallel(make_model(), "fsdp")
-    try:
-        MLBFGS(model.named_parameters(), preconditioner="kronecker")
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def replica(steps=STEPS, settings=None):
