@@ -202,8 +202,9 @@ class Config:
         Least cosine of the angle between `s` and the stored `y`; 0 turns the floor off.
     shrinkage : float or None
         With an adaptive schedule the part of `y` orthogonal to `s` is multiplied by the part of ``|y|^2``
-        that is not gradient noise, but by no less than this; 1 leaves `y` as it is. None: 0.25, or 0 with the
-        Kronecker preconditioner.
+        that is not gradient noise, but by no less than this; 1 leaves `y` as it is. With the Kronecker
+        preconditioner a pair that is noise says nothing, and this is kept where the expected noise is 2.5
+        times ``|y|^2`` or more, so that it cannot have been noise. None: 0.25, or 0.5 with Kronecker.
     damping : (float, float, float) or None
         The paper's ``(sigma_L, sigma_H, tau_0)``; ``None`` turns it off.
     step_length : {"rms", "unit", "clip", "none"}
@@ -339,6 +340,11 @@ class Config:
         return self.is_adaptive and self.beta is None and self.preconditioner == "kronecker"
 
     @property
+    def judges_noise(self) -> bool:
+        """Whether pairs that are noise say nothing."""
+        return self.preconditioner == "kronecker" and self.shrinks and self.takes_pairs
+
+    @property
     def shrinks(self) -> bool:
         """Whether noise is taken out of pairs: it is known only with an adaptive schedule."""
         whole = isinstance(self.shrinkage, (int, float)) and self.shrinkage == 1
@@ -356,7 +362,7 @@ class Config:
         if self.check_every is None:
             object.__setattr__(self, "check_every", 10 if matrices else 2)
         if self.shrinkage is None:
-            object.__setattr__(self, "shrinkage", 0.0 if matrices else 0.25)
+            object.__setattr__(self, "shrinkage", 0.5 if matrices else 0.25)
         for name, least in _INTEGERS.items():
             object.__setattr__(self, name, _checked_integer(name, getattr(self, name), least))
         for name in _REALS:

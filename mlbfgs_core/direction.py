@@ -7,6 +7,7 @@ from typing import Any
 
 from .call import Call, stack
 from .length import LENGTHS
+from .noise import row_squares
 from .observation import Observation
 from .state import State
 from .window import mean_square_weight
@@ -116,6 +117,8 @@ def _scale_of_start(call: Call, state: State, seen: Observation) -> Array:
     Nocedal & Wright, section 6.1, on the scale of the first step.
     """
     xp, has = call.xp, state.pairs > 0
+    if call.config.judges_noise:  # some of which may say nothing
+        has = xp.any(row_squares(state, xp) > 0, axis=1)
     count = xp.sum(xp.astype(has, call.dtype))
     known = xp.sum(xp.where(has, state.gamma, 0.0)) / xp.where(count > 0, count, 1.0)
     first = 1.0 / seen.scale

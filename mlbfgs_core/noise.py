@@ -7,7 +7,7 @@ from typing import Any
 from .call import Call
 from .state import State
 
-__all__ = ["follow_noise", "row_noise", "window_noise"]
+__all__ = ["follow_noise", "row_noise", "row_squares", "window_noise"]
 
 Array = Any
 NOISE_WEIGHT = 0.1
@@ -42,9 +42,13 @@ def follow_noise(call: Call, state: State, rows: Array, keep: Array) -> State:
 
 def _row_norms(state: State, xp: Any) -> Array:
     """(B, m): norms of the stored `s`, 1 where there is none."""
-    m = state.row_age.shape[1]
-    squares = xp.stack([state.gram[:, i, i] for i in range(m)], axis=1)
+    squares = row_squares(state, xp)
     return xp.sqrt(xp.where(squares > 0, squares, 1.0))
+
+
+def row_squares(state: State, xp: Any) -> Array:
+    """(B, m): squared norms of the stored `s`; 0 where there is none, or one that says nothing."""
+    return xp.stack([state.gram[:, i, i] for i in range(state.row_age.shape[1])], axis=1)
 
 
 def window_noise(call: Call, state: State) -> tuple[Array, Array]:
@@ -73,8 +77,7 @@ def row_noise(call: Call, state: State) -> tuple[Array, Array]:
     """(B,): mean variance along those stored `s` for which two or more samples are known; and whether
     there are any."""
     xp = call.xp
-    slots = xp.arange(state.row_age.shape[1], dtype=state.pairs.dtype, device=call.device(state))
-    known = (slots[None, :] < state.pairs[:, None]) & (state.row_age >= 4)
+    known = (row_squares(state, xp) > 0) & (state.row_age >= 4)
     count = xp.sum(xp.astype(known, call.dtype), axis=1)
     total = xp.sum(xp.where(known, state.row_noise, 0.0), axis=1)
     return total / xp.maximum(count, xp.ones_like(count)), count > 0

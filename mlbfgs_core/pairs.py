@@ -66,7 +66,8 @@ class Damping(NamedTuple):
     usable: Array
     """bool: whether the damped pair carries positive, finite curvature."""
     inverse_norm: Array
-    """``1 / |s|``, times `pair_scale`, by which both members are multiplied."""
+    """``1 / |s|``, times `pair_scale`, by which both members are multiplied; 0 for a pair that says nothing,
+    which takes its place in the ring and leaves `H` alone."""
 
 
 def valid(call: Call, state: State, leaf: int) -> Array:
@@ -125,9 +126,10 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     References
     ----------
     Niu et al. 2023, the two-sided damping of `y` (`paper_tau`). Difference from the paper: the shrinkage
-    ``y <- mu s + f (y - mu s)``, ``f = max(shrinkage, 1 - expected noise / |y|^2)`` over all blocks, as
-    James and Stein (1961) shrink a noisy vector to a better known one; and then the cosine floor
-    ``delta = max(0, c_min |y| - s.y/|s|, k sigma_mu |s| - s.y/|s|) / |s|``, which knows no absolute scale.
+    ``y <- mu s + f (y - mu s)``, ``f = max(shrinkage, 1 - r)`` with the expected noise's part `r` of
+    ``|y|^2`` over all blocks, as James and Stein (1961) shrink a noisy vector to a better known one; and then
+    the cosine floor ``delta = max(0, c_min |y| - s.y/|s|, k sigma_mu |s| - s.y/|s|) / |s|``, which knows no
+    absolute scale. With `Config.judges_noise` see `_judged`.
     """
     config, xp = call.config, call.xp
     s_norm = pair.s_norm(xp)
@@ -138,13 +140,18 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     length = pair.y_norm(xp) / safe_norm  # of y, in units of |s|; `mu` is its part along s
     unit = state.grad_scale  # of a curvature, since gradients are multiplied by it
     part = xp.ones_like(mu)
+    inert = xp.zeros_like(positive)
     if config.shrinks or config.uses_noise:
         spread, y_noise = window_noise(call, state)
     if config.shrinks:
         y_norm = joint_norm(pair.yy, *common_scale(pair.y_scale, xp), xp)
-        noise = xp.minimum(y_noise / xp.where(y_norm > 0, y_norm, 1.0), xp.ones_like(y_norm)) ** 2
-        part = part * xp.maximum(1.0 - noise, xp.ones_like(noise) * config.shrinkage)
+        noise = (y_noise / xp.where(y_norm > 0, y_norm, 1.0)) ** 2
         cosine = xp.minimum(xp.abs(mu) / xp.where(length > 0, length, 1.0), xp.ones_like(mu))
+        if config.judges_noise:
+            part = part * _judged(config, noise, xp)
+            inert = (part == 0) | (mu <= 0)
+        else:
+            part = part * xp.maximum(1.0 - noise, xp.ones_like(noise) * config.shrinkage)
         length = length * xp.sqrt(cosine**2 + part**2 * (1.0 - cosine**2))
     tau, base, base_length = xp.ones_like(mu), mu, length
     if config.damping is not None:
@@ -162,7 +169,20 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     usable = usable & (curvature > xp.finfo(call.dtype).eps * final_length)
     along = (1.0 - part) * tau * mu + (1.0 - tau) * unit + delta
     scale = pair_scale(call, final_length, dtype_name(state.history[0]))
-    return Damping(part * tau, along, tau, delta / unit, mu / unit, usable, scale / safe_norm)
+    inverse_norm = xp.where(inert, 0.0, scale / safe_norm)
+    return Damping(part * tau, along, tau, delta / unit, mu / unit, usable, inverse_norm)
+
+
+def _judged(config: Config, noise: Array, xp: Any) -> Array:
+    """What is kept of `y` across `s`, from the noise expected in it in units of ``|y|^2``; 0 if it is noise.
+
+    Independent noise gives at most 1, and up to about 1.4 where gradients of neighbouring steps repel each
+    other. Near 1 the pair is noise, and says nothing. Where far more noise is expected than is there, the
+    scatter of the gradients was no noise but their motion, and `y` is curvature that is not known well: up to
+    `shrinkage` of it is kept.
+    """
+    beyond = xp.minimum(xp.maximum(noise - 1.5, xp.zeros_like(noise)), xp.ones_like(noise))
+    return xp.maximum(xp.maximum(1.0 - noise, config.shrinkage * beyond), xp.zeros_like(noise))
 
 
 def _length_of_sum(length: Array, along: Array, added: Array, xp: Any) -> Array:

@@ -154,6 +154,11 @@ class _Block:
     mean_square: Any = field(default=0.0, init=False)
     matrices: list[Matrices] = field(default_factory=list, init=False)
 
+    @property
+    def told(self) -> list[tuple[Vector, Vector]]:
+        """The pairs that say something; one of zeros only takes a place."""
+        return [(s, y) for s, y in self.pairs if s.any()]
+
 
 class Reference:
     """mL-BFGS on flat float64 vectors, one per block, step by step.
@@ -258,8 +263,8 @@ class Reference:
     def inverse_hessian(self, block: _Block) -> Vector:
         """The dense `H` of a block, in the coordinates of its preconditioner."""
         n = len(block.v)
-        s, y = block.pairs[-1]
-        return bfgs_inverse_hessian(block.pairs, s @ y / (y @ y), n)
+        s, y = block.told[-1]
+        return bfgs_inverse_hessian(block.told, s @ y / (y @ y), n)
 
     def _observe(self, block: _Block, theta: Vector, g: Vector, present: npt.NDArray[np.bool_]) -> None:
         cfg = self.config
@@ -318,7 +323,7 @@ class Reference:
     def _row_noise(self, block: _Block) -> float | None:
         """Mean over the stored pairs of the running variance along `s`."""
         known = []
-        for seen in block.noise:
+        for seen in (own for own, (s, _) in zip(block.noise, block.pairs, strict=True) if s.any()):
             v = 0.0
             for i in range(2, len(seen)):
                 sample = (seen[i] - 2 * seen[i - 1] + seen[i - 2]) ** 2 / 6
@@ -344,8 +349,10 @@ class Reference:
         self.r = self._scatter()
         part: Any = 1.0
         if cfg.adaptive and (observed := sum(y @ y for _, y in map(self._pair, self.blocks))) > 0:
-            expected = nu * (self.r_P + self.r) / freedom
-            part = max(cfg.shrinkage, 1 - expected / observed)
+            noise: Any = nu * (self.r_P + self.r) / freedom / observed
+            part = max(cfg.shrinkage, 1 - noise)
+            if cfg.judges_noise:
+                part = max(0.0, 1 - noise, cfg.shrinkage * min(1.0, noise - 1.5))
         for block in self.blocks:
             s, y = self._pair(block)
             norm = np.linalg.norm(s)
@@ -360,7 +367,8 @@ class Reference:
                     least = max(least, cfg.noise_floor * np.sqrt(nu * (self._row_noise(block) or 0.0)) / norm)
                 y_hat = y_hat + max(0.0, least - s @ y_hat) * s
                 if s @ y_hat > np.finfo(np.float64).eps * np.linalg.norm(y_hat):
-                    block.pairs.append((s, y_hat))
+                    says = not cfg.judges_noise or (part > 0 and mu > 0)
+                    block.pairs.append((s, y_hat) if says else (0 * s, 0 * y_hat))
                     block.noise.append([])
                     del block.pairs[: -cfg.history_size], block.noise[: -cfg.history_size]
             turned = block.n > 0
@@ -391,15 +399,15 @@ class Reference:
         present: Sequence[npt.NDArray[np.bool_]],
     ) -> list[Vector]:
         cfg = self.config
-        with_pairs = [block for block in self.blocks if block.pairs]
+        with_pairs = [block for block in self.blocks if block.told]
         directions = []
         for block, g, own in zip(self.blocks, grads, present, strict=True):
             R = self.dense_root(block)
             z: Any = R @ g
-            if block.pairs:
+            if block.told:
                 z = self.inverse_hessian(block) @ z
             elif with_pairs:
-                gammas = [s @ y / (y @ y) for s, y in (block.pairs[-1] for block in with_pairs)]
+                gammas = [s @ y / (y @ y) for s, y in (block.told[-1] for block in with_pairs)]
                 z = float(np.mean(gammas)) * z
             directions.append(np.where(own, R.T @ z, 0.0))
         norm = float(np.sqrt(sum(d @ d for d in directions)))

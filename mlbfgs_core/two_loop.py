@@ -58,7 +58,7 @@ def two_loop(
     middle_matrix : (B, 2m, 2m) array
         `C`, in the ring's order.
     gamma : (B,) array
-        ``s.y / y.y`` of the newest pair; 1 where there is none.
+        ``s.y / y.y`` of the newest pair; 1 where there is none. Pairs of zeros do not count.
 
     Notes
     -----
@@ -84,8 +84,10 @@ def two_loop(
     sy, yy = ordered[:, :m, m:], ordered[:, m:, m:]
     curvature = xp.stack([sy[:, i, i] for i in range(m)], axis=1)
     rho = xp.where(curvature > 0, 1.0 / xp.where(curvature > 0, curvature, 1.0), 0.0)
-    newest = curvature[:, 0] > 0
-    gamma = xp.where(newest, curvature[:, 0] / xp.where(newest, yy[:, 0, 0], 1.0), 1.0)
+    gamma = xp.ones_like(curvature[:, 0])
+    for i in reversed(range(m)):
+        there = curvature[:, i] > 0
+        gamma = xp.where(there, curvature[:, i] / xp.where(there, yy[:, i, i], 1.0), gamma)
 
     # First loop, newest to oldest: alpha_i = rho_i s_i.q, q <- q - alpha_i y_i. Row i is s_i.q as a linear
     # function of the s_j.g, and from its turn on alpha_i.

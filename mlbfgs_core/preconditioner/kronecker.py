@@ -369,7 +369,8 @@ def _eigenvectors(kernels: Kernels, factor: Array) -> Array:
     alive_first = xp.argsort(xp.astype(dead, xp.int32), axis=-1, stable=True)
     place = xp.take_along_axis(alive_first, place, axis=-1)
     others = xp.take_along_axis(rest, xp.broadcast_to(place[:, None, :], rest.shape), axis=-1)
-    return _orthonormal(kernels, xp.where(known[:, None, :], vectors, others), dead)
+    columns = xp.where(known[:, None, :], vectors, others)
+    return _orthonormal(kernels, _apart(kernels, columns, dead), dead)
 
 
 def _iterated(kernels: Kernels, factor: Array, basis: Array) -> tuple[Array, Array]:
@@ -390,7 +391,7 @@ def _iterated(kernels: Kernels, factor: Array, basis: Array) -> tuple[Array, Arr
 def _orthonormal(kernels: Kernels, columns: Array, dead: Array) -> Array:
     """Orthonormal columns that span the same, each on the side of its own; dead coordinates come last."""
     xp = kernels.leaf_xp
-    q, r = xp.linalg.qr(_apart(kernels, columns, dead))
+    q, r = xp.linalg.qr(columns)
     backwards = xp.sum(r * _unit(kernels, r), axis=-1) < 0
     return _apart(kernels, xp.where(backwards[:, None, :], -q, q), dead)
 
@@ -409,7 +410,7 @@ def _apart(kernels: Kernels, columns: Array, dead: Array) -> Array:
     place = xp.arange(n, dtype=number.dtype, device=kernels.device(columns))[None, :]
     own = dead[:, :, None] & (place[:, None, :] == (first + number - 1)[:, :, None])
     others = dead[:, :, None] | (place >= first)[:, None, :]
-    return xp.where(own, xp.ones_like(columns), xp.where(others, xp.zeros_like(columns), columns))
+    return xp.where(others, xp.astype(own, columns.dtype), columns)
 
 
 def _unit(kernels: Kernels, like: Array) -> Array:

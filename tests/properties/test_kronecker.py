@@ -285,3 +285,44 @@ def test_what_the_host_foresees_equals_the_masked_step(xp, rng):
         )
         x = x - 0.02 * join(update)
     assert relative(x, masked) < 1e-9
+
+
+@given(rng=generators)
+def test_pairs_that_are_noise_leave_the_run_alone(xp, rng):
+    shape, steps = (30, 40), 40
+    fresh = rng.normal(size=(steps + 1, 1200))
+    # Gradients of neighbouring steps repel each other a little, so that 1.3 of |y|^2 is expected as noise.
+    noise = fresh[1:] - 0.12 * fresh[:-1]
+    runs = [
+        run(
+            settings(history_size=size, update_every=10),
+            [shape],
+            xp,
+            lambda x, step: noise[step],
+            steps,
+            start=np.zeros(1200),
+        )
+        for size in (3, 0)
+    ]
+    (with_pairs, state), (without, _) = runs
+    assert int(state.pairs[0]) == 3
+    np.testing.assert_array_equal(to_numpy(state.gram), 0.0)
+    assert relative(with_pairs, without) < 1e-12
+
+
+@given(rng=generators)
+def test_curvature_that_moves_the_gradients_more_than_noise_does_is_kept(xp, rng):
+    """A run that swings about a minimum: far more noise is expected than the averages show."""
+    curvature = np.diag(rng.uniform(1.0, 30.0, size=DIM))
+    _, state = run(
+        settings(update_every=8),
+        SHAPES,
+        xp,
+        lambda x, step: curvature @ x,
+        60,
+        start=rng.normal(size=DIM),
+        lr=0.2,
+    )
+    assert int(state.pairs[0]) > 3
+    used = np.diagonal(to_numpy(state.gram)[0])[: settings().history_size] > 0
+    assert used.sum() > settings().history_size / 2
