@@ -169,7 +169,8 @@ def main() -> None:
     for model in parsed.models:
         found = measure(model, parsed.rounds, parsed.device)
         best = min(seconds for name, (seconds, _) in found.items() if name in SOAPS)
-        print(f"\n| {model} | ms a step | over the fastest SOAP | bytes a parameter |\n| --- | ---: | ---: | ---: |")
+        print(f"\n| {model} | ms a step | over the fastest SOAP | bytes a parameter |")
+        print("| --- | ---: | ---: | ---: |")
         for name, (seconds, size) in found.items():
             told = f"{size:.1f}" if size else ""
             print(f"| {name} | {1e3 * seconds:.2f} | {seconds / best:.2f} | {told} |", flush=True)

@@ -12,7 +12,7 @@ Large-Scale Neural Network Optimization", TMLR 2023, arXiv:2307.13744.
 from .blocks import partition
 from .config import Config
 from .curvature import Spectrum, curvatures, inverse_hessian, spectrum
-from .diagnostics import Diagnostics, diagnostics
+from .diagnostics import Diagnostics, FactorFigures, diagnostics, factor_figures
 from .kernels import Kernels
 from .method import Method
 from .serialization import load_state, save_state
@@ -22,6 +22,7 @@ from .state import MemoryPlan, State, plan_memory
 __all__ = [
     "Config",
     "Diagnostics",
+    "FactorFigures",
     "Kernels",
     "MemoryPlan",
     "Method",
@@ -30,6 +31,7 @@ __all__ = [
     "State",
     "curvatures",
     "diagnostics",
+    "factor_figures",
     "inverse_hessian",
     "load_state",
     "partition",

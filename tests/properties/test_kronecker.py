@@ -326,3 +326,22 @@ def test_curvature_that_moves_the_gradients_more_than_noise_does_is_kept(xp, rng
     assert int(state.pairs[0]) > 3
     used = np.diagonal(to_numpy(state.gram)[0])[: settings().history_size] > 0
     assert used.sum() > settings().history_size / 2
+
+
+@given(rng=generators)
+def test_figures_of_factors_are_those_of_dense_eigenvalues(xp, rng):
+    factors = np.stack([spd(rng, 5, 50.0), spd(rng, 5, 3.0), np.zeros((5, 5))])
+    bases = np.stack([np.linalg.eigh(factor)[1][:, ::-1] for factor in factors])
+    figures = core.factor_figures(xp.asarray(factors), xp.asarray(bases))
+    values = np.linalg.eigvalsh(factors[:2])
+    np.testing.assert_allclose(to_numpy(figures.condition), [*(values[:, -1] / values[:, 0]), 1.0], rtol=1e-9)
+    np.testing.assert_allclose(to_numpy(figures.share), [*(values[:, -1] / values.sum(1)), 0.0], rtol=1e-9)
+    assert to_numpy(figures.turn).max() < 1e-7
+    angle = rng.uniform(0.1, 0.7)
+    plane = np.eye(5)
+    plane[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    turned = core.factor_figures(xp.asarray(factors), xp.asarray(bases @ plane))
+    inside = (bases @ plane)[:2].transpose(0, 2, 1) @ factors[:2] @ (bases @ plane)[:2]
+    off = inside - np.stack([np.diag(np.diag(own)) for own in inside])
+    expected = np.linalg.norm(off, axis=(1, 2)) / np.linalg.norm(inside, axis=(1, 2))
+    np.testing.assert_allclose(to_numpy(turned.turn), [*expected, 0.0], rtol=1e-6, atol=1e-9)
