@@ -70,7 +70,7 @@ def test_python_blocks_of_the_scipy_page_run():
 def test_python_blocks_of_the_diagnostics_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
-    assert run_blocks(ROOT / "docs" / "diagnostics.md", names) == 6
+    assert run_blocks(ROOT / "docs" / "diagnostics.md", names) == 7
     assert names["recorder"].series("pairs")[-1, 0] > 0
     assert (tmp_path / "run.png").stat().st_size > 10_000
     assert list((tmp_path / "runs").glob("events.*"))
