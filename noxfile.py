@@ -64,6 +64,12 @@ BENCHMARKS = {
         "benchmark",
         "give every optimizer the same faults, and see what is left",
     ),
+    "matrix_cost": (
+        "torch",
+        "tasks",
+        "time a step of the Kronecker preconditioner next to SOAP, and its memory",
+    ),
+    "sharded_matrices": ("torch", "tasks", "what factors in blocks cost a sharded run in steps"),
     "gpt2": ("torch", "benchmark", "time training steps of GPT-2 on a CUDA GPU"),
     "scaling": ("torch", "benchmark", "measure steps on 1, 2 and 4 processes, and project them to clusters"),
 }

@@ -224,8 +224,8 @@ class Config:
     factor_beta : float
         Decay of the Kronecker factors, whose eigenvectors are the bases.
     precondition_frequency : int
-        Steps from one basis to the next, by a power iteration and a QR decomposition. At the beginning of
-        a run there are more: after steps 1, 2, 4 and 7.
+        Steps from one basis to the next, by a power iteration and a QR decomposition. The first basis is
+        formed from the first gradient; at the beginning there are more, after steps 2, 4 and 7.
     max_preconditioner_dim : int
         A side of a weight that is longer keeps its own coordinates, and needs no factor.
     history_dtype : str or None

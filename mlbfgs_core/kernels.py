@@ -266,6 +266,11 @@ class Kernels:
             mean = self.store(mean, tile, self.leaf_xp.where(keep, old + weight * (x - old), old))
         return mean
 
+    def average_product(self, mean: Array, a: Array, b: Array, weight: Any, keep: Array) -> Array:
+        """``M += weight * (A B - M)`` for stacks of matrices where `keep` (0-d). Consumes the mean."""
+        weight = self.leaf_xp.astype(keep, mean.dtype) * weight
+        return self.average(mean, self.matmul(a, b), weight, keep)
+
     def pair_products(self, s: Array, y: Array) -> PairTile:
         """Inner products of a pair, which it consumes; reads 2 values."""
         xp = self.leaf_xp

@@ -328,6 +328,13 @@ class HostKernels(TorchKernels):
             part(mean, tile).lerp_(x, weight)
         return mean
 
+    def average_product(self, mean: Tensor, a: Tensor, b: Tensor, weight: Any, keep: Tensor) -> Tensor:
+        """``M += weight * (A B - M)``, in the pass of the product; the host knows whether it is kept."""
+        if keep:  # then all values are finite
+            with torch.autocast(mean.device.type, enabled=False):
+                torch.baddbmm(mean, a, b, beta=1.0 - weight, alpha=weight, out=mean)
+        return mean
+
     def to_leaf(self, x: Any, dtype: torch.dtype | None = None) -> Tensor:
         """A coefficient as a tensor."""
         return as_tensor(x) if dtype is None else torch.from_numpy(np.asarray(x, _DTYPES[dtype]))

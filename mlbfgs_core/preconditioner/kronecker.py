@@ -206,10 +206,11 @@ class KroneckerRoot(NamedTuple):
             arrays["exp_avg_sq"], entering, self.weight, keep, squared=True
         )
         G = xp.reshape(kernels.cast(grad, entering.dtype), shape)
-        weight = self.weight * 0 + (1.0 - self.factor_beta)
         for side, product in (("left", (G, _transposed(G))), ("right", (_transposed(G), G))):
             if (factor := arrays.get(f"{side}_factor")) is not None:
-                arrays[f"{side}_factor"] = kernels.average(factor, kernels.matmul(*product), weight, keep)
+                arrays[f"{side}_factor"] = kernels.average_product(
+                    factor, *product, 1.0 - self.factor_beta, keep
+                )
         for name, old in (self.former or {}).items():
             arrays[name] = kernels.store(old, None, xp.where(keep, arrays[name], old))
         return self._replace(arrays=arrays, weight=None, former=None, first=None)

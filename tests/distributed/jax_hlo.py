@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
-BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "f32": 4, "f64": 8}
+BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 
 
 class Collective(NamedTuple):

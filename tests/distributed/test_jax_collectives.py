@@ -27,9 +27,9 @@ LARGE = {"bias": (512,), "hidden": (64, 512), "out": (512, 64)}
 """Leaves whose inner products are matrix products."""
 
 
-def compiled_update(layout, kind=AxisType.Auto, gather=False, shapes=SHAPES):
+def compiled_update(layout, kind=AxisType.Auto, gather=False, shapes=SHAPES, **settings):
     """The program of an update alone, in float32, for gradients that are sharded like the parameters."""
-    tx, mesh = mlbfgs(RATE), make_mesh(layout, kind)
+    tx, mesh = mlbfgs(RATE, **settings), make_mesh(layout, kind)
     params = {name: np.ones(shape, "float32") for name, shape in shapes.items()}
     params = place(params, mesh, layout.params)
 
@@ -110,3 +110,21 @@ def test_a_gathered_history_would_be_seen():
     gathered = [operation for operation in always if operation.kind == "all-gather"]
     sizes = sum(int(np.prod(shape)) for shape in SHAPES.values())
     assert sum(operation.numbers for operation in gathered) >= 2 * M * sizes
+
+
+def test_matrices_gather_gradients_but_stored_pairs_only_when_bases_turn():
+    """And then no more than half of a history at a time."""
+    found = collectives(
+        compiled_update(LAYOUTS["fully sharded"], shapes=LARGE, preconditioner="kronecker").as_text()
+    )
+    values = int(np.prod(LARGE["hidden"]))
+    always = {operation.numbers for operation in found if operation.computation == "ENTRY"}
+    assert values in always, "gradients are sent"
+    assert not any(size % (M * values) == 0 for size in always)
+    turning = {
+        operation.computation
+        for operation in found
+        if operation.kind == "all-gather" and operation.numbers == M * values
+    }
+    assert len(turning) == 1
+    assert not any(operation.numbers == 2 * M * values for operation in found)
