@@ -163,7 +163,7 @@ class Kernels:
         rows = leaf.shape[0]
         step = max(1, self.tile * rows // size)
         for start in range(0, rows, step):
-            yield (slice(start, start + step),)
+            yield slice(start, start + step), ...
 
     def store(self, array: Array, tile: Tile, value: Array) -> Array:
         """`array` with `value` at the tile; consumes `array`."""
@@ -270,6 +270,22 @@ class Kernels:
         """``M += weight * (A B - M)`` for stacks of matrices where `keep` (0-d). Consumes the mean."""
         weight = self.leaf_xp.astype(keep, mean.dtype) * weight
         return self.average(mean, self.matmul(a, b), weight, keep)
+
+    def eigh(self, x: Array) -> tuple[Array, Array]:
+        """Eigenvalues (N, n), rising, and eigenvectors of stacks (N, n, n) of symmetric matrices.
+
+        Some libraries fail on a matrix of low rank in float32 that they solve in float64. Where both fail,
+        all is NaN, as in JAX.
+        """
+        xp = self.leaf_xp
+        for dtype in dict.fromkeys((x.dtype, xp.float64)):
+            try:
+                values, vectors = xp.linalg.eigh(self.cast(x, dtype))
+            except (RuntimeError, TypeError, ValueError):  # NumPy's and PyTorch's errors; no float64 there
+                continue
+            return self.cast(values, x.dtype), self.cast(vectors, x.dtype)
+        nan = xp.full_like(x, xp.nan)
+        return nan[..., 0], nan
 
     def pair_products(self, s: Array, y: Array) -> PairTile:
         """Inner products of a pair, which it consumes; reads 2 values."""

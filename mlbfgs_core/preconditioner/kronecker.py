@@ -356,12 +356,14 @@ def _turned(kernels: Kernels, x: Array, turns: Sequence[Array | None]) -> Array:
 def _eigenvectors(kernels: Kernels, factor: Array) -> Array:
     """Eigenvectors of factors (N, n, n) by falling eigenvalue. Where there was no gradient any basis would
     do, so it is completed in one way that does not depend on the library: by the first coordinates that are
-    not dead, and then by those that are."""
+    not dead, and then by those that are. The same is done for all if the library finds no eigenvectors."""
     xp, n, dead = kernels.leaf_xp, factor.shape[-1], _dead(kernels, factor)
     top = xp.max(xp.abs(factor), axis=(-2, -1), keepdims=True)
-    values, vectors = xp.linalg.eigh(factor / xp.where(top > 0, top, 1.0))
+    values, vectors = kernels.eigh(factor / xp.where(top > 0, top, 1.0))
+    found = xp.all(xp.isfinite(vectors), axis=(-2, -1)) & xp.all(xp.isfinite(values), axis=-1)
+    vectors = xp.where(found[:, None, None], vectors, xp.zeros_like(vectors))
     values, vectors = xp.flip(values, axis=-1), xp.flip(vectors, axis=-1)
-    known = values > n * xp.finfo(factor.dtype).eps * values[:, :1]
+    known = found[:, None] & (values > n * xp.finfo(factor.dtype).eps * values[:, :1])
     spanned = vectors * xp.astype(known, factor.dtype)[:, None, :]
     rest = _unit(kernels, factor) - kernels.matmul(spanned, _transposed(spanned))
     rank = xp.sum(xp.astype(known, xp.int32), axis=-1, keepdims=True)
