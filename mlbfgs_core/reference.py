@@ -243,8 +243,11 @@ class Reference:
         self.is_first = False
         return directions
 
-    def dense_root(self, block: _Block) -> Vector:
-        """The dense `R` of a block's preconditioner; it takes `g` to ``R g``, and `s` to ``R^-T s``."""
+    def dense_root(self, block: _Block, *, resolved: bool = False) -> Vector:
+        """The dense `R` of a block's preconditioner; it takes `g` to ``R g``, and `s` to ``R^-T s``.
+
+        If `resolved`, that of the first step leaves out the coordinates in which there is only rounding.
+        """
         if self.config.preconditioner == "none":
             return np.eye(len(block.v))
         floor: Any = 1e-16 * block.mean_square + np.finfo(np.float64).smallest_normal
@@ -255,7 +258,7 @@ class Reference:
             U[own, own] = matrix.basis()
             floor[own] += (64 * np.finfo(np.float64).eps) ** 2 * matrix.square
         scale = (block.v + floor) ** (-self.config.preconditioner_power / 4)
-        if self.is_first:
+        if resolved and self.is_first:
             scale = np.where(block.v > 0, scale, 0.0)
         root: Vector = (U * scale) @ U.T
         return root
@@ -283,7 +286,7 @@ class Reference:
                 turned = matrix.resolved(turned)
             squares[matrix.values] = turned**2
         block.v = block.v + w_v * (squares - block.v)
-        R = self.dense_root(block)
+        R = self.dense_root(block, resolved=True)
         off = R @ np.where(present, np.sqrt(1 - w) * (g - block.M_g), 0.0)
         self.r += float(np.sum((R @ g) ** 2)) if cfg.sums_squares else float(off @ off)
         for matrix in block.matrices:
@@ -402,7 +405,7 @@ class Reference:
         with_pairs = [block for block in self.blocks if block.told]
         directions = []
         for block, g, own in zip(self.blocks, grads, present, strict=True):
-            R = self.dense_root(block)
+            R = self.dense_root(block, resolved=True)
             z: Any = R @ g
             if block.told:
                 z = self.inverse_hessian(block) @ z

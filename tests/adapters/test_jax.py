@@ -229,7 +229,7 @@ def test_nesterov_is_that_of_optax(nesterov):
     ours, _ = train(mlbfgs(0.05, 0.9, nesterov=nesterov, **FAST), params, batches)
     expected, _ = train(optaxs_chain(nesterov, **FAST), params, batches)
     other, _ = train(optaxs_chain(not nesterov, **FAST), params, batches)
-    assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert_close(ours, expected, rtol=1e-5, atol=1e-5)  # two programs, in float32
     with pytest.raises(AssertionError):
         assert_close(ours, other, rtol=1e-2, atol=1e-3)
 

@@ -195,7 +195,10 @@ def test_a_complex_matrix_learns_as_its_pairs_of_reals():
     for _ in range(3):
         updates, state = update(params, state, params)
         expected, other = update(pairs, other, pairs)
-        assert_close(jnp.stack([updates["z"].real, updates["z"].imag], axis=-1), expected["z"])
+        own = jnp.stack([updates["z"].real, updates["z"].imag], axis=-1)
+        assert_close(
+            own, expected["z"], 1e-6
+        )  # the first step has the sign of values down to 1e-8 of the largest
 
 
 def test_blocks_that_alternate_keep_their_parameters_counts():

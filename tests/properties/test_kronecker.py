@@ -92,8 +92,8 @@ def test_rotating_inputs_and_outputs_of_a_layer_rotates_the_run(xp, rng):
 @given(rng=generators, exponent=st.integers(-30, 30))
 def test_rescaling_the_loss_leaves_the_run_alone(xp, rng, exponent):
     config, gradient, start = settings(update_every=4), noisy_quadratic(rng), rng.normal(size=DIM)
-    x, _ = run(config, SHAPES, xp, gradient, 20, start=start)
-    scaled, _ = run(config, SHAPES, xp, lambda y, step: gradient(y, step) * 2.0**exponent, 20, start=start)
+    x, _ = run(config, SHAPES, xp, gradient, 12, start=start)
+    scaled, _ = run(config, SHAPES, xp, lambda y, step: gradient(y, step) * 2.0**exponent, 12, start=start)
     assert relative(scaled, x) < 1e-6
 
 
@@ -163,8 +163,6 @@ def test_stacked_layers_are_batches_of_matrices(xp, rng):
     assert state.preconditioner["left_factor"][0].shape == (2, 3, 3)
 
 
-@pytest.mark.backends("numpy", "torch")
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     "kind",
     [
@@ -179,7 +177,7 @@ def test_stacked_layers_are_batches_of_matrices(xp, rng):
         "zero at first",
     ],
 )
-@given(rng=generators)
+@given(rng=generators, dtype=st.sampled_from(["float32", "float64"]))
 def test_degenerate_gradients_give_finite_steps_of_the_usual_size(xp, dtype, kind, rng):
     shape = {"one row": (1, 5), "one column": (5, 1), "empty": (0, 5)}.get(kind, (4, 5))
     size = int(np.prod(shape))
@@ -197,13 +195,13 @@ def test_degenerate_gradients_give_finite_steps_of_the_usual_size(xp, dtype, kin
         return np.concatenate([(G * (1e-12 if kind == "tiny" else 1.0)).ravel(), rng.normal(size=2)])
 
     config = settings(update_every=4, check_every=2)
-    x, state = run(config, [shape, (2,)], xp, gradient, 30, start=np.zeros(size + 2), lr=1.0, dtype=dtype)
+    x, state = run(config, [shape, (2,)], xp, gradient, 16, start=np.zeros(size + 2), lr=1.0, dtype=dtype)
     for name, arrays in arrays_of(state).items():
         for array in arrays:
             assert array is None or np.isfinite(to_numpy(array)).all(), name
     assert np.isfinite(x).all()
     moved = x[:size].reshape(shape)
-    assert np.abs(moved).max(initial=0.0) < 300
+    assert np.abs(moved).max(initial=0.0) < 160
     if kind == "dead row":
         assert not moved[1].any()
     if kind == "dead column":
@@ -319,7 +317,7 @@ def test_curvature_that_moves_the_gradients_more_than_noise_does_is_kept(xp, rng
         SHAPES,
         xp,
         lambda x, step: curvature @ x,
-        60,
+        48,
         start=rng.normal(size=DIM),
         lr=0.2,
     )
@@ -348,8 +346,10 @@ def test_figures_of_factors_are_those_of_dense_eigenvalues(xp, rng):
 
 
 @pytest.mark.backends("torch")
-def test_matrices_of_low_rank_on_which_a_library_fails_have_eigenvectors(xp):
+def test_matrices_of_low_rank_on_which_a_library_fails_have_eigenvectors():
     """PyTorch's `eigh` gives up on this one in float32, for a quarter of the rows of an embedding."""
+    import array_api_compat.torch as xp
+
     generator = np.random.default_rng(0)
     gradient = generator.normal(size=(1797, 8))
     gradient[generator.permutation(1797)[:1350]] = 0.0
