@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,6 +19,8 @@ lazy_xp_modules = [core]
 SHAPES = [(4, 3), (2,), (3, 3), ()]
 DIM = 24
 MATRICES = [(0, 0, (4, 3)), (0, 14, (3, 3))]
+FEWER = hypothesis.settings(max_examples=3 * hypothesis.settings().max_examples // 5)
+"""A step takes many operations."""
 EXACT = {"preconditioner": "kronecker", "precondition_frequency": 3}
 
 
@@ -53,6 +56,7 @@ def noisy_quadratic(rng, dim=DIM):
     ],
     ids=["adaptive", "fixed", "exponential", "no pairs", "one side"],
 )
+@FEWER
 @given(rng=generators)
 def test_turned_pairs_are_those_of_the_symmetric_root_of_the_dense_twin(xp, own, rng):
     config, gradient, start = (
@@ -70,6 +74,7 @@ def test_turned_pairs_are_those_of_the_symmetric_root_of_the_dense_twin(xp, own,
     assert relative(x, y) < 1e-7
 
 
+@FEWER
 @given(rng=generators)
 def test_rotating_inputs_and_outputs_of_a_layer_rotates_the_run(xp, rng):
     config, n = settings(update_every=4, check_every=2, signal_to_noise=1.0), 4
@@ -89,6 +94,7 @@ def test_rotating_inputs_and_outputs_of_a_layer_rotates_the_run(xp, rng):
     assert relative(rotation.T @ turned, x) < 1e-8
 
 
+@FEWER
 @given(rng=generators, exponent=st.integers(-30, 30))
 def test_rescaling_the_loss_leaves_the_run_alone(xp, rng, exponent):
     config, gradient, start = settings(update_every=4), noisy_quadratic(rng), rng.normal(size=DIM)
@@ -121,6 +127,7 @@ def soap(start, gradients, lr, shape, frequency, beta=0.99, factor_beta=0.95):
     return W.ravel()
 
 
+@FEWER
 @given(rng=generators)
 def test_without_pairs_and_length_control_it_is_soap(xp, rng):
     shape = (4, 4)
@@ -133,6 +140,7 @@ def test_without_pairs_and_length_control_it_is_soap(xp, rng):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 2e-2)])
+@FEWER
 @given(rng=generators)
 def test_a_constant_gradient_of_rank_one_gives_a_direction_of_rank_one(xp, dtype, tolerance, rng):
     shape, G = (6, 5), np.outer(rng.normal(size=6), rng.normal(size=5)).ravel()
@@ -147,6 +155,7 @@ def test_a_constant_gradient_of_rank_one_gives_a_direction_of_rank_one(xp, dtype
     assert along > 1 - tolerance
 
 
+@FEWER
 @given(rng=generators)
 def test_stacked_layers_are_batches_of_matrices(xp, rng):
     config, gradient, start = (
@@ -177,6 +186,7 @@ def test_stacked_layers_are_batches_of_matrices(xp, rng):
         "zero at first",
     ],
 )
+@FEWER
 @given(rng=generators, dtype=st.sampled_from(["float32", "float64"]))
 def test_degenerate_gradients_give_finite_steps_of_the_usual_size(xp, dtype, kind, rng):
     shape = {"one row": (1, 5), "one column": (5, 1), "empty": (0, 5)}.get(kind, (4, 5))
@@ -211,6 +221,7 @@ def test_degenerate_gradients_give_finite_steps_of_the_usual_size(xp, dtype, kin
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
+@FEWER
 @given(rng=generators)
 def test_a_gradient_that_is_not_finite_changes_no_factor_at_any_step(xp, step, rng):
     config, gradient, start = settings(update_every=4), noisy_quadratic(rng), rng.normal(size=DIM)
@@ -228,6 +239,7 @@ def test_a_gradient_that_is_not_finite_changes_no_factor_at_any_step(xp, step, r
                 np.testing.assert_array_equal(to_numpy(array), old, err_msg=name)
 
 
+@FEWER
 @given(rng=generators)
 def test_bases_stay_orthonormal_and_find_the_eigenvectors(xp, rng):
     shape = (4, 6)
@@ -267,6 +279,7 @@ def test_a_parameter_without_a_gradient_keeps_its_factors(xp):
         x = x - 0.02 * got
 
 
+@FEWER
 @given(rng=generators)
 def test_what_the_host_foresees_equals_the_masked_step(xp, rng):
     config, gradient, x = settings(update_every=4, check_every=2), noisy_quadratic(rng), rng.normal(size=DIM)
@@ -285,6 +298,7 @@ def test_what_the_host_foresees_equals_the_masked_step(xp, rng):
     assert relative(x, masked) < 1e-9
 
 
+@FEWER
 @given(rng=generators)
 def test_pairs_that_are_noise_leave_the_run_alone(xp, rng):
     shape, steps = (30, 40), 40
@@ -308,6 +322,7 @@ def test_pairs_that_are_noise_leave_the_run_alone(xp, rng):
     assert relative(with_pairs, without) < 1e-12
 
 
+@FEWER
 @given(rng=generators)
 def test_curvature_that_moves_the_gradients_more_than_noise_does_is_kept(xp, rng):
     """A run that swings about a minimum: far more noise is expected than the averages show."""
@@ -326,6 +341,7 @@ def test_curvature_that_moves_the_gradients_more_than_noise_does_is_kept(xp, rng
     assert used.sum() > settings().history_size / 2
 
 
+@FEWER
 @given(rng=generators)
 def test_figures_of_factors_are_those_of_dense_eigenvalues(xp, rng):
     factors = np.stack([spd(rng, 5, 50.0), spd(rng, 5, 3.0), np.zeros((5, 5))])
