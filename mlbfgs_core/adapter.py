@@ -17,7 +17,7 @@ from .config import (
 from .diagnostics import block_names
 from .kernels import Leaf, Means, PairTile, StepEnd, part, square_roots
 from .leaves import FlatLeaf, Member, pack
-from .matrices import MatrixAxes, axes_in, check_matrix_axes, matrices_in, matrix_in
+from .matrices import MatrixAxes, axes_in, check_matrix_axes, matrices_in
 from .observation import Observation
 from .overlap import Overlap, Place, find_overlap
 from .preconditioner import FactorSums, Matrix, Preconditioner, Root, TileRoot
@@ -87,7 +87,6 @@ __all__ = [
     "layout",
     "leaf_arrays",
     "matrices_in",
-    "matrix_in",
     "mean_square_weight",
     "one_block",
     "pack",

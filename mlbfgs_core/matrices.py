@@ -8,7 +8,7 @@ from typing import Any
 from .config import Config
 from .preconditioner import Matrix, preconditioner_of
 
-__all__ = ["MatrixAxes", "axes_in", "check_matrix_axes", "matrices_in", "matrix_in"]
+__all__ = ["MatrixAxes", "axes_in", "check_matrix_axes", "matrices_in"]
 
 Axes = tuple[int, int] | None
 MatrixAxes = Mapping[str, Axes] | Callable[[str, tuple[int, ...]], Axes] | None
@@ -39,18 +39,17 @@ def matrices_in(
     [Matrix(count=12, rows=64, columns=256, left=True, right=True), None]
     """
     check_matrix_axes(axes, names)
-    return [matrix_in(config, name, shape, axes) for name, shape in zip(names, shapes, strict=True)]
-
-
-def matrix_in(config: Config, name: str, shape: tuple[int, ...], axes: MatrixAxes) -> Matrix | None:
-    """The matrices of one of the parameters for which `check_matrix_axes` has found nothing wrong."""
-    found = axes_in(config, name, shape, axes)
-    return None if found is None else Matrix.of(shape, config.max_preconditioner_dim, found)
+    found = [axes_in(config, name, shape, axes) for name, shape in zip(names, shapes, strict=True)]
+    return [
+        None if own is None else Matrix.of(shape, config.max_preconditioner_dim, own)
+        for shape, own in zip(shapes, found, strict=True)
+    ]
 
 
 def axes_in(config: Config, name: str, shape: tuple[int, ...], axes: MatrixAxes) -> tuple[int, int] | None:
-    """How many leading axes of a parameter count matrices, and how many of the next form their rows; None if
-    it has none. ValueError for what does not fit."""
+    """How many leading axes of a parameter for which `check_matrix_axes` has found nothing wrong count
+    matrices, and how many of the next form their rows; None if it has none. ValueError for what does not
+    fit."""
     if not preconditioner_of(config).has_matrices:
         return None
     return _checked(name, shape, _axes(axes, name, shape))

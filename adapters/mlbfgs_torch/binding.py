@@ -271,7 +271,8 @@ def _copy_known(name: str, leaf: Leaf, entries: Sequence[dict[str, Any]], flat: 
 def _change(config: core.Config, member: Member, entry: dict[str, Any]) -> str | None:
     """The reason why a parameter's memory cannot be continued, or None."""
     like = torch.empty(member.shape, dtype=as_real(member.values.detach()).dtype, device="meta")
-    entries = layout(config, [like], ((0,),), [member.matrix])
+    matrix = member.spread.most if member.spread else member.matrix  # of one shape on all processes
+    entries = layout(config, [like], ((0,),), [matrix])
     wanted = {own.name: own for own in entries if own.leaf is not None}
     held = {name: local(entry[name]) for name in LEAF_NAMES if name in entry}
     for name, value in held.items():
@@ -282,12 +283,8 @@ def _change(config: core.Config, member: Member, entry: dict[str, Any]) -> str |
         if shape != member.shape:
             return f"the shape of {member.name!r} has changed from {shape} to {member.shape}"
     # Averages follow their parameter to another dtype, and so does a history for which none is set.
-    shapes = {name: own.shape for name, own in wanted.items()}
-    if member.spread:  # those are of one shape on all processes
-        entries = layout(config, [like], ((0,),), [member.spread.most])
-        shapes |= {own.name: own.shape for own in entries if own.name in OF_MATRICES}
     fits = set(held) == set(wanted) and all(
-        tuple(value.shape) == shapes[name] for name, value in held.items()
+        tuple(value.shape) == wanted[name].shape for name, value in held.items()
     )
     if fits and "history" in held:
         fits = dtype_name(held["history"]) == (config.history_dtype or dtype_name(held["mean_params"]))
