@@ -16,7 +16,15 @@ import mlbfgs_jax
 import mlbfgs_torch
 from mlbfgs_core import adapter
 
-_STATIC = ("history_size", "adaptive", "step_length", "history_dtype", "preconditioner", "preset")
+_STATIC = (
+    "history_size",
+    "adaptive",
+    "step_length",
+    "history_dtype",
+    "preconditioner",
+    "max_preconditioner_dim",
+    "preset",
+)
 """Settings that determine the state or the program."""
 HYPERPARAMETERS = {"lr": "learning_rate"}
 """Arguments that optax calls by another name."""

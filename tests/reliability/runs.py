@@ -29,9 +29,9 @@ def gradients(step, values):
     return grads
 
 
-def begin(kind):
+def begin(kind, preconditioner="diagonal"):
     """A small network's worth of parameters, and a pair at almost every check."""
-    return DRIVERS[kind](start(), check_every=1, update_every=4)
+    return DRIVERS[kind](start(), check_every=1, update_every=4, preconditioner=preconditioner)
 
 
 def done(driver):
@@ -43,9 +43,9 @@ def step(driver, count):
     driver.step(gradients(count, driver.values()))
 
 
-def live(kind, path, connection):
+def live(kind, preconditioner, path, connection):
     """Resume if there is a file; train and save after every step, until killed."""
-    driver = begin(kind)
+    driver = begin(kind, preconditioner)
     if path.exists():
         driver.load(path)
     count = done(driver)

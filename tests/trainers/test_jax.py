@@ -28,6 +28,7 @@ STEPS = 30
 PLAIN = mlbfgs(optax.cosine_decay_schedule(0.007, STEPS), weight_decay=0.01, **FAST)
 CLIPPED = optax.chain(optax.clip_by_global_norm(0.1), PLAIN)
 DEFAULT = mlbfgs(0.007, check_every=1, update_every=5, history_dtype="bfloat16")
+KRONECKER = mlbfgs(0.007, check_every=1, update_every=5, preconditioner="kronecker")
 
 
 class Linen(nn.Module):
@@ -313,7 +314,9 @@ each_checkpoint = pytest.mark.parametrize("checkpoint", [standard_checkpointer, 
 
 
 @each_checkpoint
-@pytest.mark.parametrize("tx", [PLAIN, DEFAULT], ids=["fixed interval", "adaptive, bfloat16 history"])
+@pytest.mark.parametrize(
+    "tx", [PLAIN, DEFAULT, KRONECKER], ids=["fixed interval", "adaptive, bfloat16 history", "kronecker"]
+)
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path, tx, checkpoint):
     data = make_data()
     half, _ = train(make_state(tx), data[:15])
