@@ -1,10 +1,13 @@
 """What a step with `preconditioner="kronecker"` costs beside SOAP: time, products of matrices, memory.
 
-The weights are those of four models; gradients are random, since their values do not matter. All contestants
-take turns, window by window, in one process; a figure is the median over windows of one step's time, and
-ratios are to the fastest SOAP. Bases are renewed every 10 steps by all of them. The floor is the time of the
-step's matrix products alone, counted below and measured in the same turns. HeavyBall's SOAP takes part where
-it is installed, without its compiler, as the others run; Meta's Shampoo is not on PyPI.
+The weights are those of four models. Values matter in one respect: pairs that are noise are stored as zeros,
+and the stored pairs are not read as long as all of them are. So one contestant has gradients of noise, as
+small batches give; all others the gradient of a paraboloid, where pairs say something. All contestants take
+turns, window by window, in one process; a figure is the median over windows of one step's time, without that
+of the gradients, and ratios are to the fastest SOAP. Bases are renewed every 10 steps by all of them. The
+floor is the time of the step's matrix products alone, counted below and measured in the same turns.
+HeavyBall's SOAP takes part where it is installed, without its compiler, as the others run; Meta's Shampoo is
+not on PyPI.
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytorch_optimizer
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from benchmarks.tasks.problems import TASKS
@@ -29,9 +33,11 @@ from mlbfgs_torch import MLBFGS
 
 FREQUENCY, LARGEST = 10, 2048
 SOAPS = ("SOAP (pytorch_optimizer)", "SOAP (HeavyBall)")
-OURS = ("Kronecker, m = 5", "Kronecker, m = 0")
+OURS, NOISY = ("Kronecker, m = 5", "Kronecker, m = 0"), "Kronecker, m = 5, noise"
 WINDOW = 10
 """Steps of one window: as many as from one basis to the next, so that each window has one."""
+WARM = 6
+"""Windows that are not timed: bases are formed, memory is allocated, gradients of some windows give pairs."""
 
 
 def _heavyball(params: Iterator[nn.Parameter]) -> Optimizer:
@@ -45,6 +51,7 @@ def contestants() -> dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]]:
     """Those that are installed."""
     found: dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]] = {
         OURS[0]: lambda params: MLBFGS(params, lr=1e-3, preconditioner="kronecker"),
+        NOISY: lambda params: MLBFGS(params, lr=1e-3, preconditioner="kronecker"),
         OURS[1]: lambda params: MLBFGS(params, lr=1e-3, preconditioner="kronecker", history_size=0),
         SOAPS[0]: lambda params: pytorch_optimizer.SOAP(
             params, lr=1e-3, precondition_frequency=FREQUENCY, max_precondition_dim=LARGEST
@@ -105,10 +112,7 @@ def floor(shapes: list[tuple[int, ...]], history: int, device: str) -> Callable[
 
 def _weights(shapes: list[tuple[int, ...]], device: str) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator).to(device)
-    return params
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
 
 
 def _seconds(act: Callable[[], Any], device: str) -> float:
@@ -121,40 +125,66 @@ def _seconds(act: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def _ten_steps(optimizer: Optimizer, params: list[nn.Parameter], grads: list[Tensor]) -> None:
+@torch.no_grad()
+def _ten_steps(optimizer: Optimizer, params: list[nn.Parameter], device: str, *, noise: bool) -> float:
+    """Seconds of ten steps, without their gradients."""
+    total = 0.0
+    before = [torch.zeros_like(param) for param in params]
     for _ in range(WINDOW):
-        for param, grad in zip(params, grads, strict=True):  # some optimizers write to gradients
-            param.grad = grad
-        optimizer.step()
+        for param, last in zip(params, before, strict=True):
+            if noise:  # gradients of neighbouring batches repel each other, since an epoch is drawn once
+                fresh = torch.randn_like(param)
+                param.grad = fresh - 0.12 * last
+                last.copy_(fresh)
+            else:
+                param.grad = param.detach().clone()
+        total += _seconds(optimizer.step, device)
+    return total
 
 
-def measure(model: str, rounds: int, device: str) -> dict[str, tuple[float, float]]:
-    """For each contestant, and the floors: seconds of a step and bytes of state per parameter."""
+class Cost(NamedTuple):
+    """What a step of a contestant costs."""
+
+    seconds: float
+    """Of one step."""
+    size: float | None
+    """Bytes of state per parameter; None for a floor."""
+    speak: bool | None
+    """Whether stored pairs said something at the end; None where there are none."""
+
+
+def measure(model: str, rounds: int, device: str) -> dict[str, Cost]:
+    """For each contestant, and the floors."""
     shapes = shapes_of(model)
     count = sum(torch.Size(shape).numel() for shape in shapes)
-    runs: dict[str, Callable[[], Any]] = {}
+    runs: dict[str, Callable[[], float]] = {}
     optimizers = {}
+    torch.manual_seed(0)
     for name, build in contestants().items():
         params = _weights(shapes, device)
-        grads = [param.grad for param in params]
         optimizers[name] = build(iter(params))
-        runs[name] = lambda o=optimizers[name], p=params, g=grads: _ten_steps(o, p, g)
-    runs["products alone, m = 5"] = floor(shapes, 5, device)
-    runs["products alone, m = 0"] = floor(shapes, 0, device)
-    for run in runs.values():  # the first windows form bases and allocate memory
-        run()
-        run()
+        runs[name] = partial(_ten_steps, optimizers[name], params, device, noise=name == NOISY)
+    for history in (5, 0):
+        work = floor(shapes, history, device)
+        runs[f"products alone, m = {history}"] = partial(_seconds, work, device)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for turn in range(rounds + WARM):
         for name, run in runs.items():
-            times[name].append(_seconds(run, device) / WINDOW)
+            seconds = run() / WINDOW
+            if turn >= WARM:
+                times[name].append(seconds)
     return {
-        name: (
-            statistics.median(own),
-            state_bytes(optimizers[name]) / count if name in optimizers else 0.0,
-        )
-        for name, own in times.items()
+        name: _figures(statistics.median(own), optimizers.get(name), count) for name, own in times.items()
     }
+
+
+def _figures(seconds: float, optimizer: Optimizer | None, count: int) -> Cost:
+    if optimizer is None:
+        return Cost(seconds, None, None)
+    speak = None
+    if isinstance(optimizer, MLBFGS) and optimizer.param_groups[0]["history_size"]:
+        speak = bool((optimizer.diagnostics()[0].middle_matrix != 0).any())
+    return Cost(seconds, state_bytes(optimizer) / count, speak)
 
 
 def main() -> None:
@@ -168,12 +198,14 @@ def main() -> None:
     print(f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
     for model in parsed.models:
         found = measure(model, parsed.rounds, parsed.device)
-        best = min(seconds for name, (seconds, _) in found.items() if name in SOAPS)
-        print(f"\n| {model} | ms a step | over the fastest SOAP | bytes a parameter |")
-        print("| --- | ---: | ---: | ---: |")
-        for name, (seconds, size) in found.items():
-            told = f"{size:.1f}" if size else ""
-            print(f"| {name} | {1e3 * seconds:.2f} | {seconds / best:.2f} | {told} |", flush=True)
+        best = min(cost.seconds for name, cost in found.items() if name in SOAPS)
+        print(f"\n| {model} | ms a step | over the fastest SOAP | bytes a parameter | pairs speak |")
+        print("| --- | ---: | ---: | ---: | --- |")
+        for name, (seconds, size, speak) in found.items():
+            bytes_told = "" if size is None else f"{size:.1f}"
+            told = "" if speak is None else "yes" if speak else "no"
+            ratio = f"{1e3 * seconds:.2f} | {seconds / best:.2f}"
+            print(f"| {name} | {ratio} | {bytes_told} | {told} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ def test_every_contestant_is_timed_and_weighed(monkeypatch):
     monkeypatch.setattr(matrix_cost, "shapes_of", lambda model: [(6, 5), (6,)])
     found = matrix_cost.measure("tiny", 1, "cpu")
     assert {*matrix_cost.OURS, matrix_cost.SOAPS[0], "AdamW"} <= set(found)
-    assert all(seconds > 0 for seconds, _ in found.values())
+    assert all(cost.seconds > 0 for cost in found.values())
+    assert found[matrix_cost.OURS[0]].speak
     factors = 4 * (6**2 + 5**2)
-    assert found["AdamW"][1] == pytest.approx(8, abs=1)
+    assert found["AdamW"].size == pytest.approx(8, abs=1)
     values = 36
-    assert 2 * factors / values < found["Kronecker, m = 0"][1] < found["Kronecker, m = 5"][1]
+    assert 2 * factors / values < found["Kronecker, m = 0"].size < found["Kronecker, m = 5"].size
