@@ -24,6 +24,7 @@ from .preconditioner import FactorSums, Matrix, Preconditioner, Root, TileRoot
 from .preconditioner.diagonal import DiagonalRoot
 from .presets import Preset, default_rate, preset_momentum, preset_nesterov
 from .scales import is_scaled
+from .schedule import Upcoming
 from .snapshot import coefficients, settings_of
 from .state import (
     LEAF_COUNTS,
@@ -70,6 +71,7 @@ __all__ = [
     "StepEnd",
     "StepLength",
     "TileRoot",
+    "Upcoming",
     "When",
     "accumulation_dtype",
     "as_number",

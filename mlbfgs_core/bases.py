@@ -38,23 +38,23 @@ def form(call: Call, state: State, roots: list[Any], grads: Sequence[Array | Non
     ]
 
 
-def turn(call: Call, state: State, accepted: Array, when: When) -> State:
+def turn(call: Call, state: State, accepted: Array, when: When, when_rows: bool | None = None) -> State:
     """New bases by a power iteration where the schedule asks for them after an accepted step, and the stored
-    pairs in them."""
+    pairs in them, unless none is known to say anything (`when_rows` is False)."""
     if not call.preconditioner.has_matrices:
         return state
     due = accepted & is_basis_step(call.config, state.step)
-    return run_if(when, due, lambda old: _turned(call, old, due), state)
+    return run_if(when, due, lambda old: _turned(call, old, due, when_rows is not False), state)
 
 
-def _turned(call: Call, state: State, due: Array) -> State:
+def _turned(call: Call, state: State, due: Array, rows: bool) -> State:
     due, history = call.kernels.to_leaf(due), list(state.history)
     dtypes = [None if array is None else array.dtype for array in state.preconditioner["exp_avg_sq"]]
     roots = call.roots(state, dtypes)
     for leaf, root in enumerate(roots):
         if not root.elementwise:
-            own = history[leaf] if history else None
-            roots[leaf], rows = root.turned(call.kernels, own, due, call.sums_of(leaf))
-            if history:
-                history[leaf] = rows
+            own = history[leaf] if history and rows else None
+            roots[leaf], new = root.turned(call.kernels, own, due, call.sums_of(leaf))
+            if own is not None:
+                history[leaf] = new
     return state._replace(preconditioner=remembered(state, roots), history=tuple(history))

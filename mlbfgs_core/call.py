@@ -65,8 +65,10 @@ class Call(NamedTuple):
         """What adds up a leaf's factors over shards."""
         return (None if self.factor_sums is None else self.factor_sums[leaf]) or (None, None)
 
-    def leaf(self, state: State, number: int, dtype: Any, root: Root) -> Leaf:
-        """What is remembered of a leaf."""
+    def leaf(
+        self, state: State, number: int, dtype: Any, root: Root, *, when_rows: bool | None = None
+    ) -> Leaf:
+        """What is remembered of a leaf; without its history if that is known to say nothing."""
         if not state.history:
             return Leaf(number, dtype, None, None, root)
         means = Means(
@@ -75,7 +77,7 @@ class Call(NamedTuple):
             state.prev_params[number],
             state.prev_grads[number],
         )
-        return Leaf(number, dtype, state.history[number], means, root)
+        return Leaf(number, dtype, None if when_rows is False else state.history[number], means, root)
 
     def roots(self, state: State, dtypes: Sequence[Any], weights: Array | None = None) -> list[Any]:
         """`R` of each leaf whose dtype is given; with `weights` (P,), gradients are still to be added."""
@@ -83,6 +85,7 @@ class Call(NamedTuple):
         floors = state.mean_square * MEAN_SQUARE_FLOOR
         roots: list[Root | None] = [None] * len(dtypes)
         for number, block in enumerate(self.blocks):
+            floor: dict[Any, Array] = {}
             for leaf in block:
                 dtype = dtypes[leaf]
                 if dtype is None:
@@ -92,8 +95,10 @@ class Call(NamedTuple):
                     roots[leaf] = preconditioner.root(self.config, arrays, dtype, None, None)
                     continue
                 weight = None if weights is None else self.scalar(kernels.of_leaf(weights, leaf), dtype)
-                floor = self.scalar(floors[number], dtype) + kernels.leaf_xp.finfo(dtype).smallest_normal
-                roots[leaf] = preconditioner.root(self.config, arrays, dtype, weight, floor)
+                if dtype not in floor:
+                    least = kernels.leaf_xp.finfo(dtype).smallest_normal
+                    floor[dtype] = self.scalar(floors[number], dtype) + least
+                roots[leaf] = preconditioner.root(self.config, arrays, dtype, weight, floor[dtype])
         return roots
 
     def shared(self, part: Array, leaf: int) -> Array:

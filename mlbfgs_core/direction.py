@@ -7,9 +7,8 @@ from typing import Any
 
 from .call import Call, stack
 from .length import LENGTHS
-from .noise import row_squares
 from .observation import Observation
-from .state import State
+from .state import State, has_rows
 from .window import mean_square_weight
 
 __all__ = ["direction", "scaled"]
@@ -27,8 +26,11 @@ def scaled(
     ]
 
 
-def direction(call: Call, state: State, seen: Observation) -> tuple[list[Array | None], Array, State]:
-    """The update up to a factor, the factor, and the state."""
+def direction(
+    call: Call, state: State, seen: Observation, when_rows: bool | None = None
+) -> tuple[list[Array | None], Array, State]:
+    """The update up to a factor, the factor, and the state; `when_rows` is False if no stored pair is known
+    to say anything."""
     config, xp, keep = call.config, call.xp, seen.finite
     b, square = seen.rows, seen.white_square
     gamma = _scale_of_start(call, state, seen)
@@ -48,7 +50,7 @@ def direction(call: Call, state: State, seen: Observation) -> tuple[list[Array |
     exact = whole and call.preconditioner.isometric
     # The update has unit length in these coordinates first, so that nothing overflows outside of them.
     unit = 1.0 / xp.where(norm > 0, norm, 1.0) if config.step_length != "none" else xp.ones_like(norm)
-    update, squares = _combine(call, state, seen, c * unit, part * unit)
+    update, squares = _combine(call, state, seen, (c * unit, part * unit), when_rows)
     moving = state.size
     if not exact:
         if whole or config.step_length != "rms":
@@ -76,7 +78,7 @@ def direction(call: Call, state: State, seen: Observation) -> tuple[list[Array |
 
 
 def _combine(
-    call: Call, state: State, seen: Observation, c: Array, gamma: Array
+    call: Call, state: State, seen: Observation, weights: tuple[Array, Array], when_rows: bool | None
 ) -> tuple[list[Array | None], list[Array | None]]:
     """The updates, and their sums of squares."""
     keep, grads = call.kernels.to_leaf(seen.finite), seen.grads
@@ -87,9 +89,9 @@ def _combine(
             grad, dtype = grads[index], seen.dtypes[index]
             if grad is None:
                 continue
-            leaf = call.leaf(state, index, dtype, seen.roots[index])
-            weights = call.scalar(c[number, :], dtype), call.scalar(gamma[number], dtype)
-            update[index], squares[index] = call.kernels.direct(leaf, grad, weights, keep)
+            leaf = call.leaf(state, index, dtype, seen.roots[index], when_rows=when_rows)
+            own = call.scalar(weights[0][number, :], dtype), call.scalar(weights[1][number], dtype)
+            update[index], squares[index] = call.kernels.direct(leaf, grad, own, keep)
     return update, squares
 
 
@@ -110,15 +112,13 @@ def _with_sizes(
 
 
 def _scale_of_start(call: Call, state: State, seen: Observation) -> Array:
-    """`gamma` of each block; for a block without a pair the mean of the others', or if no block has a pair
-    the paper's ``d = g``. With a pair at every step that direction is at most 1 long, and exactly 1 long if
-    gradients are out of the ordinary.
+    """`gamma` of each block; for a block without a pair that says something the mean of the others', or if
+    no block has one the paper's ``d = g``. With a pair at every step that direction is at most 1 long, and
+    exactly 1 long if gradients are out of the ordinary.
 
     Nocedal & Wright, section 6.1, on the scale of the first step.
     """
-    xp, has = call.xp, state.pairs > 0
-    if call.config.judges_noise:  # some of which may say nothing
-        has = xp.any(row_squares(state, xp) > 0, axis=1)
+    xp, has = call.xp, has_rows(state, call.xp)
     count = xp.sum(xp.astype(has, call.dtype))
     known = xp.sum(xp.where(has, state.gamma, 0.0)) / xp.where(count > 0, count, 1.0)
     first = 1.0 / seen.scale

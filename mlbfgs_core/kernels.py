@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 
 import array_api_extra as xpx
 from array_api_compat import device as array_device
-from array_api_compat import is_array_api_obj, is_array_api_strict_namespace, is_jax_namespace
+from array_api_compat import (
+    is_array_api_obj,
+    is_array_api_strict_namespace,
+    is_jax_namespace,
+    is_numpy_namespace,
+)
 
 from .preconditioner.root import Root
 from .two_loop import repeat
@@ -137,6 +142,10 @@ class Kernels:
         """What a kernel has summed as a coefficient, in the coefficients' dtype."""
         return self.cast(x, dtype)
 
+    def known(self, flag: Array) -> bool | None:
+        """What a flag of the leaves (0-d bool) is, where the host knows that without waiting; else None."""
+        return bool(flag) if is_numpy_namespace(self.leaf_xp) else None
+
     repeat = staticmethod(repeat)
     """Runs the two loops of the recursion; see `mlbfgs_core.two_loop.two_loop`."""
 
@@ -216,6 +225,19 @@ class Kernels:
         for _ in range(roots):
             x = self.leaf_xp.sqrt(x)
         return 1.0 / x
+
+    def chosen(self, flag: Array, new: Array, old: Array) -> Array:
+        """`new` if `flag` (0-d) is true, else `old`."""
+        known = self.known(flag)
+        if known is None:
+            return self.leaf_xp.where(flag, new, old)
+        return new if known else old
+
+    def ordered(self, x: Array, order: Array, axis: int) -> Array:
+        """Each matrix of a stack (N, a, b) with its rows (axis 1) or columns (axis 2) in an order of its own,
+        (N, a) or (N, b)."""
+        index = self.leaf_xp.expand_dims(order, axis=3 - axis)
+        return self.leaf_xp.take_along_axis(x, self.leaf_xp.broadcast_to(index, x.shape), axis=axis)
 
     def matmul(self, a: Array, b: Array) -> Array:
         """Products of stacks of matrices, in the arrays' full precision."""

@@ -16,13 +16,15 @@ from .direction import direction, scaled
 from .kernels import Kernels
 from .observation import Observation
 from .preconditioner import FactorSums, is_basis_step, preconditioner_of
-from .schedule import is_check, is_due, next_pair
+from .scales import is_scaled
+from .schedule import Upcoming, is_check, is_due, next_pair
 from .state import (
     LEAF_DTYPES,
     Matrices,
     State,
     accumulation_dtype,
     dtype_name,
+    has_rows,
     init,
     leaf_count,
     leaf_shapes,
@@ -147,6 +149,7 @@ class Method:
         *,
         when_scaled: When = None,
         when_formed: When = None,
+        when_rows: bool | None = None,
     ) -> Observation:
         """Everything a step must know about its gradient before it may write: one pass, one reduction.
 
@@ -156,7 +159,7 @@ class Method:
             Not consumed.
         params, grads : sequence of arrays
             One per leaf; a gradient may be None.
-        when_scaled, when_formed : optional
+        when_scaled, when_formed, when_rows : optional
             As in `step`.
 
         Returns
@@ -179,7 +182,13 @@ class Method:
         """
         call = self._call(state, params=params, grads=grads)
         return observation.project(
-            call, state, params, grads, when_scaled=when_scaled, when_formed=when_formed
+            call,
+            state,
+            params,
+            grads,
+            when_scaled=when_scaled,
+            when_formed=when_formed,
+            when_rows=when_rows,
         )
 
     def observe(
@@ -329,6 +338,7 @@ class Method:
         when_scaled: When = None,
         when_formed: When = None,
         when_turned: When = None,
+        when_rows: bool | None = None,
         observed: Observation | None = None,
     ) -> tuple[list[Array | None], State]:
         """One step: project, observe, refresh if due, direction; the history is read twice.
@@ -354,6 +364,9 @@ class Method:
             The same for the bases of a Kronecker preconditioner: formed before the first step, by
             eigenvectors, and turned after later ones. With None both happen at each step, which is slow. A
             run whose bases are never formed starts from the parameters' own coordinates.
+        when_rows : None or bool
+            False: the caller knows that no stored pair says anything, so they are not read. This saves the
+            two passes over the history as long as there is no pair, or noise has drowned all of them.
         observed : Observation, optional
             What `project` returned for the same arguments, which are then not checked again; a caller with
             several states may replace its `finite` by whether all of them are finite.
@@ -382,6 +395,7 @@ class Method:
             when_scaled=when_scaled,
             when_formed=when_formed,
             when_turned=when_turned,
+            when_rows=when_rows,
             observed=observed,
         )
         return scaled(self._call(state), grads, update, factor), state
@@ -397,13 +411,14 @@ class Method:
         when_scaled: When = None,
         when_formed: When = None,
         when_turned: When = None,
+        when_rows: bool | None = None,
         observed: Observation | None = None,
     ) -> tuple[list[Array | None], Array, State]:
         """`step` for a caller that multiplies the update by a factor anyway, as `Kernels.apply` does.
 
         Parameters
         ----------
-        state, params, grads, when_check, when_due, when_scaled, when_formed, when_turned, observed
+        state, params, grads, when_check, when_due, when_scaled, when_formed, when_turned, when_rows, observed
             As in `step`.
 
         Returns
@@ -427,7 +442,14 @@ class Method:
         1.0
         """
         if observed is None:
-            observed = self.project(state, params, grads, when_scaled=when_scaled, when_formed=when_formed)
+            observed = self.project(
+                state,
+                params,
+                grads,
+                when_scaled=when_scaled,
+                when_formed=when_formed,
+                when_rows=when_rows,
+            )
         call = self._call(state)
         state, seen = observation.observe(call, state, params, observed)
         rows = seen.rows
@@ -440,10 +462,12 @@ class Method:
 
             state, rows = run_if(when_due, due, part, (state, rows))
             state = turn_window(call, state, due) if when_due is not False else state
-        update, factor, state = direction(call, state, seen._replace(rows=rows))
+            if when_due is not False:  # the new pair may say something
+                when_rows = None
+        update, factor, state = direction(call, state, seen._replace(rows=rows), when_rows)
         # The rows that are turned have been read by the direction.
         accepted = call.kernels.after(state.accepted, factor)
-        return update, factor, bases.turn(call, state, accepted, when_turned)
+        return update, factor, bases.turn(call, state, accepted, when_turned, when_rows)
 
     def turn_bases(self, state: State) -> State:
         """Give a Kronecker preconditioner new bases where the schedule asks for them, which `step` does at
@@ -470,20 +494,21 @@ class Method:
         return bases.turn(self._call(state), state, state.accepted, None)
 
     def upcoming(self, state: State) -> Array:
-        """Whether the next accepted step asks for a check, for a refresh, and for bases to be formed and
-        turned: (4,) array of bool.
+        """What the next accepted step is to do: (6,) array of bool, in the order of `adapter.Upcoming`.
 
-        A host that copies it without waiting can hand them to the next `step` as `when_check`, `when_due`,
-        `when_formed` and `when_turned`: it depends only on steps that are already done.
+        A host that copies it without waiting can hand each of them to the next `step`, as `when_check` and so
+        on: it depends only on steps that are already done.
         """
         config, xp, window = self.config, array_namespace(state.window), state.window + 1
         step, matrices = state.step + 1, preconditioner_of(config).has_matrices
-        flags = [
-            is_check(config, window, state),
-            is_due(config, window, state),
-            (step == 1) & matrices,
-            is_basis_step(config, step) & matrices,
-        ]
+        flags = Upcoming(
+            check=is_check(config, window, state),
+            due=is_due(config, window, state),
+            formed=(step == 1) & matrices,
+            turned=is_basis_step(config, step) & matrices,
+            scaled=is_scaled(state, xp),
+            rows=xp.any(has_rows(state, xp)),
+        )
         return stack(flags, xp)
 
     def _call(self, state: State, **leaves: Sequence[Array | None] | None) -> Call:

@@ -60,6 +60,7 @@ def project(
     observed: bool = False,
     when_scaled: When = None,
     when_formed: When = None,
+    when_rows: bool | None = None,
 ) -> Observation:
     """Whiten a gradient and project it; `observed` says that it is in the averages already."""
     config, kernels, xp = call.config, call.kernels, call.xp
@@ -84,7 +85,7 @@ def project(
     for number, (grad, dtype) in enumerate(zip(grads, dtypes, strict=True)):
         if grad is None:
             continue
-        leaf = call.leaf(state, number, dtype, roots[number])
+        leaf = call.leaf(state, number, dtype, roots[number], when_rows=when_rows)
         mean = state.mean_grads[number] if config.is_adaptive and not config.sums_squares else None
         weight = call.scalar(kernels.of_leaf(weights.scatter, number), dtype)
         roots[number], sums = kernels.whiten(leaf, grad, mean, weight)
@@ -93,8 +94,11 @@ def project(
         sums = [kernels.to_coefficients(x, call.dtype) for x in sums]
         parts[number] = xp.concat([x if x.ndim else x[None] for x in sums])
     sums = call.reduce(call.block_sums(parts))
-    rows, isometric = 2 * config.history_size, call.preconditioner.isometric
-    last = sums.shape[1] - (3 if clips else 0)
+    isometric = call.preconditioner.isometric
+    if when_rows is False:
+        none = xp.zeros((sums.shape[0], 2 * config.history_size), dtype=call.dtype, device=call.device(state))
+        sums = xp.concat([none, sums], axis=1)
+    rows, last = 2 * config.history_size, sums.shape[1] - (3 if clips else 0)
     return Observation(
         rows=sums[:, :rows],
         grad_square=sums[:, rows],

@@ -1,9 +1,9 @@
-"""When a pair is asked for, and when it is taken."""
+"""What a step is to do: when a pair is asked for, and when it is taken."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .call import Call, When, run_if
 from .config import Config
@@ -12,12 +12,32 @@ from .pairs import PairProducts, common_scale, joint_norm, products, scatter
 from .preconditioner import Root
 from .state import State
 
-__all__ = ["check", "diverges", "is_check", "is_due", "next_pair"]
+__all__ = ["Upcoming", "check", "diverges", "is_check", "is_due", "next_pair"]
 
 Array = Any
 DIVERGENCE = 6.0
 """A run with ``step_length="clip"`` diverges where the squared norm of a gradient exceeds its running mean by
 this factor."""
+
+
+class Upcoming(NamedTuple):
+    """What the next accepted step is to do; None where nobody knows: then it is done, and masked.
+
+    The fields are called like the arguments ``when_...`` of `Method.step`.
+    """
+
+    check: bool | None
+    """Ask whether a pair stands out of the noise."""
+    due: bool | None
+    """Take a pair."""
+    formed: bool | None
+    """Form the bases of a Kronecker preconditioner."""
+    turned: bool | None
+    """Turn them."""
+    scaled: bool | None
+    """Multiply gradients."""
+    rows: bool | None
+    """Read the stored pairs, since one of them says something."""
 
 
 def is_check(config: Config, window: Array, state: State) -> Array:

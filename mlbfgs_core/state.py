@@ -26,6 +26,7 @@ __all__ = [
     "State",
     "accumulation_dtype",
     "dtype_name",
+    "has_rows",
     "init",
     "layout",
     "leaf_arrays",
@@ -369,6 +370,11 @@ def leaf_count(state: State) -> int:
     """Number of leaves."""
     count: int = state.leaf_steps.shape[0]
     return next((len(arrays) for arrays in leaf_arrays(state).values()), count)
+
+
+def has_rows(state: State, xp: Any) -> Array:
+    """(B,): whether any stored pair says something; those that are noise are stored as zeros."""
+    return xp.any(state.middle_matrix != 0, axis=(1, 2))
 
 
 def matrices_of(state: State) -> list[Matrix | None]:

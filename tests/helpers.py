@@ -7,7 +7,7 @@ from array_api_compat import array_namespace
 from array_api_extra.testing import lazy_xp_function
 
 import mlbfgs_core as core
-from mlbfgs_core.adapter import coefficients, leaf_arrays, with_leaf_arrays
+from mlbfgs_core.adapter import Upcoming, coefficients, leaf_arrays, with_leaf_arrays
 
 for _name in ("direction", "observe", "project", "refresh", "step"):
     lazy_xp_function((core.Method, _name))
@@ -128,6 +128,12 @@ def operator_matrix(state, block=0, leaf=0):
 def relative(actual, expected):
     """Largest deviation relative to the largest expected magnitude."""
     return np.max(np.abs(actual - expected)) / max(np.max(np.abs(expected)), np.finfo(float).tiny)
+
+
+def foreseen(method, state):
+    """What a host tells the next `step`, as its keyword arguments."""
+    asked = Upcoming(*map(bool, method.upcoming(state)))
+    return {f"when_{name}": flag for name, flag in asked._asdict().items()}
 
 
 def trajectory(

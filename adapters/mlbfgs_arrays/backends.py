@@ -6,32 +6,19 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import array_api_compat.numpy
 import numpy as np
 from array_api_compat import is_cupy_array
 
+from mlbfgs_core.adapter import Upcoming
+
 from .kernels import NumpyKernels
 
-__all__ = ["Asked", "Backend", "Cuda", "Host", "as_numpy", "backend_of"]
+__all__ = ["Backend", "Cuda", "Host", "as_numpy", "backend_of"]
 
 Array = Any
-
-
-class Asked(NamedTuple):
-    """What a step is to do."""
-
-    check: bool
-    """Ask whether a pair stands out of the noise."""
-    due: bool
-    """Take a pair."""
-    formed: bool
-    """Form the bases of a Kronecker preconditioner."""
-    turned: bool
-    """Turn them."""
-    scaled: bool
-    """Multiply gradients."""
 
 
 def as_numpy(array: Array) -> Array:
@@ -118,9 +105,9 @@ class HostFlags:
         """Remember it."""
         self._flags = flags
 
-    def read(self) -> Asked:
+    def read(self) -> Upcoming:
         """What was sent."""
-        return Asked(*map(bool, self._flags))
+        return Upcoming(*map(bool, self._flags))
 
 
 class CudaFlags:
@@ -130,7 +117,7 @@ class CudaFlags:
         import cupy
         import cupyx
 
-        self._host = cupyx.empty_pinned(len(Asked._fields), dtype=bool)
+        self._host = cupyx.empty_pinned(len(Upcoming._fields), dtype=bool)
         self._event = cupy.cuda.Event(disable_timing=True)
         # The memory must not be reused while a copy to it is under way.
         weakref.finalize(self, self._event.synchronize)
@@ -140,10 +127,10 @@ class CudaFlags:
         flags.get(out=self._host, blocking=False)
         self._event.record()
 
-    def read(self) -> Asked:
+    def read(self) -> Upcoming:
         """What was sent one step ago."""
         self._event.synchronize()
-        return Asked(*map(bool, self._host))
+        return Upcoming(*map(bool, self._host))
 
 
 def backend_of(array: Array) -> Backend:

@@ -13,7 +13,7 @@ from mlbfgs_core import adapter
 from mlbfgs_core.adapter import LEAF_COUNTS, OF_MATRICES, Blocks, pack
 
 from .arguments import check_writable
-from .backends import Asked, Backend, CudaFlags, HostFlags, as_numpy
+from .backends import Backend, CudaFlags, HostFlags, as_numpy
 from .layout import Array, Leaf, Member, real
 
 __all__ = ["Unit", "Work"]
@@ -25,7 +25,7 @@ class Work(NamedTuple):
     params: list[Array]
     grads: list[Array | None]
     seen: adapter.Observation
-    asked: Asked
+    asked: adapter.Upcoming
 
 
 class Unit:
@@ -116,7 +116,12 @@ class Unit:
             given = [_gathered(leaf, grads, maximize) for leaf in self._leaves]
             asked = self._asked()
             seen = self._method.project(
-                self._state, params, given, when_scaled=asked.scaled, when_formed=asked.formed
+                self._state,
+                params,
+                given,
+                when_scaled=asked.scaled,
+                when_formed=asked.formed,
+                when_rows=asked.rows,
             )
         return Work(params, given, seen, asked)
 
@@ -133,6 +138,7 @@ class Unit:
                 when_check=work.asked.check,
                 when_due=work.asked.due,
                 when_turned=work.asked.turned,
+                when_rows=work.asked.rows,
                 observed=work.seen._replace(finite=finite),
             )
             self._ask()
@@ -301,7 +307,7 @@ class Unit:
             result.append((leaf.stacked(own) if stacks else leaf.gather(own)).copy())
         return tuple(result)
 
-    def _asked(self) -> Asked:
+    def _asked(self) -> adapter.Upcoming:
         """What this step is to do."""
         if not self._sent:
             self._ask()
@@ -311,8 +317,7 @@ class Unit:
         """Let the state say what the next step is to do."""
         if self._flags is None:
             self._flags = self.backend.flags()
-        scaled = adapter.is_scaled(self._state, self.backend.xp)[None]
-        self._flags.send(self.backend.xp.concat([self._method.upcoming(self._state), scaled]))
+        self._flags.send(self._method.upcoming(self._state))
         self._sent = True
 
 

@@ -31,14 +31,15 @@ class Curvature:
 
     def direction(self, point: Evaluation) -> Vector:
         """The direction to subtract, once the point is in the averages; zero for a non-finite gradient."""
-        check, due, *_ = self.method.upcoming(self.memory)
+        asked = adapter.Upcoming(*map(bool, self.method.upcoming(self.memory)))
         update, self.memory = self.method.step(
             self.memory,
             [point.x],
             [point.grad],
-            when_check=bool(check),
-            when_due=bool(due),
-            when_scaled=bool(adapter.is_scaled(self.memory)),
+            when_check=asked.check,
+            when_due=asked.due,
+            when_scaled=asked.scaled,
+            when_rows=asked.rows,
         )
         return np.asarray(update[0])
 

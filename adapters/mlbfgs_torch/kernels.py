@@ -131,10 +131,12 @@ class TorchKernels(core.Kernels):
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """Products of stacks of matrices, of full precision inside `torch.autocast` too."""
-        if not torch.is_autocast_enabled(a.device.type):
+        with _in_full_precision(a):
             return torch.matmul(a, b)
-        with torch.autocast(a.device.type, enabled=False):
-            return torch.matmul(a, b)
+
+    def ordered(self, x: Tensor, order: Tensor, axis: int) -> Tensor:
+        """Matrices of a stack with their rows or columns in orders of their own."""
+        return torch.gather(x, axis, order.unsqueeze(3 - axis).expand(x.shape))
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest magnitude, in one pass."""
@@ -284,6 +286,15 @@ class TorchKernels(core.Kernels):
         return _finite(x, out=out).to(dtype)
 
 
+_NO_CONTEXT = nullcontext()
+
+
+def _in_full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """A context without `torch.autocast`; entering one of that kind takes as long as a small operation."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NO_CONTEXT
+
+
 def _finite(x: Tensor, out: Tensor | None) -> Tensor:
     """Zeros for what is not finite."""
     return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0, out=out)
@@ -331,9 +342,13 @@ class HostKernels(TorchKernels):
     def average_product(self, mean: Tensor, a: Tensor, b: Tensor, weight: Any, keep: Tensor) -> Tensor:
         """``M += weight * (A B - M)``, in the pass of the product; the host knows whether it is kept."""
         if keep:  # then all values are finite
-            with torch.autocast(mean.device.type, enabled=False):
+            with _in_full_precision(mean):
                 torch.baddbmm(mean, a, b, beta=1.0 - weight, alpha=weight, out=mean)
         return mean
+
+    def known(self, flag: Tensor) -> bool | None:
+        """What a flag is."""
+        return bool(flag)
 
     def to_leaf(self, x: Any, dtype: torch.dtype | None = None) -> Tensor:
         """A coefficient as a tensor."""

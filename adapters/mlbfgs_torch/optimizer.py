@@ -254,7 +254,14 @@ class MLBFGS(Optimizer):
             calls = [unit.call() for unit, _, _ in work]
             flags = [unit.asked(state) for (unit, _, _), (state, _) in zip(work, calls, strict=True)]
             seen = [
-                method.project(state, params, grads, when_scaled=asked.scaled, when_formed=asked.formed)
+                method.project(
+                    state,
+                    params,
+                    grads,
+                    when_scaled=asked.scaled,
+                    when_formed=asked.formed,
+                    when_rows=asked.rows,
+                )
                 for (_, params, grads), (state, method), asked in zip(work, calls, flags, strict=True)
             ]
             for (unit, params, grads), (before, method), asked, own in zip(
@@ -269,6 +276,7 @@ class MLBFGS(Optimizer):
                     when_check=asked.check,
                     when_due=asked.due,
                     when_turned=asked.turned,
+                    when_rows=asked.rows,
                     observed=observed,
                 )
                 if idle is not None:

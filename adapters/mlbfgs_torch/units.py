@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.adapter import Blocks, StepEnd, is_scaled
+from mlbfgs_core.adapter import Blocks, StepEnd, Upcoming
 
 from . import sharding
 from .arguments import check_gradient
@@ -21,26 +21,11 @@ from .kernels import HostKernels, TorchKernels, reduced
 from .leaves import Leaf, Member, Memory, plan_leaves
 from .rows import PER_BLOCK, PER_UNIT, is_known
 
-__all__ = ["HOSTS", "Asked", "Partition", "Unit"]
+__all__ = ["HOSTS", "Partition", "Unit"]
 
 _NOTHING: dict[str, Any] = {}
 HOSTS = {"cpu"}
 """Types of devices on whose tensors NumPy can work."""
-
-
-class Asked(NamedTuple):
-    """What a step is to do; None: what it does is masked."""
-
-    check: bool | None
-    """Ask whether a pair stands out of the noise."""
-    due: bool | None
-    """Take a pair."""
-    formed: bool | None
-    """Form the bases of a Kronecker preconditioner."""
-    turned: bool | None
-    """Turn them."""
-    scaled: bool | None
-    """Multiply gradients."""
 
 
 class Partition(NamedTuple):
@@ -199,15 +184,15 @@ class Unit:
         # a process without any gradient would not take part, so each has one.
         return [*own, None, *self._absent[1:]] if self._absent else own
 
-    def asked(self, state: core.State) -> Asked:
+    def asked(self, state: core.State) -> Upcoming:
         """What this step is to do."""
         if self._captured():
             self.flags = None
             # Eigenvectors cannot be captured in a CUDA graph: bases start from the parameters' coordinates.
-            return Asked(None, None, False, None, None)
+            return Upcoming(None, None, False, None, None, None)
         if not isinstance(state.gamma, Tensor):
             self.flags = None
-            return Asked(*map(bool, self._on_host.upcoming(state)), bool(is_scaled(state)))
+            return Upcoming(*map(bool, self._on_host.upcoming(state)))
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             msg = "MLBFGS needs `capturable`=True for a step captured in a CUDA graph, got False"
             raise RuntimeError(msg)
@@ -274,22 +259,21 @@ class _Flags:
     def __init__(self, method: core.Method, state: core.State) -> None:
         self._method = method
         device = state.gamma.device
-        self._host = torch.empty(len(Asked._fields), dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._host = torch.empty(len(Upcoming._fields), dtype=torch.bool, pin_memory=device.type == "cuda")
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self.send(state)
 
     def send(self, state: core.State) -> None:
         """Start copying what the state asks the next step to do."""
-        flags = torch.cat([self._method.upcoming(state), is_scaled(state)[None]])
-        self._host.copy_(flags, non_blocking=True)
+        self._host.copy_(self._method.upcoming(state), non_blocking=True)
         if self._event is not None:
             self._event.record()
 
-    def read(self) -> Asked:
+    def read(self) -> Upcoming:
         """What was sent one step ago."""
         if self._event is not None:
             self._event.synchronize()
-        return Asked(*map(bool, self._host.numpy()))
+        return Upcoming(*map(bool, self._host.numpy()))
 
 
 def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import array_api_extra as xpx
@@ -206,10 +207,10 @@ class KroneckerRoot(NamedTuple):
             arrays["exp_avg_sq"], entering, self.weight, keep, squared=True
         )
         G = xp.reshape(kernels.cast(grad, entering.dtype), shape)
-        for side, product in (("left", (G, _transposed(G))), ("right", (_transposed(G), G))):
+        for side, factors in (("left", (G, _transposed(G))), ("right", (_transposed(G), G))):
             if (factor := arrays.get(f"{side}_factor")) is not None:
                 arrays[f"{side}_factor"] = kernels.average_product(
-                    factor, *product, 1.0 - self.factor_beta, keep
+                    factor, *factors, 1.0 - self.factor_beta, keep
                 )
         for name, old in (self.former or {}).items():
             arrays[name] = kernels.store(old, None, xp.where(keep, arrays[name], old))
@@ -241,7 +242,7 @@ class KroneckerRoot(NamedTuple):
     ) -> tuple[KroneckerRoot, Array | None]:
         """New bases where `due` (0-d), by one power iteration with the factors of all shards and a QR
         decomposition; and the rows of the history in them, since a row is kept in the coordinates of its
-        basis. Consumes both."""
+        basis. Consumes both; with None there are none that need it."""
         xp, shape, arrays = kernels.leaf_xp, self.shape, dict(self.arrays)
         v = xp.reshape(arrays["exp_avg_sq"], shape)
         turns: list[Array | None] = []
@@ -253,13 +254,12 @@ class KroneckerRoot(NamedTuple):
             factor = factor if total is None else total(factor)
             basis = arrays[f"{side}_basis"]
             new, order = _iterated(kernels, factor, basis)
-            new = xp.where(due, new, basis)
-            turns.append(kernels.matmul(_transposed(new), basis))
-            index = xp.expand_dims(order, axis=3 - axis)
-            v = xp.take_along_axis(v, xp.broadcast_to(index, shape), axis=axis)
+            new = kernels.chosen(due, new, basis)
+            turns.append(None if history is None else kernels.matmul(_transposed(new), basis))
+            v = kernels.ordered(v, order, axis)
             arrays[f"{side}_basis"] = kernels.store(basis, None, new)
         old = arrays["exp_avg_sq"]
-        arrays["exp_avg_sq"] = kernels.store(old, None, xp.where(due, xp.reshape(v, old.shape), old))
+        arrays["exp_avg_sq"] = kernels.store(old, None, kernels.chosen(due, xp.reshape(v, old.shape), old))
         if history is not None:
             history = self._rows(kernels, history, turns, due)
         return self._replace(arrays=arrays), history
@@ -289,22 +289,19 @@ class KroneckerRoot(NamedTuple):
     def _trace(self, kernels: Kernels) -> Array:
         """(count, 1, 1): the running squared norm of the matrices."""
         xp, factor = kernels.leaf_xp, self.arrays.get("left_factor", self.arrays.get("right_factor"))
-        return xp.reshape(xp.linalg.trace(factor), (-1, 1, 1))
+        return xp.sum(xp.linalg.diagonal(factor), axis=-1)[:, None, None]
 
     def _rows(self, kernels: Kernels, history: Array, turns: Sequence[Array | None], due: Array) -> Array:
-        """The rows of a history in other bases, one at a time where memory can be written."""
-        xp, dtype = kernels.leaf_xp, self.arrays["exp_avg_sq"].dtype
-        m = history.shape[1]
+        """The rows of a history in other bases, as many at a time as fit a tile if memory can be written."""
+        xp, dtype, m = kernels.leaf_xp, self.arrays["exp_avg_sq"].dtype, history.shape[1]
         # Where arrays cannot be written to, a compiler still may: then half of the history at a time.
-        places: list[tuple[Any, ...]] = [(kind, ...) for kind in range(2)]
-        if kernels.in_place:
-            places = [(kind, place, ...) for kind in range(2) for place in range(m)]
-        for place in places:
+        some = max(1, kernels.tile // max(1, math.prod(self.shape))) if kernels.in_place else m
+        for kind, first in product(range(2), range(0, m, some)):
+            place = (kind, slice(first, min(first + some, m)), ...)
             rows = history[place]
-            lead = rows.shape[: 1 if len(place) == 2 else 0]
-            own = kernels.cast(xp.reshape(rows, (*lead, *self.shape)), dtype)
+            own = kernels.cast(xp.reshape(rows, (-1, *self.shape)), dtype)
             new = kernels.cast(xp.reshape(_turned(kernels, own, turns), rows.shape), history.dtype)
-            history = xpx.at(history)[place].set(xp.where(due, new, rows))
+            history = xpx.at(history)[place].set(kernels.chosen(due, new, rows))
         return history
 
 
@@ -357,7 +354,7 @@ def _eigenvectors(kernels: Kernels, factor: Array) -> Array:
     """Eigenvectors of factors (N, n, n) by falling eigenvalue. Where there was no gradient any basis would
     do, so it is completed in one way that does not depend on the library: by the first coordinates that are
     not dead, and then by those that are. The same is done for all if the library finds no eigenvectors."""
-    xp, n, dead = kernels.leaf_xp, factor.shape[-1], _dead(kernels, factor)
+    xp, n, dead = kernels.leaf_xp, factor.shape[-1], _dead(factor, kernels.leaf_xp)
     top = xp.max(xp.abs(factor), axis=(-2, -1), keepdims=True)
     values, vectors = kernels.eigh(factor / xp.where(top > 0, top, 1.0))
     found = xp.all(xp.isfinite(vectors), axis=(-2, -1)) & xp.all(xp.isfinite(values), axis=-1)
@@ -385,29 +382,31 @@ def _iterated(kernels: Kernels, factor: Array, basis: Array) -> tuple[Array, Arr
     values = xp.where(values > 0, values, xp.zeros_like(values))  # so that dead coordinates stay the last
     order = xp.argsort(values, axis=-1, descending=True, stable=True)
     top = xp.max(values, axis=-1)[:, None, None]
-    image = xp.where(top > 0, image / xp.where(top > 0, top, 1.0) + RIDGE * basis, basis)
-    index = xp.broadcast_to(order[:, None, :], image.shape)
-    image = xp.take_along_axis(image, index, axis=-1)
-    return _orthonormal(kernels, image, _dead(kernels, factor)), order
+    image = image * xp.where(top > 0, 1.0 / xp.where(top > 0, top, 1.0), 0.0)
+    image += RIDGE * basis
+    return _orthonormal(kernels, kernels.ordered(image, order, 2), _dead(factor, xp)), order
 
 
 def _orthonormal(kernels: Kernels, columns: Array, dead: Array) -> Array:
     """Orthonormal columns that span the same, each on the side of its own; dead coordinates come last."""
     xp = kernels.leaf_xp
     q, r = xp.linalg.qr(columns)
-    backwards = xp.sum(r * _unit(kernels, r), axis=-1) < 0
-    return _apart(kernels, xp.where(backwards[:, None, :], -q, q), dead)
+    diagonal = xp.linalg.diagonal(r)
+    q = q * xp.where(diagonal < 0, -xp.ones_like(diagonal), xp.ones_like(diagonal))[:, None, :]
+    return _apart(kernels, q, dead)
 
 
-def _dead(kernels: Kernels, factor: Array) -> Array:
+def _dead(factor: Array, xp: Any) -> Array:
     """(N, n): the rows or columns of a weight that never had a gradient, such as an embedding's padding."""
-    return kernels.leaf_xp.sum(factor * _unit(kernels, factor), axis=-1) == 0
+    return xp.linalg.diagonal(factor) == 0
 
 
 def _apart(kernels: Kernels, columns: Array, dead: Array) -> Array:
     """Columns (N, n, n) without the dead coordinates, which have the last columns for themselves: so what has
     no gradient does not move, not even by rounding."""
     xp, n = kernels.leaf_xp, columns.shape[-1]
+    if kernels.known(xp.any(dead)) is False:
+        return columns
     number = xp.cumulative_sum(xp.astype(dead, xp.int32), axis=-1)
     first = n - number[:, -1:]
     place = xp.arange(n, dtype=number.dtype, device=kernels.device(columns))[None, :]
@@ -421,4 +420,7 @@ def _unit(kernels: Kernels, like: Array) -> Array:
 
 
 def _transposed(x: Array) -> Array:
-    return x.mT if hasattr(x, "mT") else x.swapaxes(-1, -2)  # CuPy has `mT` from version 14 on
+    try:
+        return x.mT
+    except AttributeError:  # CuPy before version 14
+        return x.swapaxes(-1, -2)

@@ -13,7 +13,18 @@ from hypothesis import given
 
 import mlbfgs_core as core
 from mlbfgs_core.reference import Reference
-from tests.helpers import arrays_of, join, mapped, power_of, relative, spd, split, to_numpy, trajectory
+from tests.helpers import (
+    arrays_of,
+    foreseen,
+    join,
+    mapped,
+    power_of,
+    relative,
+    spd,
+    split,
+    to_numpy,
+    trajectory,
+)
 from tests.strategies import generators, schedules
 
 lazy_xp_modules = [core]
@@ -139,14 +150,17 @@ def test_what_the_host_foresees_equals_the_masked_step(xp, name, rng):
     start, gradient = noisy_quadratic(rng, 11, steps)
     masked = trajectory(config, xp, start, gradient, steps)
     bound = 1e-12 if is_jax_namespace(xp) else 0  # XLA compiles two programs, which round differently
-    x, state = start.copy(), core.Method(config).init(split(start, [(11,)], xp), xp=xp)
+    x, state, rows = start.copy(), core.Method(config).init(split(start, [(11,)], xp), xp=xp), []
     for t, (expected, _, _) in enumerate(masked):
-        check, due, *_ = (bool(flag) for flag in core.Method(config).upcoming(state))
         leaves = [split(part, [(11,)], xp) for part in (x, gradient(t, x))]
-        update, state = core.Method(config).step(state, *leaves, when_check=check, when_due=due)
+        asked = foreseen(core.Method(config), state)
+        rows.append(asked["when_rows"])
+        update, state = core.Method(config).step(state, *leaves, **asked)
         assert relative(join(update), expected) <= bound
         x = x - 0.1 * join(update)
     assert int(state.pairs[0]) > 0
+    assert not rows[0]
+    assert rows[-1]
 
 
 @pytest.mark.backends("jax")

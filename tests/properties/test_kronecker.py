@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import mlbfgs_core as core
 from mlbfgs_core.adapter import Matrix, matrices_in
 from mlbfgs_core.reference import Reference
-from tests.helpers import arrays_of, join, relative, spd, split, to_numpy
+from tests.helpers import arrays_of, foreseen, join, relative, spd, split, to_numpy
 from tests.strategies import generators
 
 lazy_xp_modules = [core]
@@ -287,12 +287,11 @@ def test_what_the_host_foresees_equals_the_masked_step(xp, rng):
     method = core.Method(config)
     state = method.init(split(x, SHAPES, xp), xp=xp)
     for step in range(12):
-        names = ("when_check", "when_due", "when_formed", "when_turned")
-        flags = dict(zip(names, (bool(flag) for flag in method.upcoming(state)), strict=True))
-        assert flags["when_formed"] == (step == 0)
-        assert flags["when_turned"] == (step + 1 in (2, 3, 4, 6, 7, 9, 12))
+        asked = foreseen(method, state)
+        assert asked["when_formed"] == (step == 0)
+        assert asked["when_turned"] == (step + 1 in (2, 3, 4, 6, 7, 9, 12))
         update, state = method.step(
-            state, split(x, SHAPES, xp), split(gradient(x, step), SHAPES, xp), **flags
+            state, split(x, SHAPES, xp), split(gradient(x, step), SHAPES, xp), **asked
         )
         x = x - 0.02 * join(update)
     assert relative(x, masked) < 1e-9
