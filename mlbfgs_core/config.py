@@ -200,11 +200,11 @@ class Config:
         mean over the steps since the last pair.
     min_cosine : float
         Least cosine of the angle between `s` and the stored `y`; 0 turns the floor off.
-    shrinkage : float or None
+    shrinkage : float
         With an adaptive schedule the part of `y` orthogonal to `s` is multiplied by the part of ``|y|^2``
-        that is not gradient noise, but by no less than this; 1 leaves `y` as it is. With the Kronecker
-        preconditioner a pair that is noise says nothing, and this is kept where the expected noise is 2.5
-        times ``|y|^2`` or more, so that it cannot have been noise. None: 0.25, or 0.5 with Kronecker.
+        that is not gradient noise. A pair that is noise says nothing. Where far more noise is expected than
+        ``|y|^2``, so that it cannot have been noise, up to this is kept: this much from 2.5 times on. 1
+        leaves every `y` as it is.
     damping : (float, float, float) or None
         The paper's ``(sigma_L, sigma_H, tau_0)``; ``None`` turns it off.
     step_length : {"rms", "unit", "clip", "none"}
@@ -302,7 +302,7 @@ class Config:
         noise_floor: float = 4.0,
         beta: float | None = None,
         min_cosine: float = 0.2,
-        shrinkage: float | None = None,
+        shrinkage: float = 0.5,
         damping: tuple[float, float, float] | None = None,
         step_length: StepLength = "rms",
         clip_factor: float = 2.0,
@@ -340,11 +340,6 @@ class Config:
         return self.is_adaptive and self.beta is None and self.preconditioner == "kronecker"
 
     @property
-    def judges_noise(self) -> bool:
-        """Whether pairs that are noise say nothing."""
-        return self.preconditioner == "kronecker" and self.shrinks and self.takes_pairs
-
-    @property
     def shrinks(self) -> bool:
         """Whether noise is taken out of pairs: it is known only with an adaptive schedule."""
         whole = isinstance(self.shrinkage, (int, float)) and self.shrinkage == 1
@@ -361,8 +356,6 @@ class Config:
         matrices = self.preconditioner == "kronecker"
         if self.check_every is None:
             object.__setattr__(self, "check_every", 10 if matrices else 2)
-        if self.shrinkage is None:
-            object.__setattr__(self, "shrinkage", 0.5 if matrices else 0.25)
         for name, least in _INTEGERS.items():
             object.__setattr__(self, name, _checked_integer(name, getattr(self, name), least))
         for name in _REALS:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .call import Call
 from .observation import Observation
-from .state import State
+from .state import State, has_rows
 
 __all__ = ["LENGTHS", "clip", "none", "rms", "unit"]
 
@@ -62,7 +62,7 @@ def clip(
     reach = xp.where(norm_of_params > 0, norm_of_params, LEAST_NORM * xp.sqrt(xp.sum(state.size)))
     growth = xp.astype(state.step - 1, call.dtype) * math.log(WARM_UP_GROWTH)
     part = WARM_UP * xp.exp(xp.minimum(growth, xp.ones_like(growth) * math.log(WARM_UP_MOST / WARM_UP)))
-    started = xp.any(state.pairs > 0)
+    started = xp.any(has_rows(state, xp))
     return (
         xp.where(started, length, part * reach) / safe,
         xp.where(started & positive, followed, state.length),

@@ -18,10 +18,15 @@ all if there is no mapping, have (0, 1): the first axis against the rest."""
 
 
 def matrices_in(
-    config: Config, names: Sequence[str], shapes: Sequence[tuple[int, ...]], axes: MatrixAxes = None
+    config: Config,
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    axes: MatrixAxes = None,
+    real_shapes: Sequence[tuple[int, ...]] | None = None,
 ) -> list[Matrix | None]:
     """The matrices of named parameters; None for each without, and for all if the settings have no use for
-    them.
+    them. With complex parameters the shapes of their leaves, which have a last axis for the two parts, are
+    `real_shapes`.
 
     Raises
     ------
@@ -42,7 +47,7 @@ def matrices_in(
     found = [axes_in(config, name, shape, axes) for name, shape in zip(names, shapes, strict=True)]
     return [
         None if own is None else Matrix.of(shape, config.max_preconditioner_dim, own)
-        for shape, own in zip(shapes, found, strict=True)
+        for shape, own in zip(real_shapes or shapes, found, strict=True)
     ]
 
 
@@ -82,7 +87,9 @@ def _checked(name: str, shape: tuple[int, ...], axes: Any) -> tuple[int, int] | 
         )
         msg = f"`matrix_axes` {rule}, got {axes!r} for {name!r}"
         raise ValueError(msg)
-    if sum(pair) >= len(shape) and pair != (0, 1):
+    if pair == (0, 1) and len(shape) < 2:
+        return None
+    if sum(pair) >= len(shape):
         msg = f"`matrix_axes` must leave axes for the columns, got {pair} for {name!r} of shape {shape}"
         raise ValueError(msg)
     return pair[0], pair[1]

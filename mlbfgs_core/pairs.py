@@ -126,10 +126,9 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     References
     ----------
     Niu et al. 2023, the two-sided damping of `y` (`paper_tau`). Difference from the paper: the shrinkage
-    ``y <- mu s + f (y - mu s)``, ``f = max(shrinkage, 1 - r)`` with the expected noise's part `r` of
-    ``|y|^2`` over all blocks, as James and Stein (1961) shrink a noisy vector to a better known one; and then
-    the cosine floor ``delta = max(0, c_min |y| - s.y/|s|, k sigma_mu |s| - s.y/|s|) / |s|``, which knows no
-    absolute scale. With `Config.judges_noise` see `_judged`.
+    ``y <- mu s + f (y - mu s)`` with `f` from `_part_kept`, as James and Stein (1961) shrink a noisy vector
+    to a better known one; pairs without curvature or of noise alone say nothing; and then the cosine floor
+    ``delta = max(0, c_min |y| - s.y/|s|, k sigma_mu |s| - s.y/|s|) / |s|``, which knows no absolute scale.
     """
     config, xp = call.config, call.xp
     s_norm = pair.s_norm(xp)
@@ -147,11 +146,8 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
         y_norm = joint_norm(pair.yy, *common_scale(pair.y_scale, xp), xp)
         noise = (y_noise / xp.where(y_norm > 0, y_norm, 1.0)) ** 2
         cosine = xp.minimum(xp.abs(mu) / xp.where(length > 0, length, 1.0), xp.ones_like(mu))
-        if config.judges_noise:
-            part = part * _judged(config, noise, xp)
-            inert = (part == 0) | (mu <= 0)
-        else:
-            part = part * xp.maximum(1.0 - noise, xp.ones_like(noise) * config.shrinkage)
+        part = part * _part_kept(config, noise, xp)
+        inert = (part == 0) | (mu <= 0)
         length = length * xp.sqrt(cosine**2 + part**2 * (1.0 - cosine**2))
     tau, base, base_length = xp.ones_like(mu), mu, length
     if config.damping is not None:
@@ -173,7 +169,7 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
     return Damping(part * tau, along, tau, delta / unit, mu / unit, usable, inverse_norm)
 
 
-def _judged(config: Config, noise: Array, xp: Any) -> Array:
+def _part_kept(config: Config, noise: Array, xp: Any) -> Array:
     """What is kept of `y` across `s`, from the noise expected in it in units of ``|y|^2``; 0 if it is noise.
 
     Independent noise gives at most 1, and up to about 1.4 where gradients of neighbouring steps repel each

@@ -353,8 +353,7 @@ class Reference:
         part: Any = 1.0
         if cfg.adaptive and (observed := sum(y @ y for _, y in map(self._pair, self.blocks))) > 0:
             noise: Any = nu * (self.r_P + self.r) / freedom / observed
-            part = max(cfg.shrinkage, 1 - noise)
-            if cfg.judges_noise:
+            if cfg.shrinks:
                 part = max(0.0, 1 - noise, cfg.shrinkage * min(1.0, noise - 1.5))
         for block in self.blocks:
             s, y = self._pair(block)
@@ -370,7 +369,7 @@ class Reference:
                     least = max(least, cfg.noise_floor * np.sqrt(nu * (self._row_noise(block) or 0.0)) / norm)
                 y_hat = y_hat + max(0.0, least - s @ y_hat) * s
                 if s @ y_hat > np.finfo(np.float64).eps * np.linalg.norm(y_hat):
-                    says = not cfg.judges_noise or (part > 0 and mu > 0)
+                    says = not cfg.shrinks or (part > 0 and mu > 0)
                     block.pairs.append((s, y_hat) if says else (0 * s, 0 * y_hat))
                     block.noise.append([])
                     del block.pairs[: -cfg.history_size], block.noise[: -cfg.history_size]

@@ -109,7 +109,7 @@ class MLBFGS:
         noise_floor: float = 4.0,
         beta: float | None = None,
         min_cosine: float = 0.2,
-        shrinkage: float | None = None,
+        shrinkage: float = 0.5,
         damping: tuple[float, float, float] | None = None,
         step_length: StepLength = "rms",
         clip_factor: float = 2.0,
@@ -138,8 +138,9 @@ class MLBFGS:
         numbers = {name: check_number(name, value) for name, value in numbers.items()}
         structure = Structure.of(params)
         partition = core.partition(structure.names, blocks)
-        shapes = [real(array).shape for array in structure.arrays]
-        matrices = adapter.matrices_in(config, structure.names, shapes, matrix_axes)
+        shapes = [array.shape for array in structure.arrays]
+        likes = [real(array).shape for array in structure.arrays]
+        matrices = adapter.matrices_in(config, structure.names, shapes, matrix_axes, likes)
         self._form(structure, partition, matrices, config, maximize)
         self.lr, self.momentum, self.weight_decay = numbers.values()
 

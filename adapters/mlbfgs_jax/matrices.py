@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import mlbfgs_core as core
 from mlbfgs_core import adapter
 
 from .packing import sharded_explicitly
+from .tree import Tree
 from .values import kind
 
 __all__ = ["check_matrices", "matrices_of"]
@@ -28,10 +26,8 @@ def check_matrices(config: core.Config, axes: tuple[str, ...]) -> None:
         raise TypeError(msg)
 
 
-def matrices_of(
-    config: core.Config, names: Sequence[str], leaves: Sequence[Any], axes: adapter.MatrixAxes
-) -> list[adapter.Matrix | None]:
-    """The matrices of named real leaves.
+def matrices_of(config: core.Config, tree: Tree, axes: adapter.MatrixAxes) -> list[adapter.Matrix | None]:
+    """The matrices of a tree's real leaves.
 
     Raises
     ------
@@ -39,10 +35,11 @@ def matrices_of(
         As `adapter.matrices_in`; and a matrix that is sharded over explicit axes, whose products JAX does not
         place by itself.
     """
-    if not names:  # a tree of placeholders, as `optax.tree.map_params` makes it
+    if not tree.names:  # a tree of placeholders, as `optax.tree.map_params` makes it
         return []
-    matrices = adapter.matrices_in(config, names, [tuple(leaf.shape) for leaf in leaves], axes)
-    for name, leaf, matrix in zip(names, leaves, matrices, strict=True):
+    shapes, likes = ([tuple(leaf.shape) for leaf in leaves] for leaves in (tree.given, tree.leaves))
+    matrices = adapter.matrices_in(config, tree.names, shapes, axes, likes)
+    for name, leaf, matrix in zip(tree.names, tree.leaves, matrices, strict=True):
         if matrix is not None and (axes_of := sharded_explicitly(leaf)):
             rule = "must not be 'kronecker' where a matrix is sharded over explicit axes"
             told = f"{kind(leaf)} over {axes_of} at {name!r} (automatic axes will do)"

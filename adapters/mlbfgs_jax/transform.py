@@ -39,7 +39,7 @@ def scale_by_mlbfgs(
     noise_floor: float = 4.0,
     beta: float | None = None,
     min_cosine: float = 0.2,
-    shrinkage: float | None = None,
+    shrinkage: float = 0.5,
     damping: tuple[float, float, float] | None = None,
     step_length: adapter.StepLength = "rms",
     clip_factor: float = 2.0,
@@ -230,7 +230,7 @@ class _Packed(NamedTuple):
 
     def matrices(self, tree: Tree) -> list[adapter.Matrix | None]:
         """The matrices of the parameters."""
-        return matrices_of(self.config, tree.names, tree.leaves, self.matrix_axes)
+        return matrices_of(self.config, tree, self.matrix_axes)
 
     def plan(self, tree: Tree, state: MLBFGSState, matrices: Sequence[adapter.Matrix | None]) -> Plan:
         """The plan of a state.
@@ -324,7 +324,7 @@ def mlbfgs(
     noise_floor: float = 4.0,
     beta: float | None = None,
     min_cosine: float = 0.2,
-    shrinkage: float | None = None,
+    shrinkage: float = 0.5,
     damping: tuple[float, float, float] | None = None,
     step_length: adapter.StepLength = "rms",
     clip_factor: float = 2.0,

@@ -51,7 +51,7 @@ class Curvature:
     @property
     def has_pairs(self) -> bool:
         """Whether any curvature is known."""
-        return bool(self.memory.pairs[0] > 0)
+        return bool(self.memory.middle_matrix.any())
 
 
 class InverseHessian(LinearOperator):

@@ -34,7 +34,7 @@ from .arguments import (
 from .binding import forget_misfits
 from .checkpoint import contribution, outline, restore, take, whole
 from .kernels import as_tensor, quiet
-from .leaves import Member, place, real_shape
+from .leaves import Member, place
 from .memory import check_memory
 from .owners import divide, gather
 from .units import Partition, Unit
@@ -143,7 +143,7 @@ class MLBFGS(Optimizer):
         noise_floor: float = 4.0,
         beta: float | None = None,
         min_cosine: float = 0.2,
-        shrinkage: float | None = None,
+        shrinkage: float = 0.5,
         damping: tuple[float, float, float] | None = None,
         step_length: adapter.StepLength = "rms",
         clip_factor: float = 2.0,
@@ -471,7 +471,7 @@ class MLBFGS(Optimizer):
         for name, param, group in named:
             sharding.check_placements(name, param, owned=self._shard_group is not None)
             config = config_of(settings_of(group))
-            axes = adapter.axes_in(config, name, real_shape(param), self._matrix_axes)
+            axes = adapter.axes_in(config, name, tuple(param.shape), self._matrix_axes)
             share, largest = sharding.share(param, shards), config.max_preconditioner_dim
             member = Member.of(name, param, group, share, axes, largest)
             found.setdefault((config, param.device), []).append(member)

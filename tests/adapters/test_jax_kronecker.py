@@ -201,6 +201,12 @@ def test_a_complex_matrix_learns_as_its_pairs_of_reals():
         )  # the first step has the sign of values down to 1e-8 of the largest
 
 
+def test_a_complex_vector_has_the_diagonal():
+    state = scale_by_mlbfgs(**FAST).init({"z": jnp.ones(5, jnp.complex64), "w": jnp.ones((5, 3))})
+    assert state.preconditioner["left_factor"]["z"] is None
+    assert state.preconditioner["left_factor"]["w"].shape == (1, 5, 5)
+
+
 def test_blocks_that_alternate_keep_their_parameters_counts():
     """With a parameter that has no gradient for a while; leaves of the core lie in the order of blocks."""
     settings = {"history_size": 3, "update_every": 6, "step_length": "none", "adaptive": False}

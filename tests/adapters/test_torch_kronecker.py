@@ -204,6 +204,17 @@ def test_a_compiled_step_runs_from_the_coordinates_of_the_parameters():
     assert all(torch.isfinite(param).all() for param in params.values())
 
 
+def test_a_complex_vector_has_the_diagonal_and_a_complex_matrix_factors():
+    vector, matrix = (
+        torch.nn.Parameter(torch.randn(shape, dtype=torch.complex64)) for shape in ((6,), (6, 4))
+    )
+    optimizer = MLBFGS([vector, matrix], **FAST)
+    vector.grad, matrix.grad = torch.randn_like(vector), torch.randn_like(matrix)
+    optimizer.step()
+    assert "left_factor" not in optimizer.state[vector]
+    assert optimizer.state[matrix]["right_factor"].shape == (1, 8, 8)
+
+
 def test_other_sizes_of_matrices_make_a_parameter_forget_its_curvature():
     param = torch.nn.Parameter(torch.ones(6, 4))
     optimizer = MLBFGS([param], **FAST)
