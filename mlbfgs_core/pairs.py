@@ -146,8 +146,9 @@ def damp(call: Call, state: State, pair: PairProducts) -> Damping:
         y_norm = joint_norm(pair.yy, *common_scale(pair.y_scale, xp), xp)
         noise = (y_noise / xp.where(y_norm > 0, y_norm, 1.0)) ** 2
         cosine = xp.minimum(xp.abs(mu) / xp.where(length > 0, length, 1.0), xp.ones_like(mu))
-        part = part * _part_kept(config, noise, xp)
-        inert = (part == 0) | (mu <= 0)
+        cleans = xp.ones_like(noise) * config.shrinkage < 1.0  # which is known only now if it is traced
+        part = part * xp.where(cleans, _part_kept(config, noise, xp), 1.0)
+        inert = cleans & ((part == 0) | (mu <= 0))
         length = length * xp.sqrt(cosine**2 + part**2 * (1.0 - cosine**2))
     tau, base, base_length = xp.ones_like(mu), mu, length
     if config.damping is not None:
