@@ -27,8 +27,9 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_LATER[name], __name__), name)
     except ModuleNotFoundError as error:
-        msg = f"`{__name__}.{name}` needs {error.name}: pip install 'mlbfgs[diagnostics]'"
-        raise ModuleNotFoundError(msg, name=error.name) from error
+        package = str(error.name).partition(".")[0]
+        msg = f"`{__name__}.{name}` needs {package}: pip install 'mlbfgs[diagnostics]'"
+        raise ModuleNotFoundError(msg, name=package) from error
 
 
 def __dir__() -> list[str]:

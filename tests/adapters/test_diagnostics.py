@@ -653,7 +653,6 @@ def test_what_needs_a_package_says_so_and_the_rest_works_without(name, package, 
     monkeypatch.setitem(sys.modules, package, None)
     module = importlib.import_module("mlbfgs_diagnostics")
     assert module.Recorder is not None
-    with pytest.raises(
-        ModuleNotFoundError, match=rf"{name}` needs {package}: pip install 'mlbfgs\[diagnostics\]'"
-    ):
+    words = rf"{name}` needs {package}: pip install 'mlbfgs\[diagnostics\]'"
+    with pytest.raises(ModuleNotFoundError, match=words):
         getattr(module, name)
