@@ -26,6 +26,8 @@ STRICTEST = {**STRICT, "jax_debug_nans": True, "jax_debug_infs": True, "jax_chec
 """The settings with which JAX's users look for faults, of their own or of others, at three times the cost."""
 
 IN_SLOW = pytest.param(STRICTEST, id="strictest", marks=pytest.mark.slow)
+STRICT_ALONE = pytest.mark.parametrize("_strict", [pytest.param(STRICT, id="strict")], indirect=True)
+"""For tests of many cases, of which the strictest settings find nothing that they do not find elsewhere."""
 STRICTEST_ALONE = pytest.mark.parametrize("_strict", [IN_SLOW], indirect=True)
 
 
@@ -117,6 +119,7 @@ def numpy_leaves(tree):
 # What it computes.
 
 
+@STRICT_ALONE
 @pytest.mark.parametrize(("blocks", "pack"), [("all", True), ("layer", True), ("layer", False)])
 @pytest.mark.parametrize(
     "settings",
@@ -181,6 +184,7 @@ ENDS = [
 ]
 
 
+@STRICT_ALONE
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize(("momentum", "nesterov", "decay"), ENDS)
 def test_the_end_of_a_step_is_the_cores(momentum, nesterov, decay, dtype):
@@ -234,6 +238,7 @@ def test_nesterov_is_that_of_optax(nesterov):
         assert_close(ours, other, rtol=1e-2, atol=1e-3)
 
 
+@STRICT_ALONE
 @pytest.mark.parametrize(
     ("preset", "nesterov"),
     [("default", True), ("paper", False), ("formulas", False), ("lbfgs", False), ("fit", False)],
@@ -683,6 +688,7 @@ def test_the_strictest_jax_takes_masks_and_chains_and_missing_gradients():
     settle(mlbfgs(0.01, 0.5, 0.1, **FAST), "float32", without="scalar")
 
 
+@STRICT_ALONE
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 def test_injected_numbers_do_what_plain_ones_do_in_every_dtype_of_the_parameters(dtype):
     """`optax.inject_hyperparams` gives them the dtype of the parameters, a complex one if need be."""
@@ -873,6 +879,7 @@ CHANGED = {
 }
 
 
+@STRICT_ALONE
 @pytest.mark.parametrize("name", CHANGED)
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize(
@@ -995,6 +1002,7 @@ def test_the_signature_names_every_setting_and_the_schedule():
         }
 
 
+@STRICT_ALONE
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
