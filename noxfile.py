@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,10 +213,11 @@ def distributed(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting."""
+    """Check style and formatting, and the workflows."""
     install(session, groups=("lint",))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("zizmor", "--offline", "--quiet", ".github")
 
 
 @nox.session
@@ -250,12 +253,31 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build the wheel, install it elsewhere, and import every package from there."""
-    session.install("build")
+    """Build the package and check it; the sdist passes the core's tests, the wheel holds every package.
+
+    ``-- --outdir FOLDER`` keeps what has been built, and ``--tag v0.1.0`` must be its version.
+    """
+    parser = argparse.ArgumentParser(prog="nox -s build --")
+    parser.add_argument("--outdir", type=Path)
+    parser.add_argument("--tag")
+    options = parser.parse_args(session.posargs)
+    version = PROJECT["project"]["version"]
+    if options.tag not in (None, f"v{version}"):
+        session.error(f"`--tag` must be v{version}, the version in pyproject.toml, got {options.tag}")
+    install(session, groups=("release", "test"))
     with tempfile.TemporaryDirectory() as folder:
-        session.run("python", "-m", "build", "--outdir", folder, ".")
-        (wheel,) = Path(folder).glob("*.whl")
+        session.run("python", "-m", "build", "--outdir", folder, ".")  # the wheel from the sdist
+        (wheel,), (sdist,) = Path(folder).glob("*.whl"), Path(folder).glob("*.tar.gz")
+        session.run("twine", "check", "--strict", str(wheel), str(sdist))
+        session.run("check-wheel-contents", str(wheel))
+        shutil.unpack_archive(sdist, folder)
         install(session, f"{wheel}[diagnostics,jax,scipy,torch]")
+        if options.outdir is not None:
+            options.outdir.mkdir(parents=True, exist_ok=True)
+            for file in (wheel, sdist):
+                shutil.copy(file, options.outdir)
+        session.cd(Path(folder) / sdist.name.removesuffix(".tar.gz"))
+        pytest(session, "-q", "-n", "auto", "--backends=numpy", "tests/core")
         session.cd(folder)
         names = ("arrays", "core", "cupy", "diagnostics", "jax", "scipy", "torch")
         for package in ("mlbfgs", *(f"mlbfgs_{name}" for name in names)):

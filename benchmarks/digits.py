@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,21 @@ from torch import Tensor, nn
 
 from mlbfgs_torch import MLBFGS
 
-__all__ = ["COLOURS", "OPTIMIZERS", "TASKS", "Data", "Run", "Summary", "Task", "compare", "draw", "load"]
+__all__ = [
+    "COLOURS",
+    "DOCUMENTED",
+    "OPTIMIZERS",
+    "TASKS",
+    "Compared",
+    "Data",
+    "Run",
+    "Summary",
+    "Task",
+    "compare",
+    "draw",
+    "draw_all",
+    "load",
+]
 
 COLOURS = {"mL-BFGS": "#0072B2", "mL-BFGS Kronecker": "#CC79A7", "AdamW": "#D55E00", "SGD": "#009E73"}
 # No weight decay, so that all minimise the same loss; fused, since that is their fastest implementation.
@@ -29,6 +43,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True),
     "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, fused=True),
 }
+DOCUMENTED = 1e-3
+"""The learning rate that all four document: the default of `MLBFGS`, and of PyTorch for AdamW and SGD."""
 SIDE, SHIFT, EVALUATIONS, EVALUATED = 28, 2, 30, 1000
 
 Tracked = Callable[[str], AbstractContextManager[None]]
@@ -112,7 +128,7 @@ class Run(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The runs of one optimizer at its best learning rate, one for each seed."""
+    """The runs of one optimizer at one learning rate, one for each seed."""
 
     runs: list[Run]
     rate: float
@@ -121,6 +137,15 @@ class Summary(NamedTuple):
     def mean(self, field: str) -> Any:
         """Mean over the seeds of a field of `Run`."""
         return np.mean([getattr(run, field) for run in self.runs], axis=0)
+
+
+class Compared(NamedTuple):
+    """What each optimizer has reached on a task."""
+
+    documented: dict[str, Summary]
+    """At the learning rate of its documentation."""
+    tuned: dict[str, Summary]
+    """At the best of those tried."""
 
 
 def load() -> Data:
@@ -141,22 +166,28 @@ def load() -> Data:
     )
 
 
-def compare(task: Task, data: Data, seeds: int, tracked: Tracked) -> dict[str, Summary]:
-    """Train at every learning rate with every seed; keep the rate with the lowest mean train loss.
+def plan(task: Task) -> list[tuple[str, float]]:
+    """Optimizers and learning rates, in turns, so that a change in the machine's load affects all of them."""
+    rounds = [(DOCUMENTED,) * len(task.rates), *zip(*task.rates.values(), strict=True)]
+    return list(dict.fromkeys(pair for rates in rounds for pair in zip(task.rates, rates, strict=True)))
 
-    The optimizers take turns, so that a change in the machine's load affects all of them.
-    """
-    runs: dict[str, list[list[Run]]] = {name: [[] for _ in rates] for name, rates in task.rates.items()}
+
+def compare(task: Task, data: Data, seeds: int, tracked: Tracked) -> Compared:
+    """Train at every learning rate with every seed."""
+    runs: dict[tuple[str, float], list[Run]] = {pair: [] for pair in plan(task)}
     for seed in range(seeds):
-        for number in range(len(task.rates["AdamW"])):
-            for name, of_rate in runs.items():
-                rate = task.rates[name][number]
-                with tracked(f"{task.name} · {name} · learning rate {rate:g} · seed {seed}"):
-                    of_rate[number].append(train(task, data, name, rate, seed))
-    return {name: best(task.rates[name], of_rate) for name, of_rate in runs.items()}
+        for (name, rate), own in runs.items():
+            with tracked(f"{task.name} · {name} · learning rate {rate:g} · seed {seed}"):
+                own.append(train(task, data, name, rate, seed))
+    documented = {name: Summary(runs[name, DOCUMENTED], DOCUMENTED, at_edge=False) for name in task.rates}
+    tuned = {}
+    for name in task.rates:
+        tried = sorted(rate for own, rate in runs if own == name)
+        tuned[name] = best(tried, [runs[name, rate] for rate in tried])
+    return Compared(documented, tuned)
 
 
-def best(rates: tuple[float, ...], runs: list[list[Run]]) -> Summary:
+def best(rates: Sequence[float], runs: list[list[Run]]) -> Summary:
     """The runs at the learning rate that trained best."""
     index = int(np.argmin([np.mean([run.losses[-1] for run in of_rate]) for of_rate in runs]))
     return Summary(runs[index], rates[index], at_edge=index in (0, len(rates) - 1))
@@ -204,6 +235,32 @@ def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
 def evaluate(task: Task, model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Loss on all of the images, infinite if it is not a number."""
     return float(task.loss(model(images), images, labels).nan_to_num(float("inf")))
+
+
+def draw_all(compared: dict[Task, Compared]) -> plt.Figure:
+    """Train loss by seconds: a row for each task, with documented and with best learning rates."""
+    size = (9, 3.1 * len(compared))
+    figure, axes = plt.subplots(len(compared), 2, figsize=size, sharey="row", layout="constrained")
+    for row, (task, both) in zip(np.atleast_2d(axes), compared.items(), strict=True):
+        titles = (f"everyone's learning rate {DOCUMENTED:g}", "everyone's best learning rate")
+        for axis, summaries, title in zip(row, both, titles, strict=True):
+            for name, summary in summaries.items():
+                losses = summary.mean("losses")
+                axis.plot(summary.mean("seconds"), losses, color=COLOURS[name], linewidth=2, label=name)
+            axis.set(
+                title=f"{task.name}, {title}", xlabel="seconds of training", yscale="log", xlim=(0, None)
+            )
+            axis.grid(alpha=0.25, which="both")
+            axis.yaxis.set_major_formatter("{x:g}")
+            if not task.classifies:  # over less than a decade the minor ticks need numbers
+                axis.yaxis.set_minor_formatter("{x:g}")
+        row[0].set_ylabel("cross-entropy" if task.classifies else "squared error per image")
+    axes.flat[0].legend(frameon=False)
+    seeds = len(next(iter(compared.values())).tuned["AdamW"].runs)
+    figure.suptitle(
+        f"Train loss on handwritten digits, the same number of steps for all, mean of {seeds} seeds"
+    )
+    return figure
 
 
 def draw(task: Task, summaries: dict[str, Summary]) -> plt.Figure:

@@ -40,6 +40,7 @@ from .state import (
     with_leaf_arrays,
 )
 from .two_loop import two_loop
+from .watch import Watch
 from .window import mean_square_weight
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "StepLength",
     "TileRoot",
     "Upcoming",
+    "Watch",
     "When",
     "accumulation_dtype",
     "as_number",

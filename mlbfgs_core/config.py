@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from .presets import Preset, preset_of
+from .suggestions import suggestion
 
 __all__ = [
     "SETTINGS",
@@ -135,13 +136,15 @@ def with_preset(function: _Function, *, marked: bool = False) -> _Function:
         own.name for own in signature.parameters.values() if own.kind is inspect.Parameter.KEYWORD_ONLY
     ]
 
+    settings = [name for name in signature.parameters if name not in ("self", "params")]
+
     @functools.wraps(function)
     def filled(*args: Any, **kwargs: Any) -> Any:
         given = {name: value for name, value in kwargs.items() if not isinstance(value, _Default)}
         for name in given:
             if name not in signature.parameters:
                 check_old_names([name])
-                msg = f"unknown setting `{name}`; the settings are {', '.join(options)}"
+                msg = f"unknown setting `{name}`; {suggestion(name, settings)}"
                 raise TypeError(msg)
         if given.get("preset") is not None and given.keys() >= set(SETTINGS):
             given = {name: value for name, value in given.items() if not is_default(name, value)}

@@ -33,6 +33,8 @@ class Structure(NamedTuple):
     """"array", "sequence" or "mapping"."""
     names: tuple[str, ...]
     arrays: tuple[Array, ...]
+    source: Any = None
+    """The user's own list or mapping, which may come to hold other arrays."""
 
     @classmethod
     def of(cls, params: Any) -> Structure:
@@ -65,7 +67,21 @@ class Structure(NamedTuple):
         for name, array in zip(names, arrays, strict=True):
             _check_param(name, array)
         _check_memory(names, arrays)
-        return cls(form, names, arrays)
+        return cls(form, names, arrays, params if isinstance(params, (list, Mapping)) else None)
+
+    def check_source(self) -> None:
+        """Raise ValueError where the user's list or mapping holds another array than it did, which no step
+        would update."""
+        if self.source is None:
+            return
+        mapping = self.form == "mapping"
+        for index, (name, array) in enumerate(zip(self.names, self.arrays, strict=True)):
+            key = name if mapping else index
+            held = self.source.get(key) if mapping else self.source[key] if index < len(self.source) else None
+            if held is not array:
+                rule = f"must keep the arrays that were given (write to one: params[{key!r}][...] = new)"
+                msg = f"`params` {rule}, got another for {name!r}"
+                raise ValueError(msg)
 
     @property
     def params(self) -> Any:

@@ -12,8 +12,6 @@ import array_api_compat.numpy
 import numpy as np
 from array_api_compat import is_cupy_array
 
-from mlbfgs_core.adapter import Upcoming
-
 from .kernels import NumpyKernels
 
 __all__ = ["Backend", "Cuda", "Host", "as_numpy", "backend_of"]
@@ -51,8 +49,8 @@ class Host:
         """A learning rate as `Kernels.apply` takes it."""
         return float(lr)
 
-    def flags(self) -> HostFlags:
-        """A new memory of what the next step is to do."""
+    def flags(self, count: int) -> HostFlags:
+        """A new memory of this many flags."""
         return HostFlags()
 
 
@@ -90,34 +88,34 @@ class Cuda:
             return lr.reshape(()).astype(dtype, copy=False)
         return float(lr)
 
-    def flags(self) -> CudaFlags:
-        """A new memory of what the next step is to do."""
-        return CudaFlags()
+    def flags(self, count: int) -> CudaFlags:
+        """A new memory of this many flags."""
+        return CudaFlags(count)
 
 
 Backend = Host | Cuda
 
 
 class HostFlags:
-    """What the next step is to do, already on the host."""
+    """Flags that a state has given, already on the host."""
 
     def send(self, flags: Array) -> None:
         """Remember it."""
         self._flags = flags
 
-    def read(self) -> Upcoming:
+    def read(self) -> list[bool]:
         """What was sent."""
-        return Upcoming(*map(bool, self._flags))
+        return list(map(bool, self._flags))
 
 
 class CudaFlags:
-    """What the next step is to do, copied from the device without waiting for it."""
+    """Flags that a state has given, copied from the device without waiting for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         import cupy
         import cupyx
 
-        self._host = cupyx.empty_pinned(len(Upcoming._fields), dtype=bool)
+        self._host = cupyx.empty_pinned(count, dtype=bool)
         self._event = cupy.cuda.Event(disable_timing=True)
         # The memory must not be reused while a copy to it is under way.
         weakref.finalize(self, self._event.synchronize)
@@ -127,10 +125,10 @@ class CudaFlags:
         flags.get(out=self._host, blocking=False)
         self._event.record()
 
-    def read(self) -> Upcoming:
+    def read(self) -> list[bool]:
         """What was sent one step ago."""
         self._event.synchronize()
-        return Upcoming(*map(bool, self._host))
+        return list(map(bool, self._host))
 
 
 def backend_of(array: Array) -> Backend:

@@ -251,7 +251,8 @@ class MLBFGS:
         ------
         ValueError, TypeError
             Gradients that do not fit the parameters; a parameter whose shape, strides or dtype have been
-            changed since it was given, or that has been made read-only. Nothing has changed then.
+            changed since it was given, or that has been made read-only; a list or dictionary of parameters
+            in which another array has taken the place of one. Nothing has changed then.
 
         Notes
         -----
@@ -382,13 +383,14 @@ class MLBFGS:
             unit.resume(snapshot)
 
     def _check(self, *, writes: bool) -> None:
+        self._structure.check_source()
         for unit in self.units:
             unit.check(writes=writes)
 
     def __getstate__(self) -> dict[str, Any]:
         self._check(writes=False)
         return {
-            "structure": self._structure,
+            "structure": self._structure._replace(source=None),
             "blocks": self._blocks,
             "matrices": self._matrices,
             "config": self.config,

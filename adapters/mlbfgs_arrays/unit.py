@@ -18,6 +18,9 @@ from .layout import Array, Leaf, Member, real
 
 __all__ = ["Unit", "Work"]
 
+_STEP = 4
+"""How far the user's call of `step` is from `Unit.project`'s helpers, for warnings."""
+
 
 class Work(NamedTuple):
     """A step of a unit between its two halves."""
@@ -50,6 +53,7 @@ class Unit:
         self._momentum: list[Array] | None = None
         self._flags: HostFlags | CudaFlags | None = None
         self._sent = False
+        self._watch = adapter.Watch("MLBFGS")
         self._lay(self._packed([member.kind for member in members]))
         with backend.on():
             self._state = self._method.init([leaf.like() for leaf in self._leaves])
@@ -309,15 +313,20 @@ class Unit:
 
     def _asked(self) -> adapter.Upcoming:
         """What this step is to do."""
-        if not self._sent:
+        taken = self._sent  # else nothing is known of the step before
+        if not taken:
             self._ask()
-        return self._flags.read()
+        *upcoming, accepted = self._flags.read()
+        if taken:
+            self._watch.see(accepted, stacklevel=_STEP)
+        return adapter.Upcoming(*upcoming)
 
     def _ask(self) -> None:
-        """Let the state say what the next step is to do."""
+        """Let the state say what the next step is to do, and whether it has accepted the last gradient."""
+        flags = self.backend.xp.concat([self._method.upcoming(self._state), self._state.accepted[None]])
         if self._flags is None:
-            self._flags = self.backend.flags()
-        self._flags.send(self._method.upcoming(self._state))
+            self._flags = self.backend.flags(flags.shape[0])
+        self._flags.send(flags)
         self._sent = True
 
 

@@ -60,16 +60,28 @@ class Tree(NamedTuple):
             grads = self.treedef.flatten_up_to(updates)
         except (TypeError, ValueError) as error:
             rule = "must be a tree like that of `params`, with None for a parameter without a gradient"
-            msg = f"`updates` {rule}, got {jax.tree.structure(updates)} for {self.treedef}"
+            msg = f"`grads` {rule}, got {self._unlike(updates)}"
             raise ValueError(msg) from error
         for name, given, leaf, grad in zip(self.names, self.given, self.leaves, grads, strict=True):
             if grad is None:
                 continue
             real = as_real(grad)
             if real.shape != leaf.shape or not jnp.issubdtype(real.dtype, jnp.floating):
-                msg = f"`updates` must be like the parameter, {kind(given)}, at {name!r}, got {kind(grad)}"
+                msg = f"`grads` must be like the parameter, {kind(given)}, at {name!r}, got {kind(grad)}"
                 raise ValueError(msg)
         return grads
+
+    def _unlike(self, grads: Any) -> str:
+        """In what a tree of gradients differs from that of the parameters."""
+        found = jax.tree.structure(grads)
+        if isinstance(grads, tuple) and len(grads) == 2 and jax.tree.structure(grads[1]) == self.treedef:
+            return "a pair whose second part is one (as `jax.value_and_grad` returns it)"
+        paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda node: node is None)
+        names = path_names([path for path, _ in paths])
+        for words, some, others in (("none for", self.names, names), ("one for", names, self.names)):
+            if (odd := [name for name in some if name not in others]) and len(odd) < len(some):
+                return f"{words} {odd[0]!r}"
+        return f"a {type(grads).__name__}, {found}, for {self.treedef}"
 
     def check_names(self, state: MLBFGSState) -> None:
         """Raise ValueError unless a state has the tree of these parameters."""

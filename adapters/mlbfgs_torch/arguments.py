@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -41,6 +42,7 @@ __all__ = [
     "match_names",
     "of_today",
     "settings_of",
+    "warn_of_shapes",
 ]
 
 NUMBERS = ("lr", "momentum", "weight_decay")
@@ -55,6 +57,8 @@ ADDED = {
     "max_preconditioner_dim": 2048,
 }
 """Settings that older versions did not have, with the values that do what those versions did."""
+_SHAPING = ("history_size", "history_dtype", "preconditioner", "max_preconditioner_dim")
+"""Settings that decide which arrays a state has."""
 _TOGETHER = tuple(
     entry.name
     for entry in layout(core.Config(preconditioner="none"), [torch.empty(0, device="meta")], ((0,),))
@@ -139,6 +143,15 @@ def check_groups(groups: Iterable[dict[str, Any]]) -> None:
             raise ValueError(msg)
 
 
+def warn_of_shapes(groups: Sequence[dict[str, Any]], loaded: Sequence[dict[str, Any]]) -> None:
+    """Warn where loaded settings replace those that the user has chosen for the state's arrays."""
+    for own, new in zip(groups, loaded, strict=False):  # the base class compares the numbers
+        for name in _SHAPING:
+            if name in new and new[name] != own[name]:
+                told = f"`{name}`={new[name]!r} of the loaded state replaces {own[name]!r}"
+                warnings.warn(f"MLBFGS: {told}; set it in `param_groups` to change it", stacklevel=7)
+
+
 def of_today(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict with today's names for settings and arrays that an older version has written; the given
     one is not changed."""
@@ -175,11 +188,11 @@ def check_entry(entry: Any, param: Tensor, name: str) -> None:
             continue
         got = got[2:] if part == "history" and len(got) > 1 else got
         if got != shape:
-            msg = f"`state_dict` must hold a {part!r} of the parameter's shape {shape}, got {got}"
+            msg = f"`state_dict` must hold a {part!r} of the shape {shape} of {name!r}, got {got}"
             raise ValueError(msg)
         if sharding.is_sharded(param) and not sharding.is_sharded(entry[part]):
             rule = "sharded like its parameter (see torch.distributed.checkpoint.state_dict)"
-            msg = f"`state_dict` must hold a {part!r} {rule}, got a plain tensor of shape {got}"
+            msg = f"`state_dict` must hold a {part!r} {rule}, got a plain tensor of shape {got} for {name!r}"
             raise ValueError(msg)
     arrays = [part for part in arrays if part != "momentum_buffer"]
     if not arrays and not is_known(entry):

@@ -30,6 +30,7 @@ from .arguments import (
     match_names,
     of_today,
     settings_of,
+    warn_of_shapes,
 )
 from .binding import forget_misfits
 from .checkpoint import contribution, outline, restore, take, whole
@@ -292,15 +293,20 @@ class MLBFGS(Optimizer):
     def diagnostics(self) -> list[core.Diagnostics]:
         """Figures of the last step, one record for each set of groups with common settings.
 
-        The tensors in them are the optimizer's own; reading a value waits for the device.
+        The tensors in them are the optimizer's own; reading a value waits for the device. Before the first
+        step they are those of a run that has learned nothing yet.
         """
         self._init_group()
+        if not self._units and self._shard_group is None:
+            return [core.diagnostics(part.fresh()) for part in self._partitions()]
         return [core.diagnostics(unit.state) for unit in self._units]
 
     def block_names(self) -> list[tuple[str, ...]]:
         """A short name for each block of each record in `diagnostics`, from the parameters' names."""
         self._init_group()
         parts = [unit.part for unit in self._units]
+        if not parts and self._shard_group is None:
+            parts = self._partitions()
         return [adapter.block_names([m.name for m in part.members], part.blocks) for part in parts]
 
     @torch.no_grad()
@@ -342,6 +348,7 @@ class MLBFGS(Optimizer):
         def capture(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             final = of_today(final)
             check_groups(final["param_groups"])
+            warn_of_shapes(self.param_groups, final["param_groups"])
             loaded.update(final)
             keys = [key for group in final["param_groups"] for key in group["params"]]
             for key, param in zip(keys, params, strict=False):  # the base class compares the numbers

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.adapter import Blocks, StepEnd, Upcoming
+from mlbfgs_core.adapter import Blocks, StepEnd, Upcoming, Watch
 
 from . import sharding
 from .arguments import check_gradient
@@ -24,6 +24,8 @@ from .rows import PER_BLOCK, PER_UNIT, is_known
 __all__ = ["HOSTS", "Partition", "Unit"]
 
 _NOTHING: dict[str, Any] = {}
+_STEP = 5
+"""How far the user's call of `step` is from the methods of a unit, for warnings."""
 HOSTS = {"cpu"}
 """Types of devices on whose tensors NumPy can work."""
 
@@ -72,6 +74,11 @@ class Partition(NamedTuple):
             return []
         count = 2 + sum(not block for block in self.blocks)
         return [torch.empty(0, dtype=self.dtype, device=self.device) for _ in range(count)]
+
+    def fresh(self) -> core.State:
+        """A state before the first step, which has the coefficients of all blocks and no arrays."""
+        empty = [torch.empty(0, device=self.device) for _ in self.blocks]
+        return core.Method(self.config, tuple((i,) for i in range(len(empty)))).init(empty)
 
     def active(self, memory: Memory) -> Partition:
         """Only the parameters that have a gradient now or have had one."""
@@ -124,6 +131,7 @@ class Unit:
         self._host_kernels = HostKernels(self._device) if self._device.type in HOSTS else None
         self._rows = [(member.param, memory[member.param]["counters"]) for member in part.members]
         self.flags: _Flags | None = None
+        self._watch = Watch("MLBFGS")
         shares = [*(leaf.share for leaf in self.leaves), *(1.0 for _ in self._absent)]
         self._shares = None if all(share == 1.0 for share in shares) else shares
         spread = [leaf.members[0].spread for leaf in self.leaves]
@@ -198,13 +206,18 @@ class Unit:
             raise RuntimeError(msg)
         if self.flags is None:
             self.flags = _Flags(core.Method(self.config), self.state)
-        return self.flags.read()
+        upcoming, accepted = self.flags.read()
+        if accepted is not None:
+            self._watch.see(accepted, stacklevel=_STEP)
+        return upcoming
 
     def remember(self, state: core.State) -> None:
         """Take over the new coefficients."""
         self._bound.store(state)
         if self.flags is not None:
             self.flags.send(state)
+        elif not isinstance(state.gamma, Tensor):
+            self._watch.see(bool(state.accepted), stacklevel=_STEP)
 
     def apply(
         self,
@@ -259,21 +272,27 @@ class _Flags:
     def __init__(self, method: core.Method, state: core.State) -> None:
         self._method = method
         device = state.gamma.device
-        self._host = torch.empty(len(Upcoming._fields), dtype=torch.bool, pin_memory=device.type == "cuda")
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        on_device = device.type == "cuda"
+        self._host = torch.empty(len(Upcoming._fields) + 1, dtype=torch.bool, pin_memory=on_device)
+        self._event = torch.cuda.Event() if on_device else None
         self.send(state)
+        self._first = True
 
     def send(self, state: core.State) -> None:
-        """Start copying what the state asks the next step to do."""
-        self._host.copy_(self._method.upcoming(state), non_blocking=True)
+        """Start copying what the state asks the next step to do, and whether it has accepted the last
+        gradient."""
+        self._first = False
+        flags = torch.cat([self._method.upcoming(state), state.accepted[None]])
+        self._host.copy_(flags, non_blocking=True)
         if self._event is not None:
             self._event.record()
 
-    def read(self) -> Upcoming:
-        """What was sent one step ago."""
+    def read(self) -> tuple[Upcoming, bool | None]:
+        """What was sent one step ago; None for the verdict if no step has been taken since."""
         if self._event is not None:
             self._event.synchronize()
-        return Upcoming(*map(bool, self._host.numpy()))
+        *upcoming, accepted = map(bool, self._host.numpy())
+        return Upcoming(*upcoming), None if self._first else accepted
 
 
 def _gradient(leaf: Leaf, scale: Tensor | None) -> Tensor | None:

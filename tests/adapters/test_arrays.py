@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 
 import array_api_strict
 import ml_dtypes
@@ -870,7 +871,8 @@ def test_bad_parameters_are_refused(params, error, words):
         ({"metric_power": 0.5}, TypeError, "`metric_power`; it is now `preconditioner_power`"),
         ({"history_dtype": "bfloat16"}, ValueError, "`history_dtype`"),
         ({"preset": "best"}, ValueError, "`preset`"),
-        ({"eps": 1e-8}, TypeError, "unknown setting `eps`"),
+        ({"eps": 1e-8}, TypeError, "unknown setting `eps`; leave it out"),
+        ({"learning_rate": 0.1}, TypeError, "unknown setting `learning_rate`; `lr` is its name here"),
         ({"blocks": "layer"}, ValueError, "`blocks`='layer' needs names with dots"),
     ],
 )
@@ -937,3 +939,32 @@ def test_bad_gradients_are_refused_before_anything_changes(grads, error, words):
 def test_gradients_in_a_sequence_are_counted(grads, words):
     with pytest.raises((TypeError, ValueError), match="`grads` " + words):
         MLBFGS([np.ones(2), np.ones(2)]).step(grads)
+
+
+def test_gradients_that_are_never_finite_are_told_once():
+    params = {"x": np.ones(3)}
+    optimizer = MLBFGS(params)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(60):
+            optimizer.step({"x": np.full(3, np.nan)})
+    (warning,) = caught
+    assert str(warning.message).startswith("MLBFGS has refused the last 20 gradients")
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("form", [dict, list])
+def test_an_array_put_in_the_place_of_a_parameter_is_refused(form):
+    arrays = {"x": np.ones(3), "y": np.ones(2)}
+    params = arrays if form is dict else list(arrays.values())
+    key, grads = ("y", dict(arrays)) if form is dict else (1, list(arrays.values()))
+    optimizer = MLBFGS(params)
+    optimizer.step(copy.deepcopy(grads))
+    old, params[key] = params[key], np.zeros(2)
+    before = arrays["x"].copy()
+    with pytest.raises(ValueError, match=r"`params` must keep the arrays that were given \(write to one: "):
+        optimizer.step(copy.deepcopy(grads))
+    np.testing.assert_array_equal(arrays["x"], before)
+    params[key] = old
+    optimizer.step(copy.deepcopy(grads))
+    assert copy.deepcopy(optimizer).params is not None

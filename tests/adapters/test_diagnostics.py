@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -642,3 +644,15 @@ def test_tensorboard_reads_back_what_was_written(tmp_path):
     assert event.step == 5
     assert event.value == pytest.approx(float(driver.optimizer.diagnostics()[0].gamma[1]))
     assert len(events.Tags()["scalars"]) == len(OF_UNIT) + 2 * (len(OF_BLOCK) + 3)
+
+
+@pytest.mark.parametrize(("name", "package"), [("table", "rich"), ("figure", "matplotlib")])
+def test_what_needs_a_package_says_so_and_the_rest_works_without(name, package, monkeypatch):
+    for module in [own for own in sys.modules if own.partition(".")[0] in ("mlbfgs_diagnostics", package)]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    module = importlib.import_module("mlbfgs_diagnostics")
+    assert module.Recorder is not None
+    words = rf"{name}` needs {package}: pip install 'mlbfgs\[diagnostics\]'"
+    with pytest.raises(ModuleNotFoundError, match=words):
+        getattr(module, name)

@@ -26,6 +26,8 @@ STRICTEST = {**STRICT, "jax_debug_nans": True, "jax_debug_infs": True, "jax_chec
 """The settings with which JAX's users look for faults, of their own or of others, at three times the cost."""
 
 IN_SLOW = pytest.param(STRICTEST, id="strictest", marks=pytest.mark.slow)
+STRICT_ALONE = pytest.mark.parametrize("_strict", [pytest.param(STRICT, id="strict")], indirect=True)
+"""For tests of many cases, of which the strictest settings find nothing that they do not find elsewhere."""
 STRICTEST_ALONE = pytest.mark.parametrize("_strict", [IN_SLOW], indirect=True)
 
 
@@ -117,6 +119,7 @@ def numpy_leaves(tree):
 # What it computes.
 
 
+@STRICT_ALONE
 @pytest.mark.parametrize(("blocks", "pack"), [("all", True), ("layer", True), ("layer", False)])
 @pytest.mark.parametrize(
     "settings",
@@ -181,6 +184,7 @@ ENDS = [
 ]
 
 
+@STRICT_ALONE
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize(("momentum", "nesterov", "decay"), ENDS)
 def test_the_end_of_a_step_is_the_cores(momentum, nesterov, decay, dtype):
@@ -234,6 +238,7 @@ def test_nesterov_is_that_of_optax(nesterov):
         assert_close(ours, other, rtol=1e-2, atol=1e-3)
 
 
+@STRICT_ALONE
 @pytest.mark.parametrize(
     ("preset", "nesterov"),
     [("default", True), ("paper", False), ("formulas", False), ("lbfgs", False), ("fit", False)],
@@ -683,6 +688,7 @@ def test_the_strictest_jax_takes_masks_and_chains_and_missing_gradients():
     settle(mlbfgs(0.01, 0.5, 0.1, **FAST), "float32", without="scalar")
 
 
+@STRICT_ALONE
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 def test_injected_numbers_do_what_plain_ones_do_in_every_dtype_of_the_parameters(dtype):
     """`optax.inject_hyperparams` gives them the dtype of the parameters, a complex one if need be."""
@@ -873,6 +879,7 @@ CHANGED = {
 }
 
 
+@STRICT_ALONE
 @pytest.mark.parametrize("name", CHANGED)
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize(
@@ -995,6 +1002,7 @@ def test_the_signature_names_every_setting_and_the_schedule():
         }
 
 
+@STRICT_ALONE
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -1006,7 +1014,9 @@ def test_the_signature_names_every_setting_and_the_schedule():
         (lambda: mlbfgs(0.1, 1.0), ValueError, r"`momentum` must be in \[0, 1\), got 1.0"),
         (lambda: mlbfgs(0.1, nesterov=1), TypeError, r"`nesterov` must be a bool, got 1"),
         (lambda: mlbfgs(0.1, weight_decay=-1), ValueError, r"`weight_decay` must be finite and >= 0, got -1"),
-        (lambda: mlbfgs(0.1, memory=3), TypeError, r"unknown setting `memory`; the settings are"),
+        (lambda: mlbfgs(0.1, memory=3), TypeError, r"unknown setting `memory`; the settings are learning"),
+        (lambda: mlbfgs(lr=0.1), TypeError, r"unknown setting `lr`; `learning_rate` is its name here"),
+        (lambda: mlbfgs(0.1, memory_size=3), TypeError, r"`memory_size`; `history_size` is its name here"),
         (lambda: scale_by_mlbfgs(history_size=-1), ValueError, r"`history_size` must be >= 0, got -1"),
         (lambda: mlbfgs(0.1, metric_power=0.5), TypeError, r"`metric_power`; it is now `precond"),
         (lambda: mlbfgs(0.1, preconditioner="full"), ValueError, r"`preconditioner` must be one of .*'full'"),
@@ -1017,7 +1027,7 @@ def test_the_signature_names_every_setting_and_the_schedule():
         (lambda: mlbfgs(0.1).update(jnp.ones(3), mlbfgs(0.1).init(jnp.ones(3))), ValueError,
          r"`params` must be given to `update`, got None"),
         (lambda: mlbfgs(0.1).update(jnp.ones(2), mlbfgs(0.1).init(jnp.ones(3)), jnp.ones(3)), ValueError,
-         r"`updates` must be like the parameter, .* of shape \(3,\), at '', got .* of shape \(2,\)"),
+         r"`grads` must be like the parameter, .* of shape \(3,\), at '', got .* of shape \(2,\)"),
     ],
 )  # fmt: skip
 def test_bad_arguments_name_the_argument_the_rule_and_the_value(make, error, message):
@@ -1030,3 +1040,20 @@ def test_the_state_is_the_cores():
     assert isinstance(state, MLBFGSState)
     assert isinstance(state, core.State)
     assert int(core.diagnostics(state).step) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda g: list(g.values()), r"got a list, PyTreeDef\(\[\*, \*\]\), for PyTreeDef"),
+        (lambda g: {"w": g["w"]}, "got none for 'b'"),
+        (lambda g: g | {"c": g["b"]}, "got one for 'c'"),
+        (lambda g: (jnp.ones(()), g), "got a pair whose second part is one"),
+        (lambda g: None, "got a NoneType"),
+    ],
+)
+def test_a_tree_of_gradients_of_another_form_is_refused_with_what_is_wrong(wrong, words):
+    params = {"w": jnp.ones(3), "b": jnp.ones(2)}
+    tx = mlbfgs(1e-3)
+    with pytest.raises(ValueError, match=f"`grads` must be a tree like that of `params`, .*{words}"):
+        tx.update(wrong(params), tx.init(params), params)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import array_api_compat.torch as xp
 import numpy as np
@@ -510,7 +511,9 @@ def test_without_pairs_the_base_optimizer_trains_and_resumes(settings, tmp_path)
         ({"shrinkage": 1.5}, ValueError, r"`shrinkage` must be in \[0, 1\], got 1.5"),
         ({"history_size": -1}, ValueError, "`history_size` must be >= 0, got -1"),
         ({"preset": "best"}, ValueError, "`preset`"),
-        ({"eps": 1e-8}, TypeError, "unknown setting `eps`"),
+        ({"eps": 1e-8}, TypeError, "unknown setting `eps`; leave it out"),
+        ({"learning_rate": 0.1}, TypeError, "unknown setting `learning_rate`; `lr` is its name here"),
+        ({"colour": 1}, TypeError, "the settings are lr, momentum, weight_decay, preset, "),
         ({"blocks": "layers"}, ValueError, "`blocks` must be .*, got 'layers'"),
         ({"blocks": "layer"}, ValueError, "named_parameters"),
     ],
@@ -775,3 +778,40 @@ def test_large_products_inside_autocast_keep_full_precision():
                 optimizer.step()
         results.append([param.detach()])
     assert_same(*results)
+
+
+@pytest.mark.parametrize("lost", [19, 40])
+def test_gradients_that_are_never_finite_are_told_once(lost):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = MLBFGS([param])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for value in [float("nan")] * lost + [1.0] + [float("inf")] * 19:
+            param.grad = torch.full((3,), value)
+            optimizer.step()
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (lost >= 20)
+    assert all("refused the last 20 gradients" in words for words in told)
+    assert {warning.filename for warning in caught} <= {__file__}
+
+
+def test_before_the_first_step_diagnostics_are_those_of_a_run_without_pairs():
+    model = torch.nn.Linear(3, 2)
+    optimizer = MLBFGS(model.named_parameters(), blocks="parameter")
+    (before,) = optimizer.diagnostics()
+    assert optimizer.block_names() == [("weight", "bias")]
+    assert not optimizer.state
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    (after,) = optimizer.diagnostics()
+    assert before.pairs.tolist() == after.pairs.tolist() == [0, 0]
+    assert (int(before.step), int(after.step)) == (0, 1)
+    assert all(getattr(before, name).shape == getattr(after, name).shape for name in ("gram", "mu", "gamma"))
+
+
+def test_a_loaded_history_of_another_size_is_told():
+    saved = MLBFGS([torch.nn.Parameter(torch.ones(3))], history_size=5).state_dict()
+    optimizer = MLBFGS([torch.nn.Parameter(torch.ones(3))], history_size=10)
+    with pytest.warns(UserWarning, match="`history_size`=5 of the loaded state replaces 10") as caught:
+        optimizer.load_state_dict(saved)
+    assert caught[0].filename == __file__

@@ -120,6 +120,20 @@ def test_an_old_name_of_a_setting_is_refused_with_the_new_one(old, words):
         core.Config(**old)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("histroy_size", "did you mean `history_size`"),
+        ("betas", r"`momentum` takes the place of betas\[0\]; leave betas\[1\] out"),
+        ("line_search_fn", "leave it out: steps have a length of their own"),
+        ("colour", "the settings are preset, history_size, .*, history_dtype$"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_what_to_do_instead(given, words):
+    with pytest.raises(TypeError, match=f"unknown setting `{given}`; {words}"):
+        core.Config(**{given: 1})
+
+
 @pytest.mark.parametrize("preset", ["best", 5, ["fit"], {"fit"}, {}])
 def test_what_is_no_preset_is_refused_by_its_name(preset):
     with pytest.raises(ValueError, match=r"`preset` must be None or one of .*, got ") as raised:

@@ -151,6 +151,21 @@ def a_state_of_another_shape(_):
 
 
 @provokes
+def a_loaded_history_of_another_size(_):
+    own = MLBFGS([torch.nn.Parameter(torch.ones(3))], history_size=10)
+    own.load_state_dict(MLBFGS([torch.nn.Parameter(torch.ones(3))]).state_dict())
+
+
+@provokes
+def gradients_that_are_never_finite(_):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = MLBFGS([param])
+    for _ in range(20):
+        param.grad = torch.full((3,), float("nan"))
+        optimizer.step()
+
+
+@provokes
 def a_state_of_adam(_):
     model = torch.nn.Linear(3, 2)
     optimizer = MLBFGS(model.parameters())
@@ -166,6 +181,12 @@ def an_update_without_params(_):
 
 
 @provokes
+def a_value_beside_the_gradient(_):
+    tx, params = mlbfgs(0.1), {"w": jnp.ones(3)}
+    tx.update((jnp.ones(()), params), tx.init(params), params)
+
+
+@provokes
 def integers_in_jax(_):
     mlbfgs(0.1).init({"step": jnp.zeros((), jnp.int32), "w": jnp.ones(3)})
 
@@ -178,6 +199,14 @@ def a_foreign_state(_):
 @provokes
 def a_gradient_too_few(_):
     ArrayMLBFGS({"weight": np.ones(3), "bias": np.ones(1)}).step({"weight": np.ones(3)})
+
+
+@provokes
+def an_array_in_the_place_of_a_parameter(_):
+    params = {"weight": np.ones(3)}
+    optimizer = ArrayMLBFGS(params)
+    params["weight"] = np.zeros(3)
+    optimizer.step({"weight": np.ones(3)})
 
 
 @provokes
