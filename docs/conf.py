@@ -20,6 +20,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
+    "defaults",
     "mathml",
 ]
 exclude_patterns = ["_build", "_generated", "gallery"]
@@ -49,6 +50,7 @@ sphinx_gallery_conf = {
     "plot_gallery": "True",
     "remove_config_comments": True,
     "show_signature": False,
+    "thumbnail_size": (640, 400),
     "write_computation_times": False,
 }
 

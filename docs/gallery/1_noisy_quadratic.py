@@ -50,7 +50,7 @@ for name, own in runs.items():
 
 # %%
 # These are the curves at rate 0.1. A curve that ends has left the picture for good. Every method has rates
-# that are too # high for it: for mL-BFGS 0.3 is too high here, and its loss ends above the start.
+# that are too high for it: for mL-BFGS 0.3 is too high here, and its loss ends above the start.
 
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 for name, own in runs.items():

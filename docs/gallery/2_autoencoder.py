@@ -7,6 +7,7 @@ optimizer gets four learning rates, and its best one counts.
 """
 
 import time
+from functools import partial
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
@@ -58,15 +59,17 @@ for name, method, rates in (
     ("mL-BFGS", MLBFGS, (3e-4, 1e-3, 3e-3, 1e-2)),
     ("AdamW", torch.optim.AdamW, (3e-3, 1e-2, 3e-2, 1e-1)),
 ):
-    runs = {rate: train(lambda params, rate=rate, method=method: method(params, lr=rate)) for rate in rates}
-    print(f"{name:8s}", ", ".join(f"lr {rate:g}: {losses[-1]:.4f}" for rate, (losses, _) in runs.items()))
+    runs = {rate: train(partial(method, lr=rate)) for rate in rates}
+    told = [f"lr {rate:g}: {losses[-1]:.4f}" for rate, (losses, _) in runs.items()]
+    print(f"{name:8s}", ", ".join(told))
     best[name] = min(runs.values(), key=lambda run: run[0][-1])
 
 # %%
 # The losses over steps and over time. This model is small, so a step of mL-BFGS takes longer than the model's
-# own # forward and backward passes: measured by time, this is the best case for AdamW.
+# own forward and backward passes: measured by time, this is the best case for AdamW.
 
-figure, (over_steps, over_time) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+over_steps, over_time = axes
 for name, (losses, seconds) in best.items():
     over_steps.semilogy(range(20, 20 * len(losses) + 1, 20), losses, label=name)
     over_time.semilogy(seconds, losses, label=name)

@@ -38,7 +38,8 @@ class Solution(torch.nn.Module):
         d_hidden = (1 - hidden**2) * self.slope
         dd_hidden = -2 * hidden * d_hidden * self.slope
         value = bump * (hidden @ self.out)
-        second = -2 * hidden @ self.out + 2 * d_bump * (d_hidden @ self.out) + bump * (dd_hidden @ self.out)
+        second = 2 * d_bump * (d_hidden @ self.out) + bump * (dd_hidden @ self.out)
+        second = second - 2 * hidden @ self.out
         return value, second
 
 
@@ -60,8 +61,8 @@ def train(make_optimizer, steps=1000):
 
 # %%
 # Each method gets three learning rates; the best one is drawn. ``preset="fit"`` is made for quadratics, whose
-# # curvature stays the same. The curvature of a network's loss does not, and the default steps of a fixed
-# size cope # with that.
+# curvature stays the same. The curvature of a network's loss does not, and the default steps of a fixed
+# size cope with that.
 
 best = {}
 for name, make, rates in (
@@ -70,7 +71,8 @@ for name, make, rates in (
     ("AdamW", lambda p, lr: torch.optim.AdamW(p, lr=lr), (1e-2, 3e-2, 1e-1)),
 ):
     runs = {lr: train(lambda params, lr=lr, make=make: make(params, lr)) for lr in rates}
-    print(f"{name:22s}", ", ".join(f"lr {lr:g}: {losses[-1]:.1e}" for lr, (losses, _) in runs.items()))
+    told = [f"lr {lr:g}: {losses[-1]:.1e}" for lr, (losses, _) in runs.items()]
+    print(f"{name:22s}", ", ".join(told))
     best[name] = min(runs.values(), key=lambda run: run[0][-1])
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")

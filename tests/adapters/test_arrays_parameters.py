@@ -446,9 +446,9 @@ def test_a_parameter_that_is_made_read_only_is_refused_until_it_can_be_written_t
 
 
 @pytest.mark.parametrize("changed", ["w", "v"])
-def test_an_array_that_replaces_a_parameter_in_another_dtype_is_noticed_by_its_gradient(changed):
+def test_an_array_in_another_dtype_that_replaces_a_parameter_is_noticed_by_its_gradient(changed):
     params = {"w": np.ones(3, "float32"), "v": np.ones(3, "float32")}
-    optimizer = MLBFGS(params, 0.1)
+    optimizer = MLBFGS(dict(params), 0.1)  # which cannot see that the user's own dictionary changes
     params[changed] = params[changed].astype("float64")
     before = contents(optimizer)
     with pytest.raises(TypeError, match=f"of the dtype float32 for '{changed}', got float64"):

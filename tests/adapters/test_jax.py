@@ -972,7 +972,7 @@ def test_parameters_of_another_dtype_with_the_same_averages_go_on():
 )
 def test_gradients_that_do_not_fit_are_refused_by_the_name_of_their_parameter(grads, told):
     params, tx = {"w": jnp.ones(3), "z": jnp.ones(2, complex)}, mlbfgs(0.1, 0.9, 0.1)
-    with pytest.raises(ValueError, match="`updates` must be .*" + told):
+    with pytest.raises(ValueError, match="`grads` must be .*" + told):
         tx.update(grads, tx.init(params), params)
 
 

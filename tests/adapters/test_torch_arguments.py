@@ -289,9 +289,9 @@ BAD = {
     ),
     "another shape": (
         {"momentum_buffer": torch.ones(3)},
-        r"'momentum_buffer' of the parameter's shape \(2, 8\)",
+        r"'momentum_buffer' of the shape \(2, 8\) of ",
     ),
-    "a history without axes": ({"history": torch.ones(())}, "'history' of the parameter's shape"),
+    "a history without axes": ({"history": torch.ones(())}, "'history' of the shape"),
     "too few coefficients": (
         {"coefficients": torch.ones(7)},
         r"'coefficients' of the shape \(\d+,\), got \(7,\)",

@@ -256,6 +256,7 @@ class JaxMachine(Machine):
     may_miss = ("a.bias",)
 
 
+@pytest.mark.filterwarnings("ignore:MLBFGS has refused the last:UserWarning")
 @pytest.mark.parametrize("machine", [TorchMachine, ArrayMachine, JaxMachine], ids=lambda m: m.kind)
 def test_any_sequence_of_steps_faults_and_changes_stays_with_the_reference(machine):
     examples = settings().max_examples * (1 if machine is JaxMachine else 4)
