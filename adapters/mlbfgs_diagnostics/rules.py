@@ -36,11 +36,12 @@ def advice(figures: core.Diagnostics) -> list[str]:
     1. No accepted step: "no step yet".
     2. No pair, none rejected, but some are to be kept: "no pair yet".
     3. More pairs rejected than stored: parameters or gradients do not change.
-    4. The floors have added more to the last pair than was measured, ``delta > tau mu + 1 - tau``. Then,
+    4. The last pair was stored as zeros: it says nothing, since its curvature is negative or it is noise.
+    5. The floors have added more to the last pair than was measured, ``delta > tau mu + 1 - tau``. Then,
        if the last check was below 4, the pairs are mostly noise; otherwise, if ``mu <= 0``, curvature is
        negative; otherwise the gradient turns more than it grows.
-    5. ``cosine < 0.1``: the direction is almost at right angles to the gradient.
-    6. "nothing to do".
+    6. ``cosine < 0.1``: the direction is almost at right angles to the gradient.
+    7. "nothing to do".
 
     Examples
     --------
@@ -50,7 +51,11 @@ def advice(figures: core.Diagnostics) -> list[str]:
     ['no step yet']
     """
     numbers = {name: on_host(getattr(figures, name)) for name in _READ}
-    numbers["kept"] = np.asarray(figures.gram.shape[-1] // 2)
+    kept = figures.gram.shape[-1] // 2
+    numbers["kept"] = np.asarray(kept)
+    newest = (numbers["pairs"] - 1) % max(kept, 1)
+    squares = on_host(figures.gram)[_blocks(numbers), newest, newest] if kept else newest
+    numbers["silent"] = (numbers["pairs"] > 0) & (squares == 0)
     return [_sentence({name: x[b] if x.ndim else x for name, x in numbers.items()}) for b in _blocks(numbers)]
 
 
@@ -69,6 +74,10 @@ def _sentence(block: dict[str, np.ndarray]) -> str:
         return "no pair yet: the first comes after two windows of at most `update_every` steps"
     if rejected > stored:
         return f"{rejected} pairs without curvature: parameters or gradients stand still"
+    if block["silent"]:
+        if mu <= 0:
+            return "negative curvature along the last pair, which says nothing: usual early in training"
+        return "the last pair is noise and says nothing: raise the batch size or `update_every`"
     if block["delta"] > block["tau"] * mu + 1.0 - block["tau"]:
         if block["signal_to_noise"] < NOISY:
             return "pairs are mostly noise: raise the batch size or `update_every`"

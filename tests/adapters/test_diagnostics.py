@@ -367,6 +367,15 @@ def test_advice_follows_from_the_numbers(fields, sentence):
     assert said.startswith(sentence)
 
 
+@pytest.mark.parametrize(("mu", "sentence"), [(1.0, "the last pair is noise"), (-1.0, "negative curvature")])
+def test_advice_on_a_pair_that_says_nothing_says_why(mu, sentence):
+    figures = block(mu=mu, delta=5.0, pairs=M + 2)
+    figures.gram[0, 1, :] = figures.gram[0, :, 1] = 0.0  # the slot of the newest
+    (said,) = advice(figures)
+    assert said.startswith(sentence)
+    assert "says nothing" in said
+
+
 def test_advice_on_shrunk_pairs_does_not_depend_on_the_scale_of_the_loss():
     config = core.Config(update_every=8, history_size=M, shrinkage=0.25, preconditioner="none")
     noise = np.random.default_rng(0).normal(size=(STEPS, DIM))
@@ -381,7 +390,7 @@ def test_advice_on_shrunk_pairs_does_not_depend_on_the_scale_of_the_loss():
         return sentences
 
     usual = said(1.0)
-    assert "pairs are mostly noise: raise the batch size or `update_every`" in usual
+    assert "the last pair is noise and says nothing: raise the batch size or `update_every`" in usual
     assert said(2.0**-20) == usual == said(2.0**20)
 
 
