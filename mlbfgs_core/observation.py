@@ -93,11 +93,11 @@ def project(
             sums = [*sums, *param_squares(call, _needed(params), number, dtype)]
         sums = [kernels.to_coefficients(x, call.dtype) for x in sums]
         parts[number] = xp.concat([x if x.ndim else x[None] for x in sums])
-    sums = call.reduce(call.block_sums(parts))
-    isometric = call.preconditioner.isometric
-    if when_rows is False:
+    sums, isometric = call.block_sums(parts), call.preconditioner.isometric
+    if when_rows is False:  # all shards send the same numbers, whatever they are told
         none = xp.zeros((sums.shape[0], 2 * config.history_size), dtype=call.dtype, device=call.device(state))
         sums = xp.concat([none, sums], axis=1)
+    sums = call.reduce(sums)
     rows, last = 2 * config.history_size, sums.shape[1] - (3 if clips else 0)
     return Observation(
         rows=sums[:, :rows],
