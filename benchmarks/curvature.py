@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from mlbfgs_diagnostics import Recorder, figure, table
-from mlbfgs_diagnostics.figures import draw_spectrum, spectrum_handles
+from mlbfgs_diagnostics.panels import draw_spectrum, spectrum_handles
 from mlbfgs_torch import MLBFGS
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Final, Literal, NamedTuple, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from .presets import Preset, preset_of
-from .suggestions import suggestion
+from .suggestions import is_misplaced, suggestion
 
 __all__ = [
     "SETTINGS",
@@ -21,6 +21,7 @@ __all__ = [
     "PreconditionerName",
     "StepLength",
     "as_number",
+    "check_names",
     "check_old_names",
     "check_real",
     "is_zero",
@@ -106,6 +107,15 @@ def check_old_names(names: Iterable[str]) -> None:
     for name in names:
         if name in _RENAMED:
             msg = f"unknown setting `{name}`; it is now {_RENAMED[name]}"
+            raise TypeError(msg)
+
+
+def check_names(names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise TypeError if one of these names, which may be anything, is meant as a setting, and is none."""
+    check_old_names(names)
+    for name in names:
+        if is_misplaced(name, known):
+            msg = f"unknown setting `{name}`; {suggestion(name, known)}"
             raise TypeError(msg)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["suggestion"]
+__all__ = ["is_misplaced", "suggestion"]
 
 _LEFT_OUT: Final = "leave it out: "
+_NEAR: Final = 0.85
+"""How alike a name is to a setting that it cannot but mean (of 1, by `difflib`)."""
 _ABROAD: Final = {
     # Adam and AdamW in PyTorch and optax
     "betas": "`momentum` takes the place of betas[0]; leave betas[1] out",
@@ -24,13 +27,13 @@ _ABROAD: Final = {
     "dampening": f"{_LEFT_OUT}there is nothing like it",
     # L-BFGS in PyTorch, optax and jaxopt
     "max_iter": f"{_LEFT_OUT}a step is one iteration",
-    "max_eval": f"{_LEFT_OUT}a step evaluates nothing but the closure, once",
+    "max_eval": f"{_LEFT_OUT}a step takes one gradient",
     "tolerance_grad": f"{_LEFT_OUT}when to stop is up to the loop",
     "tolerance_change": f"{_LEFT_OUT}when to stop is up to the loop",
     "line_search_fn": f"{_LEFT_OUT}steps have a length of their own, and mlbfgs_scipy has a line search",
-    "linesearch": f"{_LEFT_OUT}a line search of optax can follow `scale_by_mlbfgs`",
+    "linesearch": f"{_LEFT_OUT}in JAX a line search of optax can follow scale_by_mlbfgs",
     "memory_size": "`history_size` is its name here",
-    "scale_init_precond": f"{_LEFT_OUT}a new pair always sets the scale",
+    "scale_init_precond": f"{_LEFT_OUT}the newest pair sets the scale",
     # SOAP and Shampoo
     "max_precondition_dim": "`max_preconditioner_dim` is its name here",
     "max_precond_dim": "`max_preconditioner_dim` is its name here",
@@ -55,6 +58,22 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     if name in _RATE and (here := [own for own in _RATE if own in known]):
         return f"`{here[0]}` is its name here"
     if name in _ABROAD:
-        return _ABROAD[name]
+        advice = _ABROAD[name]
+        usable = all(own in known for own in re.findall(r"`(\w+)`", advice))
+        return advice if usable else f"{_LEFT_OUT}there is nothing like it here"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f"did you mean `{near[0]}`?" if near else f"the settings are {', '.join(known)}"
+
+
+def is_misplaced(name: str, known: Sequence[str]) -> bool:
+    """Whether a name among others that may be anything is meant as a setting: an argument of another
+    optimizer, or nearly the name of one.
+
+    Examples
+    --------
+    >>> names = ("initial_lr", "betas", "histroy_size")
+    >>> [name for name in names if is_misplaced(name, ["lr", "history_size"])]
+    ['betas', 'histroy_size']
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
+    return name not in known and (name in _ABROAD or bool(near))

@@ -67,21 +67,27 @@ class Structure(NamedTuple):
         for name, array in zip(names, arrays, strict=True):
             _check_param(name, array)
         _check_memory(names, arrays)
-        return cls(form, names, arrays, params if isinstance(params, (list, Mapping)) else None)
+        given = cls(form, names, arrays, params if isinstance(params, (list, Mapping)) else None)
+        # Some mappings make a new array at each access.
+        return given if given.replaced() is None else given._replace(source=None)
+
+    def replaced(self) -> str | None:
+        """The name of a parameter in whose place the user's list or mapping holds another array."""
+        if self.source is None:
+            return None
+        held = dict(enumerate(self.source)) if self.form == "sequence" else self.source
+        keys = range(len(self.names)) if self.form == "sequence" else self.names
+        pairs = zip(keys, self.names, self.arrays, strict=True)
+        return next((name for key, name, array in pairs if held.get(key) is not array), None)
 
     def check_source(self) -> None:
         """Raise ValueError where the user's list or mapping holds another array than it did, which no step
         would update."""
-        if self.source is None:
-            return
-        mapping = self.form == "mapping"
-        for index, (name, array) in enumerate(zip(self.names, self.arrays, strict=True)):
-            key = name if mapping else index
-            held = self.source.get(key) if mapping else self.source[key] if index < len(self.source) else None
-            if held is not array:
-                rule = f"must keep the arrays that were given (write to one: params[{key!r}][...] = new)"
-                msg = f"`params` {rule}, got another for {name!r}"
-                raise ValueError(msg)
+        if (name := self.replaced()) is not None:
+            key = repr(name) if self.form == "mapping" else self.names.index(name)
+            rule = f"must keep the arrays that were given (write to one: params[{key}][...] = new)"
+            msg = f"`params` {rule}, got another for {name!r}"
+            raise ValueError(msg)
 
     @property
     def params(self) -> Any:

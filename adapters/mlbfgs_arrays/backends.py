@@ -99,6 +99,9 @@ Backend = Host | Cuda
 class HostFlags:
     """Flags that a state has given, already on the host."""
 
+    at_once = True
+    """Whether they are known without waiting for them."""
+
     def send(self, flags: Array) -> None:
         """Remember it."""
         self._flags = flags
@@ -110,6 +113,8 @@ class HostFlags:
 
 class CudaFlags:
     """Flags that a state has given, copied from the device without waiting for it."""
+
+    at_once = False
 
     def __init__(self, count: int) -> None:
         import cupy

@@ -43,7 +43,7 @@ class MLBFGS:
         Which parameters share curvature; a callable maps a parameter's name to a label.
     matrix_axes : mapping or callable, optional
         Which axes make the matrices of ``preconditioner="kronecker"``: for a parameter's name (a callable
-        gets its shape, too, with a last axis of 2 if it is complex) how many leading axes count stacked
+        gets its shape, too) how many leading axes count stacked
         layers, and how many of the next form the rows, all others forming the columns; None for a parameter
         without a matrix. By default (0, 1): the first axis against the rest.
     nesterov : bool, optional
@@ -156,6 +156,7 @@ class MLBFGS:
         self._structure, self._blocks, self._matrices = structure, blocks, matrices
         self._maximize = maximize
         self._momentum = 0.0
+        self._watch = adapter.Watch("MLBFGS")
         places: dict[Any, list[int]] = {}
         for index, array in enumerate(structure.arrays):
             places.setdefault(backend_of(array), []).append(index)
@@ -270,6 +271,9 @@ class MLBFGS:
             finite = part.seen.finite if verdict is None else unit.constant(verdict)
             numbers = (self._lr, self._momentum, self._weight_decay)
             unit.advance(part, finite, *numbers, nesterov=self.nesterov)
+        known = [unit.accepted for unit, _ in work if unit.accepted is not None]
+        if known:
+            self._watch.see(all(known))
 
     def diagnostics(self) -> list[core.Diagnostics]:
         """Figures of the last step, one record for each device; reading a value may wait for it."""

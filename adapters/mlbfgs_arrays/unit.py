@@ -18,9 +18,6 @@ from .layout import Array, Leaf, Member, real
 
 __all__ = ["Unit", "Work"]
 
-_STEP = 4
-"""How far the user's call of `step` is from `Unit.project`'s helpers, for warnings."""
-
 
 class Work(NamedTuple):
     """A step of a unit between its two halves."""
@@ -53,7 +50,8 @@ class Unit:
         self._momentum: list[Array] | None = None
         self._flags: HostFlags | CudaFlags | None = None
         self._sent = False
-        self._watch = adapter.Watch("MLBFGS")
+        self.accepted: bool | None = None
+        """Whether the last gradient whose verdict the host knows was finite; None if none is known."""
         self._lay(self._packed([member.kind for member in members]))
         with backend.on():
             self._state = self._method.init([leaf.like() for leaf in self._leaves])
@@ -146,6 +144,8 @@ class Unit:
                 observed=work.seen._replace(finite=finite),
             )
             self._ask()
+            if self._flags.at_once:
+                self.accepted = bool(self._state.accepted)
             for index, (leaf, param, update) in enumerate(
                 zip(self._leaves, work.params, updates, strict=True)
             ):
@@ -317,8 +317,7 @@ class Unit:
         if not taken:
             self._ask()
         *upcoming, accepted = self._flags.read()
-        if taken:
-            self._watch.see(accepted, stacklevel=_STEP)
+        self.accepted = accepted if taken else None
         return adapter.Upcoming(*upcoming)
 
     def _ask(self) -> None:

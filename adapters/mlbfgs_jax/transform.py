@@ -71,8 +71,8 @@ def scale_by_mlbfgs(
         numbers, of the leading axes that count stacked layers, and of the following axes that form the rows;
         all other axes form the columns. None: that parameter has the diagonal. (1, 1) suits a stack of dense
         kernels, as `flax.linen.scan` and `nnx.vmap` make it, and (0, 3) Flax's convolution kernels
-        (height, width, in, out). A callable takes a name and a shape, which has a last axis of 2 if the
-        parameter is complex. Names that a mapping lacks have (0, 1): the first axis against the rest.
+        (height, width, in, out). A callable takes a name and a shape. The two parts of a complex value lie
+        side by side in a column. Names that a mapping lacks have (0, 1): the first axis against the rest.
     axis_name : str or tuple of str, optional
         For `update` inside `jax.shard_map`: the axes over which parameters are sharded; inner products are
         summed over them. A parameter that is replicated over some of them counts once. Leave out axes over

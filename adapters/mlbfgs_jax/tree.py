@@ -56,12 +56,17 @@ class Tree(NamedTuple):
         ValueError
             A tree of another structure, or a gradient that is not like its parameter.
         """
+        rule = "must be a tree like that of `params`, with None for a parameter without a gradient"
         try:
             grads = self.treedef.flatten_up_to(updates)
-        except (TypeError, ValueError) as error:
-            rule = "must be a tree like that of `params`, with None for a parameter without a gradient"
+        except (AttributeError, TypeError, ValueError) as error:
             msg = f"`grads` {rule}, got {self._unlike(updates)}"
             raise ValueError(msg) from error
+        if _is_pair(updates, self.treedef) or not jax.tree_util.all_leaves(
+            [g for g in grads if g is not None]
+        ):
+            msg = f"`grads` {rule}, got {self._unlike(updates)}"
+            raise ValueError(msg)
         for name, given, leaf, grad in zip(self.names, self.given, self.leaves, grads, strict=True):
             if grad is None:
                 continue
@@ -74,11 +79,11 @@ class Tree(NamedTuple):
     def _unlike(self, grads: Any) -> str:
         """In what a tree of gradients differs from that of the parameters."""
         found = jax.tree.structure(grads)
-        if isinstance(grads, tuple) and len(grads) == 2 and jax.tree.structure(grads[1]) == self.treedef:
+        if _is_pair(grads, self.treedef):
             return "a pair whose second part is one (as `jax.value_and_grad` returns it)"
         paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda node: node is None)
         names = path_names([path for path, _ in paths])
-        for words, some, others in (("none for", self.names, names), ("one for", names, self.names)):
+        for words, some, others in (("one for", names, self.names), ("none for", self.names, names)):
             if (odd := [name for name in some if name not in others]) and len(odd) < len(some):
                 return f"{words} {odd[0]!r}"
         return f"a {type(grads).__name__}, {found}, for {self.treedef}"
@@ -117,6 +122,13 @@ class Tree(NamedTuple):
             None if grad is None else like(part, jnp.asarray(grad))
             for part, grad in zip(parts, grads, strict=True)
         )
+
+
+def _is_pair(grads: Any, treedef: Any) -> bool:
+    """Whether it is what `jax.value_and_grad` returns: a number and a tree of gradients."""
+    if not isinstance(grads, tuple) or len(grads) != 2 or jax.tree.structure(grads[1]) != treedef:
+        return False
+    return jax.tree_util.all_leaves([grads[0]]) and jnp.ndim(grads[0]) == 0
 
 
 def check_params(

@@ -57,7 +57,7 @@ ADDED = {
     "max_preconditioner_dim": 2048,
 }
 """Settings that older versions did not have, with the values that do what those versions did."""
-_SHAPING = ("history_size", "history_dtype", "preconditioner", "max_preconditioner_dim")
+_SHAPING = ("history_size", "history_dtype", "preconditioner")
 """Settings that decide which arrays a state has."""
 _TOGETHER = tuple(
     entry.name
@@ -145,11 +145,14 @@ def check_groups(groups: Iterable[dict[str, Any]]) -> None:
 
 def warn_of_shapes(groups: Sequence[dict[str, Any]], loaded: Sequence[dict[str, Any]]) -> None:
     """Warn where loaded settings replace those that the user has chosen for the state's arrays."""
+    usual = core.Config()
     for own, new in zip(groups, loaded, strict=False):  # the base class compares the numbers
         for name in _SHAPING:
-            if name in new and new[name] != own[name]:
+            chosen = own[name] != getattr(usual, name)
+            if chosen and name in new and new[name] != own[name]:
                 told = f"`{name}`={new[name]!r} of the loaded state replaces {own[name]!r}"
                 warnings.warn(f"MLBFGS: {told}; set it in `param_groups` to change it", stacklevel=7)
+                return
 
 
 def of_today(state_dict: dict[str, Any]) -> dict[str, Any]:

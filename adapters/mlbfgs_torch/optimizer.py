@@ -42,6 +42,9 @@ from .units import Partition, Unit
 
 __all__ = ["MLBFGS"]
 
+_CALL = 4
+"""How far the user's call is from the body of `MLBFGS.step`, which PyTorch wraps, for warnings."""
+
 
 class MLBFGS(Optimizer):
     """mL-BFGS: quasi-Newton training from momentum-averaged curvature pairs.
@@ -198,7 +201,7 @@ class MLBFGS(Optimizer):
             "params", and any hyperparameter or setting. With a "preset" of its own the group takes
             none of the optimizer's settings.
         """
-        adapter.check_old_names(param_group)
+        adapter.check_names(param_group, ("params", "param_names", "preset", *self.defaults))
         own = {name: param_group[name] for name in SETTINGS if name in param_group}
         group = dict(param_group)
         if "preset" in group:
@@ -265,6 +268,7 @@ class MLBFGS(Optimizer):
                 )
                 for (_, params, grads), (state, method), asked in zip(work, calls, flags, strict=True)
             ]
+            resting = False
             for (unit, params, grads), (before, method), asked, own in zip(
                 work, calls, flags, seen, strict=True
             ):
@@ -281,6 +285,7 @@ class MLBFGS(Optimizer):
                     observed=observed,
                 )
                 if idle is not None:
+                    resting = resting or (not isinstance(idle, Tensor) and bool(idle))
                     xp = method.kernels.xp
                     state = state._replace(
                         skipped=xp.where(idle, before.skipped, state.skipped),
@@ -288,6 +293,9 @@ class MLBFGS(Optimizer):
                     )
                 unit.remember(state)
                 unit.apply(params, update, factor, finite)
+        known = [unit.accepted for unit, _, _ in work if unit.accepted is not None]
+        if known and not resting:
+            self._watch.see(all(known), stacklevel=_CALL)
         return loss
 
     def diagnostics(self) -> list[core.Diagnostics]:
@@ -465,6 +473,7 @@ class MLBFGS(Optimizer):
         self._forget_units()
 
     def _forget_units(self) -> None:
+        self._watch = adapter.Watch("MLBFGS")
         self._units: list[Unit] = []
         self._signature: Any = None
 

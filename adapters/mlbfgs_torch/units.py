@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mlbfgs_core as core
-from mlbfgs_core.adapter import Blocks, StepEnd, Upcoming, Watch
+from mlbfgs_core.adapter import Blocks, StepEnd, Upcoming
 
 from . import sharding
 from .arguments import check_gradient
@@ -24,8 +24,6 @@ from .rows import PER_BLOCK, PER_UNIT, is_known
 __all__ = ["HOSTS", "Partition", "Unit"]
 
 _NOTHING: dict[str, Any] = {}
-_STEP = 5
-"""How far the user's call of `step` is from the methods of a unit, for warnings."""
 HOSTS = {"cpu"}
 """Types of devices on whose tensors NumPy can work."""
 
@@ -77,7 +75,9 @@ class Partition(NamedTuple):
 
     def fresh(self) -> core.State:
         """A state before the first step, which has the coefficients of all blocks and no arrays."""
-        empty = [torch.empty(0, device=self.device) for _ in self.blocks]
+        dtypes = [torch.empty(0, dtype=m.param.dtype).real.dtype for m in self.members]
+        widest = torch.float64 if torch.float64 in dtypes else torch.float32
+        empty = [torch.empty(0, dtype=widest, device=self.device) for _ in self.blocks]
         return core.Method(self.config, tuple((i,) for i in range(len(empty)))).init(empty)
 
     def active(self, memory: Memory) -> Partition:
@@ -131,7 +131,8 @@ class Unit:
         self._host_kernels = HostKernels(self._device) if self._device.type in HOSTS else None
         self._rows = [(member.param, memory[member.param]["counters"]) for member in part.members]
         self.flags: _Flags | None = None
-        self._watch = Watch("MLBFGS")
+        self.accepted: bool | None = None
+        """Whether the last gradient whose verdict the host knows was finite; None if none is known."""
         shares = [*(leaf.share for leaf in self.leaves), *(1.0 for _ in self._absent)]
         self._shares = None if all(share == 1.0 for share in shares) else shares
         spread = [leaf.members[0].spread for leaf in self.leaves]
@@ -206,9 +207,7 @@ class Unit:
             raise RuntimeError(msg)
         if self.flags is None:
             self.flags = _Flags(core.Method(self.config), self.state)
-        upcoming, accepted = self.flags.read()
-        if accepted is not None:
-            self._watch.see(accepted, stacklevel=_STEP)
+        upcoming, self.accepted = self.flags.read()
         return upcoming
 
     def remember(self, state: core.State) -> None:
@@ -216,8 +215,8 @@ class Unit:
         self._bound.store(state)
         if self.flags is not None:
             self.flags.send(state)
-        elif not isinstance(state.gamma, Tensor):
-            self._watch.see(bool(state.accepted), stacklevel=_STEP)
+        else:
+            self.accepted = None if isinstance(state.gamma, Tensor) else bool(state.accepted)
 
     def apply(
         self,

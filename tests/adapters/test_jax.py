@@ -1050,10 +1050,21 @@ def test_the_state_is_the_cores():
         (lambda g: g | {"c": g["b"]}, "got one for 'c'"),
         (lambda g: (jnp.ones(()), g), "got a pair whose second part is one"),
         (lambda g: None, "got a NoneType"),
+        (lambda g: g | {"b": (jnp.ones(()), g["b"])}, "got one for 'b.0'"),
     ],
 )
 def test_a_tree_of_gradients_of_another_form_is_refused_with_what_is_wrong(wrong, words):
     params = {"w": jnp.ones(3), "b": jnp.ones(2)}
     tx = mlbfgs(1e-3)
     with pytest.raises(ValueError, match=f"`grads` must be a tree like that of `params`, .*{words}"):
+        tx.update(wrong(params), tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda g: (jnp.ones(()), g), lambda g: [g], lambda g: {"w": g}], ids=range(3)
+)
+def test_a_gradient_of_another_form_for_a_single_array_is_refused(wrong):
+    params = jnp.ones(3)
+    tx = mlbfgs(1e-3)
+    with pytest.raises(ValueError, match="`grads` must be a tree like that of `params`"):
         tx.update(wrong(params), tx.init(params), params)

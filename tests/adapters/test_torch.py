@@ -816,3 +816,38 @@ def test_a_loaded_history_of_another_size_is_told():
     with pytest.warns(UserWarning, match="`history_size`=5 of the loaded state replaces 10") as caught:
         optimizer.load_state_dict(saved)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", ["histroy_size", "betas", "max_iter"])
+def test_a_group_with_what_can_only_be_meant_as_a_setting_is_refused(name):
+    param = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match=f"unknown setting `{name}`"):
+        MLBFGS([{"params": [param], name: 3}])
+    optimizer = MLBFGS([{"params": [param], "initial_lr": 0.1, "name": "head", "lr_scale": 0.5}])
+    assert optimizer.param_groups[0]["name"] == "head"
+
+
+def test_groups_tell_of_lost_gradients_together_and_rest_does_not_count():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = MLBFGS([{"params": params[:1]}, {"params": params[1:], "history_size": 2}])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(25):
+            for param in params:
+                param.grad = torch.full((3,), float("nan"))
+            optimizer.step()
+        assert len(caught) == 1
+        optimizer = MLBFGS(params[:1])
+        params[0].grad = torch.full((3,), float("nan"))
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.0
+        for _ in range(30):  # as `torch.distributed.checkpoint` makes a state
+            params[0].grad = torch.zeros(3)
+            optimizer.step()
+    assert len(caught) == 1
+
+
+def test_diagnostics_before_the_first_step_have_the_dtype_of_those_after_it():
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = MLBFGS([param])
+    assert optimizer.diagnostics()[0].gamma.dtype == torch.float64

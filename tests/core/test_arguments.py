@@ -124,7 +124,8 @@ def test_an_old_name_of_a_setting_is_refused_with_the_new_one(old, words):
     ("given", "words"),
     [
         ("histroy_size", "did you mean `history_size`"),
-        ("betas", r"`momentum` takes the place of betas\[0\]; leave betas\[1\] out"),
+        ("memory_size", "`history_size` is its name here"),
+        ("betas", "leave it out: there is nothing like it here"),
         ("line_search_fn", "leave it out: steps have a length of their own"),
         ("colour", "the settings are preset, history_size, .*, history_dtype$"),
     ],

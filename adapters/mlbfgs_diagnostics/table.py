@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 import mlbfgs_core as core
 
+from .needs import needed
 from .rules import advice, remarks
 from .sources import figures_of, labels, on_host
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["table"]
 
@@ -47,6 +49,8 @@ def table(source: Any, *, names: Sequence[str] | None = None) -> Table:
     ------
     TypeError, ValueError
         If `source` has no diagnostics, or the number of `names` is wrong.
+    ModuleNotFoundError
+        Without Rich, which ``mlbfgs[diagnostics]`` installs.
 
     Notes
     -----
@@ -63,6 +67,9 @@ def table(source: Any, *, names: Sequence[str] | None = None) -> Table:
     >>> shown.caption
     '0 steps taken'
     """
+    with needed("table"):
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
     figures = figures_of(source)
     rows = Table(box=SIMPLE_HEAD, caption_justify="left", pad_edge=False, collapse_padding=True)
     for heading, side in _HEADINGS:

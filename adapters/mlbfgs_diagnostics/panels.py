@@ -1,4 +1,4 @@
-"""The figure of a run: its curvature spectrum at the top, and the quantities behind it below."""
+"""What the figure of a run shows: its curvature spectrum at the top, and the quantities behind it below."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from .recorder import Recorder
 from .rules import NOISY
 
-__all__ = ["draw_spectrum", "figure", "spectrum_handles"]
+__all__ = ["draw", "draw_spectrum", "spectrum_handles"]
 
 # Okabe and Ito's colours, which can be told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -45,40 +45,8 @@ _PANELS = (
 _PAIRS = _Panel("pairs stored", "pairs")
 
 
-def figure(recorder: Recorder, *, block: int = 0) -> Figure:
-    """Draw the records of a recorder.
-
-    Parameters
-    ----------
-    recorder : Recorder
-    block : int
-        The block whose curvature spectrum is drawn; the other panels show all blocks.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        It is not registered with pyplot: ``figure(recorder).savefig("run.png")`` needs no display.
-
-    Raises
-    ------
-    ValueError
-        If nothing has been recorded, or there is no such block.
-
-    Notes
-    -----
-    This waits for the device. With more than six blocks, the figure shows their median and range.
-
-    Examples
-    --------
-    >>> from mlbfgs_arrays import MLBFGS
-    >>> x, recorder = np.ones(3), Recorder(every=1)
-    >>> optimizer = MLBFGS(x, lr=0.1, preset="fit")
-    >>> for _ in range(9):
-    ...     optimizer.step(np.asarray([9.0, 3.0, 1.0]) * x)
-    ...     recorder.record(optimizer, loss=x @ x)
-    >>> len(figure(recorder).axes)
-    7
-    """
+def draw(recorder: Recorder, block: int) -> Figure:
+    """The figure of `mlbfgs_diagnostics.figure`."""
     _check(recorder, block)
     losses = recorder.series("loss")
     panels = (_LOSS, *_PANELS) if np.isfinite(losses).any() else (*_PANELS, _PAIRS)
