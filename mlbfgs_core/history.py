@@ -60,7 +60,8 @@ def refresh(
     pairs = state.pairs + xp.astype(keep, xp.int32)
     middle, gamma = two_loop(gram, pairs, xp, call.device(state), kernels.repeat)
     # Products that overflow nevertheless, as those of float16 rows may, must not stay: start without pairs.
-    sane = xp.all(xp.isfinite(gram) & xp.isfinite(middle), axis=(1, 2))
+    # The direction is in units of gamma.
+    sane = xp.all(xp.isfinite(gram) & xp.isfinite(middle / gamma[:, None, None]), axis=(1, 2))
     lost = keep & ~(sane & xp.isfinite(gamma) & (gamma > 0))
     gram = xp.where(lost[:, None, None], 0.0, gram)
     middle = xp.where(lost[:, None, None], 0.0, middle)

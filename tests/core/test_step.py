@@ -573,3 +573,17 @@ def test_a_coordinate_that_never_had_a_gradient_harms_no_block_of_mixed_dtypes(x
         update, state = core.Method(config).step(state, leaves, [leaf * 0.5 for leaf in leaves])
         assert np.isfinite(join(update)).all()
     assert (int(state.step), int(state.skipped)) == (3, 0)
+
+
+@pytest.mark.slow_on("array_api_strict", "jax")
+def test_curvatures_at_the_end_of_the_range_give_finite_steps(xp):
+    """Of 1e37 in float32: the inverse Hessian has entries that a direction in units of gamma cannot have."""
+    rate, rng = np.float32(1e-37), np.random.default_rng(0)
+    method, x = core.Method(core.Config()), np.zeros(12, np.float32)
+    state = method.init(split(x, [(4, 3)], xp, "float32"))
+    for _ in range(260):
+        g = (x / rate + 0.1 * rng.normal(size=12)).astype(np.float32)
+        leaves = [split(part, [(4, 3)], xp, "float32") for part in (x, g)]
+        update, state = method.step(state, *leaves)
+        assert np.all(np.isfinite(join(update)))
+        x = (x - rate * join(update)).astype(np.float32)
