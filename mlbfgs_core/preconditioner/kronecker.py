@@ -299,7 +299,7 @@ class KroneckerRoot(NamedTuple):
         for kind, first in product(range(2), range(0, m, some)):
             place = (kind, slice(first, min(first + some, m)), ...)
             rows = history[place]
-            own = kernels.cast(xp.reshape(rows, (-1, *self.shape)), dtype)
+            own = kernels.cast(xp.reshape(rows, (rows.shape[0], *self.shape)), dtype)
             new = kernels.cast(xp.reshape(_turned(kernels, own, turns), rows.shape), history.dtype)
             history = xpx.at(history)[place].set(kernels.chosen(due, new, rows))
         return history
