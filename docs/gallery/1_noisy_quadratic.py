@@ -12,6 +12,7 @@ import numpy as np
 
 import mlbfgs_core as core
 
+np.seterr(all="ignore")  # some runs diverge
 curvature = np.geomspace(0.01, 10.0, 100)
 
 
