@@ -6,7 +6,6 @@ Run ``python3 -m nox -s bench -- demo``. It takes a few minutes.
 from __future__ import annotations
 
 import argparse
-import operator
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -222,8 +221,8 @@ def advice(compared: dict[Task, Compared]) -> str:
     """What to do, from what has been measured."""
     parts, first = [], []
     for task, both in compared.items():
-        losses = (final(both.documented[name]) for name in (OURS, BASELINE))
-        parts.append(f"{operator.truediv(*losses):.2g}")
+        part = final(both.documented[OURS]) / final(both.documented[BASELINE])
+        parts.append(f"{part:.2g}")
         times = {name: reached(both.tuned, name)[1] for name in both.tuned}
         first.append(f"{min(times, key=times.__getitem__)} on the {task.name}")
     return (

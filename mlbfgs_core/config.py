@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from .presets import Preset, preset_of
-from .suggestions import is_misplaced, suggestion
+from .suggestions import RENAMED_SETTINGS, is_misplaced, unknown_setting
 
 __all__ = [
     "SETTINGS",
@@ -96,27 +96,18 @@ class _Default:
         return repr(self.value)
 
 
-_RENAMED: Final = {
-    "metric_power": "`preconditioner_power`, and 0 is `preconditioner`='none'",
-    "metric_beta": "`preconditioner_beta`",
-}
-
-
 def check_old_names(names: Iterable[str]) -> None:
     """Raise TypeError if a setting goes by the name that it had in an older version."""
     for name in names:
-        if name in _RENAMED:
-            msg = f"unknown setting `{name}`; it is now {_RENAMED[name]}"
-            raise TypeError(msg)
+        if name in RENAMED_SETTINGS:
+            raise TypeError(unknown_setting(name, ()))
 
 
 def check_names(names: Iterable[str], known: Sequence[str]) -> None:
     """Raise TypeError if one of these names, which may be anything, is meant as a setting, and is none."""
-    check_old_names(names)
     for name in names:
         if is_misplaced(name, known):
-            msg = f"unknown setting `{name}`; {suggestion(name, known)}"
-            raise TypeError(msg)
+            raise TypeError(unknown_setting(name, known))
 
 
 def with_preset(function: _Function, *, marked: bool = False) -> _Function:
@@ -153,9 +144,7 @@ def with_preset(function: _Function, *, marked: bool = False) -> _Function:
         given = {name: value for name, value in kwargs.items() if not isinstance(value, _Default)}
         for name in given:
             if name not in signature.parameters:
-                check_old_names([name])
-                msg = f"unknown setting `{name}`; {suggestion(name, settings)}"
-                raise TypeError(msg)
+                raise TypeError(unknown_setting(name, settings))
         if given.get("preset") is not None and given.keys() >= set(SETTINGS):
             given = {name: value for name, value in given.items() if not is_default(name, value)}
         return function(*args, **{**preset_of(given.get("preset")).settings, **given})

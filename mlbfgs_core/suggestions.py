@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["is_misplaced", "suggestion"]
+__all__ = ["RENAMED_SETTINGS", "is_misplaced", "suggestion", "unknown_setting"]
 
 _LEFT_OUT: Final = "leave it out: "
 _NEAR: Final = 0.85
@@ -39,6 +39,11 @@ _ABROAD: Final = {
     "max_precond_dim": "`max_preconditioner_dim` is its name here",
     "shampoo_beta": "`factor_beta` is its name here",
 }
+RENAMED_SETTINGS: Final = {
+    "metric_power": "`preconditioner_power`, and 0 is `preconditioner`='none'",
+    "metric_beta": "`preconditioner_beta`",
+}
+"""What settings of an older version are called today."""
 _RATE: Final = ("lr", "learning_rate")
 
 
@@ -55,6 +60,8 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     >>> suggestion("colour", ["lr", "history_size"])
     'the settings are lr, history_size'
     """
+    if name in RENAMED_SETTINGS:
+        return f"it is now {RENAMED_SETTINGS[name]}"
     if name in _RATE and (here := [own for own in _RATE if own in known]):
         return f"`{here[0]}` is its name here"
     if name in _ABROAD:
@@ -76,4 +83,9 @@ def is_misplaced(name: str, known: Sequence[str]) -> bool:
     ['betas', 'histroy_size']
     """
     near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
-    return name not in known and (name in _ABROAD or bool(near))
+    return name not in known and (name in RENAMED_SETTINGS or name in _ABROAD or bool(near))
+
+
+def unknown_setting(name: str, known: Sequence[str]) -> str:
+    """The message about a name that is no setting."""
+    return f"unknown setting `{name}`; {suggestion(name, known)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 __all__ = ["Watch"]
 
@@ -23,17 +24,20 @@ class Watch:
         self._optimizer = optimizer
         self._refused = 0
 
-    def see(self, accepted: bool, stacklevel: int = 2) -> None:
-        """Take note of a step.
+    def see(self, verdicts: Iterable[bool | None], stacklevel: int = 2) -> None:
+        """Take note of a step; of nothing where no verdict is known.
 
         Parameters
         ----------
-        accepted : bool
-            Whether its gradient was finite.
+        verdicts : iterable of bool or None
+            Whether each part of its gradient was finite; None where the host does not know.
         stacklevel : int
             As of `warnings.warn`, counted from the caller.
         """
-        self._refused = 0 if accepted else self._refused + 1
+        known = [verdict for verdict in verdicts if verdict is not None]
+        if not known:
+            return
+        self._refused = 0 if all(known) else self._refused + 1
         if self._refused == PATIENCE:
             rule = "so the parameters stand still: look for NaN or infinity in the loss"
             msg = (

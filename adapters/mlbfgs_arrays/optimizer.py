@@ -43,9 +43,9 @@ class MLBFGS:
         Which parameters share curvature; a callable maps a parameter's name to a label.
     matrix_axes : mapping or callable, optional
         Which axes make the matrices of ``preconditioner="kronecker"``: for a parameter's name (a callable
-        gets its shape, too) how many leading axes count stacked
-        layers, and how many of the next form the rows, all others forming the columns; None for a parameter
-        without a matrix. By default (0, 1): the first axis against the rest.
+        gets its shape, too) how many leading axes count stacked layers, and how many of the next form the
+        rows, all others forming the columns; None for a parameter without a matrix. By default (0, 1): the
+        first axis against the rest.
     nesterov : bool, optional
         Whether the momentum looks ahead (Nesterov's), as in `torch.optim.SGD`, or is heavy-ball. The
         default preset looks ahead, the others do not.
@@ -271,9 +271,7 @@ class MLBFGS:
             finite = part.seen.finite if verdict is None else unit.constant(verdict)
             numbers = (self._lr, self._momentum, self._weight_decay)
             unit.advance(part, finite, *numbers, nesterov=self.nesterov)
-        known = [unit.accepted for unit, _ in work if unit.accepted is not None]
-        if known:
-            self._watch.see(all(known))
+        self._watch.see(unit.accepted for unit, _ in work)
 
     def diagnostics(self) -> list[core.Diagnostics]:
         """Figures of the last step, one record for each device; reading a value may wait for it."""

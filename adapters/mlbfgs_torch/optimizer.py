@@ -293,9 +293,8 @@ class MLBFGS(Optimizer):
                     )
                 unit.remember(state)
                 unit.apply(params, update, factor, finite)
-        known = [unit.accepted for unit, _, _ in work if unit.accepted is not None]
-        if known and not resting:
-            self._watch.see(all(known), stacklevel=_CALL)
+        if not resting:
+            self._watch.see((unit.accepted for unit, _, _ in work), stacklevel=_CALL)
         return loss
 
     def diagnostics(self) -> list[core.Diagnostics]:
