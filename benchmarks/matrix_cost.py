@@ -6,14 +6,12 @@ small batches give; all others the gradient of a paraboloid, where pairs say som
 turns, window by window, in one process; a figure is the median over windows of one step's time, without that
 of the gradients, and ratios are to the fastest SOAP. Bases are renewed every 10 steps by all of them. The
 floor is the time of the step's matrix products alone, counted below and measured in the same turns.
-HeavyBall's SOAP takes part where it is installed, without its compiler, as the others run; Meta's Shampoo is
-not on PyPI.
+HeavyBall's SOAP runs without its compiler, as the others do; Meta's Shampoo is not on PyPI.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 import statistics
@@ -22,6 +20,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import heavyball
 import pytorch_optimizer
 import torch
 from torch import nn
@@ -41,26 +40,22 @@ WARM = 6
 
 
 def _heavyball(params: Iterator[nn.Parameter]) -> Optimizer:
-    import heavyball
-
     heavyball.utils.compile_mode = None
     return heavyball.SOAP(params, lr=1e-3, precondition_frequency=FREQUENCY, max_precond_dim=LARGEST)
 
 
 def contestants() -> dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]]:
-    """Those that are installed."""
-    found: dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]] = {
+    """What makes the optimizer of each, by name."""
+    return {
         OURS[0]: lambda params: MLBFGS(params, lr=1e-3, preconditioner="kronecker"),
         NOISY: lambda params: MLBFGS(params, lr=1e-3, preconditioner="kronecker"),
         OURS[1]: lambda params: MLBFGS(params, lr=1e-3, preconditioner="kronecker", history_size=0),
         SOAPS[0]: lambda params: pytorch_optimizer.SOAP(
             params, lr=1e-3, precondition_frequency=FREQUENCY, max_precondition_dim=LARGEST
         ),
+        SOAPS[1]: _heavyball,
+        "AdamW": lambda params: AdamW(params, lr=1e-3),
     }
-    if importlib.util.find_spec("heavyball") is not None:
-        found[SOAPS[1]] = _heavyball
-    found["AdamW"] = lambda params: AdamW(params, lr=1e-3)
-    return found
 
 
 def shapes_of(model: str) -> list[tuple[int, ...]]:

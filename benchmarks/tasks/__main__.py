@@ -26,6 +26,7 @@ SHORT = Plan(
     most=4,
     one_setting=False,
     percents=(),
+    known=False,
 )
 
 
@@ -51,6 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, help=f"folder of the runs, by default {RESULTS.name} in results"
     )
+    parser.add_argument(
+        "--again", action="store_true", help="make runs of this library anew if its code has changed since"
+    )
     parsed = parser.parse_args()
     if unknown := [command for command in parsed.commands if command not in COMMANDS]:
         parser.error(f"`COMMAND` must be one of {', '.join(COMMANDS)}, got {', '.join(unknown)}")
@@ -68,6 +72,7 @@ def plan(parsed: argparse.Namespace) -> Plan:
         most=base.most,
         one_setting=base.one_setting,
         percents=base.percents,
+        known=base.known,
     )
 
 
@@ -79,7 +84,7 @@ def main() -> None:
     """Do what the command line asks for."""
     parsed = arguments()
     folder = parsed.results or (RESULTS.with_name("tasks_short") if parsed.short else RESULTS)
-    results = Results(plan(parsed), folder)
+    results = Results(plan(parsed), folder, parsed.again)
     commands = parsed.commands or COMMANDS
     if "run" in commands and not pool.make(results, parsed.workers):
         raise SystemExit(130)
@@ -96,6 +101,7 @@ def main() -> None:
     if "report" in commands:
         report.show(results)
         if not parsed.short:
+            report.keep(results)
             report.write(results)
 
 

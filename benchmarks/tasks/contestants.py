@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import heavyball
 import pytorch_optimizer
 import torch
 import torchzero
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mlbfgs_torch import MLBFGS
+
+from .problems import EQUATION, FIXED, GROUPS
 
 __all__ = ["CONTESTANTS", "Contestant", "rate"]
 
@@ -55,6 +58,10 @@ class Contestant:
         Whether its runs depend on the code of this repository.
     variant : bool
         Whether it is our default with something changed, and not one of the optimizers that are compared.
+    constant : bool
+        Whether it keeps its learning rate, since it averages parameters or searches along its lines.
+    groups : tuple of str
+        The groups of tasks that it is made for.
     """
 
     name: str
@@ -68,15 +75,22 @@ class Contestant:
     needs_closure: bool = False
     ours: bool = False
     variant: bool = False
+    constant: bool = False
+    groups: tuple[str, ...] = GROUPS
 
     def optimizers(self, model: nn.Module, lr: float) -> list[Optimizer]:
         """The optimizers of a model."""
         return self.build(model, lr, **self.settings)
 
 
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [param for param in model.parameters() if param.requires_grad]
+
+
 def _plain(optimizer: Callable[..., Optimizer]) -> Build:
     """One optimizer for all parameters."""
-    return lambda model, lr, **settings: [optimizer(model.parameters(), lr=lr, **settings)]
+    return lambda model, lr, **settings: [optimizer(_trained(model), lr=lr, **settings)]
 
 
 def _ours(model: nn.Module, lr: float, **settings: Any) -> list[Optimizer]:
@@ -86,8 +100,9 @@ def _ours(model: nn.Module, lr: float, **settings: Any) -> list[Optimizer]:
 
 def _muon(model: nn.Module, lr: float, **settings: Any) -> list[Optimizer]:
     """Muon for the matrices of hidden layers, with convolutions as matrices; AdamW for everything else."""
-    matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][:-1]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.GRU))]
+    matrices = [p for m in layers for p in m.parameters(recurse=False) if p.requires_grad and p.ndim > 1][:-1]
+    others = [p for p in _trained(model) if all(p is not matrix for matrix in matrices)]
     optimizers: list[Optimizer] = [torch.optim.AdamW(others, lr=lr, weight_decay=0.0)]
     if matrices:
         flat = [_flat(matrix) for matrix in matrices]
@@ -109,12 +124,23 @@ def _flat(weight: Tensor) -> Tensor:
 def _modules(*modules: Callable[[], Any]) -> Build:
     """A chain of torchzero modules, and the learning rate."""
     return lambda model, lr: [
-        torchzero.Optimizer(model.parameters(), *(make() for make in modules), torchzero.m.LR(lr))
+        torchzero.Optimizer(_trained(model), *(make() for make in modules), torchzero.m.LR(lr))
     ]
+
+
+def _heavyball(optimizer: Callable[..., Optimizer]) -> Build:
+    """One of HeavyBall's, without its compiler, as the others run."""
+
+    def build(model: nn.Module, lr: float, **settings: Any) -> list[Optimizer]:
+        heavyball.utils.compile_mode = None
+        return [optimizer(_trained(model), lr=lr, **settings)]
+
+    return build
 
 
 _TORCH = "https://docs.pytorch.org/docs/stable/generated/torch.optim."
 _KOZISTR = "https://github.com/kozistr/pytorch_optimizer"
+_HEAVYBALL = "https://github.com/HomebrewML/HeavyBall"
 _TORCHZERO = "https://github.com/inikishev/torchzero"
 _ADAMW = _plain(torch.optim.AdamW)
 
@@ -154,6 +180,35 @@ CONTESTANTS = {
             ours=True,
         ),
         Contestant(
+            "mlbfgs_equations",
+            "Kronecker, for equations",
+            _ours,
+            -6,
+            1e-3,
+            "this library with the settings that its documentation gives for differential equations",
+            "https://arxiv.org/abs/2307.13744",
+            {
+                "preconditioner": "kronecker",
+                "preconditioner_beta": 0.95,
+                "momentum": 0.95,
+                "update_every": 20,
+                "history_size": 10,
+            },
+            ours=True,
+            groups=(EQUATION, FIXED),
+        ),
+        Contestant(
+            "mlbfgs_0",
+            "default, no pairs",
+            _ours,
+            -6,
+            1e-3,
+            "this library with history_size=0",
+            "https://arxiv.org/abs/2307.13744",
+            {"history_size": 0},
+            ours=True,
+        ),
+        Contestant(
             "mlbfgs_unit",
             'mL-BFGS "unit"',
             _ours,
@@ -168,7 +223,7 @@ CONTESTANTS = {
             "adamw",
             "AdamW",
             _ADAMW,
-            -5,
+            -4,
             1e-3,
             "betas 0.9 and 0.999",
             f"{_TORCH}AdamW.html",
@@ -178,7 +233,7 @@ CONTESTANTS = {
             "adamw_99",
             "AdamW 0.99",
             _ADAMW,
-            -5,
+            -4,
             1e-3,
             "betas 0.9 and 0.99",
             f"{_TORCH}AdamW.html",
@@ -188,16 +243,45 @@ CONTESTANTS = {
             "nadam",
             "NAdam",
             _plain(torch.optim.NAdam),
-            -5,
+            -4,
             2e-3,
             "Adam with Nesterov's momentum, as the default of this library has it; betas 0.9 and 0.999",
             f"{_TORCH}NAdam.html",
         ),
         Contestant(
+            "cautious",
+            "Cautious AdamW",
+            _modules(lambda: torchzero.m.Adam(0.9, 0.999), torchzero.m.Cautious),
+            -4,
+            1e-3,
+            "torchzero's Adam and Cautious: without the components that point against the gradient",
+            _TORCHZERO,
+        ),
+        Contestant(
+            "schedule_free",
+            "Schedule-free AdamW",
+            _plain(pytorch_optimizer.ScheduleFreeAdamW),
+            -4,
+            2.5e-3,
+            "pytorch_optimizer's; it averages parameters instead of lowering the learning rate",
+            _KOZISTR,
+            constant=True,
+        ),
+        Contestant(
+            "mars",
+            "MARS",
+            _plain(pytorch_optimizer.MARS),
+            -4,
+            3e-3,
+            "pytorch_optimizer's MARS-AdamW, for vectors too, without its second gradient",
+            _KOZISTR,
+            {"optimize_1d": True},
+        ),
+        Contestant(
             "sgd",
             "SGD",
             _plain(torch.optim.SGD),
-            -3,
+            -2,
             1e-3,
             "momentum 0.9",
             f"{_TORCH}SGD.html",
@@ -207,7 +291,7 @@ CONTESTANTS = {
             "muon",
             "Muon",
             _muon,
-            -3,
+            -4,
             1e-3,
             "Muon for the weights of all layers but the last, AdamW for all else; one learning rate",
             f"{_TORCH}Muon.html",
@@ -243,11 +327,30 @@ CONTESTANTS = {
             "kron",
             "PSGD Kron",
             _plain(pytorch_optimizer.Kron),
-            -4,
+            -5,
             1e-3,
             "pytorch_optimizer's Kron: PSGD with Kronecker factors, momentum 0.9",
             _KOZISTR,
             {"momentum": 0.9, "weight_decay": 0.0},
+        ),
+        Contestant(
+            "soap_heavyball",
+            "SOAP (HeavyBall)",
+            _heavyball(heavyball.SOAP),
+            -4,
+            3e-3,
+            "HeavyBall's, a new basis every 2 steps",
+            _HEAVYBALL,
+            {"weight_decay": 0.0},
+        ),
+        Contestant(
+            "kron_heavyball",
+            "PSGD Kron (HeavyBall)",
+            _heavyball(heavyball.PSGDKron),
+            -5,
+            1e-3,
+            "HeavyBall's PSGD with Kronecker factors",
+            _HEAVYBALL,
         ),
         Contestant(
             "psgd_lra",
@@ -278,6 +381,31 @@ CONTESTANTS = {
             f"{_TORCH}LBFGS.html",
             {"line_search_fn": "strong_wolfe", "history_size": 10},
             needs_closure=True,
+        ),
+        Contestant(
+            "lbfgs_search",
+            "L-BFGS, fixed points",
+            _plain(torch.optim.LBFGS),
+            0,
+            1.0,
+            "PyTorch's with strong Wolfe line search and history 100; its rate does not fall",
+            f"{_TORCH}LBFGS.html",
+            {"line_search_fn": "strong_wolfe", "history_size": 100},
+            needs_closure=True,
+            constant=True,
+            groups=(FIXED,),
+        ),
+        Contestant(
+            "ssbroyden",
+            "Self-scaled Broyden",
+            _modules(torchzero.m.SSVM, torchzero.m.StrongWolfe),
+            0,
+            1.0,
+            "torchzero's SSVM, a dense matrix, with strong Wolfe line search; its rate does not fall",
+            _TORCHZERO,
+            needs_closure=True,
+            constant=True,
+            groups=(FIXED,),
         ),
         Contestant(
             "mlbfgs_fit",

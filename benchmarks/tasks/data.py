@@ -1,8 +1,14 @@
-"""The data sets: all of them come with packages or are made here; nothing is fetched."""
+"""The data sets: they come with packages or are made here; nothing is fetched.
+
+Fashion-MNIST does not come with a package: its images are read from the file that `FASHION_MNIST` names.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 import sysconfig
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +24,32 @@ __all__ = [
     "cancer",
     "digits",
     "entries",
+    "fashion",
+    "fashion_file",
+    "half_of_the_classes",
     "ill_conditioned",
     "mnist",
     "mnist_images",
     "mnist_planes",
     "source_code",
+    "words",
 ]
 
 CONTEXT = 32
 VOCABULARY = 97
+WORDS, WINDOW = 1_000, 8
+FASHION_MNIST = "FASHION_MNIST"
+_MODULES = (
+    "argparse",
+    "ast",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "difflib",
+    "inspect",
+    "pathlib",
+    "typing",
+)
 
 
 class Examples(NamedTuple):
@@ -121,25 +144,62 @@ def entries() -> tuple[Examples, Examples]:
     return _split(places, images.flatten(), test=0.5)
 
 
+def _sources() -> list[str]:
+    """Source of some modules of the standard library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    paths = [[library / f"{name}.py", library / name / "__init__.py"] for name in _MODULES]
+    return ["".join(path.read_text("utf-8") for path in both if path.exists()) for both in paths]
+
+
 @cache
 def source_code() -> tuple[Examples, Examples]:
     """Pieces of the standard library's source: `CONTEXT` characters, and the ones after them."""
-    library = Path(sysconfig.get_path("stdlib"))
-    names = (
-        "argparse",
-        "ast",
-        "dataclasses",
-        "datetime",
-        "decimal",
-        "difflib",
-        "inspect",
-        "pathlib",
-        "typing",
-    )
-    paths = [path for name in names for path in (library / f"{name}.py", library / name / "__init__.py")]
-    text = "".join(path.read_text("utf-8") for path in paths if path.exists())
     # Printable ASCII, the newline, and one token for all else.
-    codes = np.frombuffer(text.encode("latin-1", "replace"), dtype=np.uint8).astype(np.int64)
+    codes = np.frombuffer("".join(_sources()).encode("latin-1", "replace"), dtype=np.uint8).astype(np.int64)
     codes = np.where(codes == 10, 95, np.where((codes >= 32) & (codes < 127), codes - 32, VOCABULARY - 1))
     pieces = torch.as_tensor(codes).unfold(0, CONTEXT + 1, CONTEXT)
     return _split(pieces[:, :-1], pieces[:, 1:], test=0.1)
+
+
+@cache
+def words() -> tuple[Examples, Examples]:
+    """`WINDOW` words in a row of the standard library's source, and which module they come from.
+
+    Words are numbered by how often they occur; all but the first `WORDS` - 1 share a number.
+    """
+    texts = [re.findall(r"\w+", text) for text in _sources()]
+    known = [word for word, _ in Counter(word for text in texts for word in text).most_common(WORDS - 1)]
+    places = {word: place for place, word in enumerate(known)}
+    numbers = [torch.tensor([places.get(word, WORDS - 1) for word in text]) for text in texts]
+    windows = [part.unfold(0, WINDOW, WINDOW) for part in numbers]
+    labels = [torch.full((len(part),), module) for module, part in enumerate(windows)]
+    return _split(torch.cat(windows), torch.cat(labels))
+
+
+def fashion_file() -> Path | None:
+    """The file with `images` (N, 28, 28) and `labels` (N,), or None where there is none."""
+    path = Path(os.environ.get(FASHION_MNIST, ""))
+    return path if path.is_file() else None
+
+
+@cache
+def fashion() -> tuple[Examples, Examples]:
+    """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017), (N, 1, 28, 28) in [0, 1], and labels."""
+    path = fashion_file()
+    if path is None:
+        given = os.environ.get(FASHION_MNIST)
+        msg = (
+            f"`{FASHION_MNIST}` must name a NumPy file with images and labels of Fashion-MNIST, got {given!r}"
+        )
+        raise FileNotFoundError(msg)
+    with np.load(path) as arrays:
+        images = torch.as_tensor(arrays["images"], dtype=torch.float32).unsqueeze(1) / 255
+        return _split(images, torch.as_tensor(arrays["labels"].astype(np.int64)))
+
+
+@cache
+def half_of_the_classes(later: bool) -> tuple[Examples, Examples]:
+    """MNIST digits, flat, of which only 0 to 4, or the later ones, 5 to 9."""
+    sets = (Examples(part.inputs.flatten(1), part.targets) for part in _mnist())
+    train, test = (Examples(*(v[(part.targets >= 5) == later] for v in part)) for part in sets)
+    return train, test

@@ -1,69 +1,74 @@
-"""Our default settings compared with AdamW, and the goals that this comparison meets."""
+"""Our two preconditioners with their documented learning rate against the others, tuned; and the goals."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
 from . import timing
+from .contestants import CONTESTANTS
 from .problems import TASKS
-from .search import ADAMW, OURS, Results
+from .search import ADAMW, BOTH, KRONECKER, OURS, SOAP, Results
 from .training import Record
 
 __all__ = [
+    "AFFORDABLE",
     "Goal",
     "Reach",
     "better_adamw",
-    "budgets",
+    "chosen",
+    "documented",
+    "final",
+    "geometric_mean",
     "goals",
     "mean_curve",
     "mean_final",
-    "mean_test",
-    "reaches",
+    "planned",
+    "reach",
+    "shared_ratio",
     "title",
 ]
 
+AFFORDABLE = 2.0
+"""The Kronecker preconditioner is chosen where a step with it takes at most this many times AdamW's."""
 
-@dataclass(frozen=True)
-class Reach:
-    """How our default settings compare with the better of the two AdamWs on a task.
+
+class Reach(NamedTuple):
+    """One of our preconditioners at its documented learning rate against another optimizer, tuned.
 
     Attributes
     ----------
-    task : str
     ratio : float
-        Our final training loss relative to AdamW's, each the mean over the seeds.
-    spread : tuple of float
-        The smallest and the largest of these ratios for a single seed.
+        Our final training loss relative to the other's, each the mean over the seeds.
     steps : float
-        Steps until AdamW's final training loss, as a fraction of AdamW's whole run; infinite if it is not
+        Steps until the other's final training loss, as a fraction of its whole run; infinite if it is not
         reached.
-    planned : float
-        Steps of the shortest run, with the learning rate at zero at its end, that reaches this loss; infinite
-        if none does, NaN if the shorter runs were not made.
     cost : float
-        Seconds of our step relative to AdamW's; NaN if they were not timed.
+        Seconds of our step relative to the other's; NaN if they were not timed.
     """
 
-    task: str
     ratio: float
-    spread: tuple[float, float]
     steps: float
-    planned: float
     cost: float
+
+    @property
+    def time(self) -> float:
+        """Seconds until the other's final training loss, as a fraction of its whole run."""
+        return self.steps * self.cost
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal, the count for it, and whether that count is enough."""
+    """A goal, what was counted with each preconditioner, and whether one of them meets it."""
 
     words: str
-    count: str
+    counts: tuple[str, ...]
     met: bool
 
 
@@ -77,16 +82,18 @@ def mean_final(records: Sequence[Record]) -> float:
     return fmean(record.final for record in records) if records else math.nan
 
 
-def mean_test(records: Sequence[Record]) -> float:
-    """Mean of the final test losses; infinite if one run diverged, NaN without runs."""
-    return fmean(record.final_test for record in records) if records else math.nan
-
-
 def mean_curve(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and the mean training loss of the runs there, as far as all of them got."""
     length = min(len(record.steps) for record in records)
     steps = np.mean([record.steps[:length] for record in records], axis=0)
     return steps, np.mean([record.train[:length] for record in records], axis=0)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """NaN without values or if one is not known, infinite if one is."""
+    if not values or any(map(math.isnan, values)):
+        return math.nan
+    return math.exp(fmean(map(math.log, values))) if all(map(math.isfinite, values)) else math.inf
 
 
 def first_at(steps: np.ndarray, losses: np.ndarray, level: float) -> float:
@@ -102,75 +109,164 @@ def first_at(steps: np.ndarray, losses: np.ndarray, level: float) -> float:
     return float(steps[after - 1] + part * (steps[after] - steps[after - 1]))
 
 
-def budgets(results: Results, task: str, contestant: str) -> tuple[np.ndarray, np.ndarray]:
-    """Fractions of the task's steps, and the mean final training loss of the runs planned for them."""
-    best, percents = results.best(task, contestant), [*results.plan.percents, 100]
-    runs = [[] if best is None else results.seeds(task, contestant, best, percent) for percent in percents]
-    return np.array(percents) / 100, np.array([mean_final(records) for records in runs])
+def final(results: Results, task: str, contestant: str) -> float:
+    """Final training loss at the tuned learning rate; infinite if every rate diverged, NaN if not known."""
+    if runs := results.tuned(task, contestant):
+        return mean_final(runs)
+    known = results.earlier(contestant, "finals")
+    if task in known:
+        return known[task]
+    losses = results.losses(task, contestant)
+    return math.inf if losses and all(map(math.isinf, losses.values())) else math.nan
 
 
-def planned(results: Results, task: str, contestant: str, level: float) -> float:
-    """The fraction of the steps from which on all planned runs end at or below a level."""
-    parts, losses = budgets(results, task, contestant)
+def documented(results: Results, task: str, contestant: str) -> list[Record]:
+    """The runs at the documented learning rate."""
+    return results.seeds(task, contestant, results.documented(contestant))
+
+
+def better_adamw(results: Results, task: str) -> str | None:
+    """Which of the two AdamWs has the lower final training loss, or None before one is tuned."""
+    finals = {name: final(results, task, name) for name in ADAMW if name in results.plan.contestants}
+    known = {name: loss for name, loss in finals.items() if not math.isnan(loss)}
+    return min(known, key=known.__getitem__) if known else None
+
+
+def reach(results: Results, task: str, ours: str, other: str | None) -> Reach | None:
+    """One of ours against another on a task, or None while runs are missing."""
+    records, level = (
+        documented(results, task, ours),
+        math.nan if other is None else final(results, task, other),
+    )
+    if other is None or not records or not math.isfinite(level):
+        return None
+    steps = first_at(*mean_curve(records), level) / TASKS[task].steps
+    times = timing.load(results.folder, task)
+    known = ours in times and other in times
+    cost = times[ours]["seconds"] / times[other]["seconds"] if known else math.nan
+    return Reach(mean_final(records) / level, steps, cost)
+
+
+def planned(results: Results, task: str, ours: str, level: float) -> float:
+    """The fraction of the steps from which on all runs planned for fewer of them end at or below a level."""
+    parts = [*results.plan.percents, 100]
+    exponent = results.documented(ours)
+    losses = np.array([mean_final(results.seeds(task, ours, exponent, part)[:1]) for part in parts])
     if len(parts) == 1 or np.isnan(losses).any():
         return math.nan
     above = np.flatnonzero(losses > level)
     start = above[-1] if len(above) else 0
-    return first_at(parts[start:], np.minimum(losses[start:], sys.float_info.max), level)
+    return first_at(np.array(parts[start:]) / 100, np.minimum(losses[start:], sys.float_info.max), level)
 
 
-def better_adamw(results: Results, task: str) -> str | None:
-    """Which of the two AdamWs has the lower final training loss, or None before both are tuned."""
-    known = [name for name in ADAMW if name in results.plan.contestants]
-    finals = {name: mean_final(results.tuned(task, name)) for name in known}
-    if not finals or any(map(math.isnan, finals.values())):
-        return None
-    return min(finals, key=finals.__getitem__)
+def chosen(results: Results, task: str) -> str:
+    """The preconditioner that the documentation's rule chooses, by the time of a step."""
+    found = reach(results, task, KRONECKER, better_adamw(results, task))
+    return KRONECKER if found is not None and found.cost <= AFFORDABLE else OURS
 
 
-def reach(results: Results, task: str) -> Reach | None:
-    """Our default settings against AdamW on a task, or None while runs are missing."""
-    ours, adamw = results.tuned(task, OURS), better_adamw(results, task)
-    if adamw is None or not ours:
-        return None
-    theirs = results.tuned(task, adamw)
-    level = mean_final(theirs)
-    steps = first_at(*mean_curve(ours), level) / mean_curve(theirs)[0][-1]
-    times, cost = timing.load(results.folder, task), math.nan
-    if OURS in times and adamw in times:
-        cost = times[OURS]["seconds"] / times[adamw]["seconds"]
-    each = [own.final / other.final for own, other in zip(ours, theirs, strict=True)]
-    spread, shorter = (min(each), max(each)), planned(results, task, OURS, level)
-    return Reach(task, mean_final(ours) / level, spread, steps, shorter, cost)
+def shared_ratio(results: Results, task: str, contestant: str) -> float:
+    """Final training loss with one rate on all tasks, as a multiple of that of the better AdamW, tuned.
+
+    For ours the rate is the documented one, for the others the one that is best over the tasks that are not
+    held out.
+    """
+    adamw = better_adamw(results, task)
+    if adamw is None:
+        return math.nan
+    known = results.earlier(contestant, "shared")
+    if task in known:
+        return known[task]
+    ours = contestant in BOTH
+    exponent = results.documented(contestant) if ours else results.shared(contestant)
+    if exponent is None:
+        return math.nan
+    return mean_final(results.seeds(task, contestant, exponent)) / final(results, task, adamw)
 
 
-def reaches(results: Results) -> list[Reach]:
-    """Our default settings against AdamW on the tasks that are finished."""
-    return [found for task in results.plan.tasks if (found := reach(results, task)) is not None]
+def goals(results: Results, tasks: Iterable[str]) -> list[Goal]:
+    """The goals, counted over some tasks; those on time use the preconditioner that `chosen` gives."""
+    tasks = [task for task in tasks if better_adamw(results, task) is not None]
+    others = [name for name in results.plan.contestants if not CONTESTANTS[name].ours]
 
+    def lowest(task: str, ours: str) -> bool:
+        losses = [final(results, task, name) for name in others]
+        own = mean_final(documented(results, task, ours))
+        return all(own < loss for loss in losses if not math.isnan(loss))
 
-def goals(found: Iterable[Reach]) -> list[Goal]:
-    """The counts for the goals, which are about the base tasks; steps and time are those in the whole run."""
-    base = [entry for entry in found if TASKS[entry.task].base is None]
-    many = f"of {len(base)}"
-    costs = np.array([entry.cost for entry in base])
-    whole = np.array([entry.steps for entry in base])
-    shorter = np.array([entry.planned for entry in base])
-    ways = (whole, shorter, np.fmin(whole, shorter))
-    lower = sum(entry.ratio < 1 for entry in base)
-    above = sum(not entry.ratio <= 1.03 for entry in base)
-    early = [int(np.sum(steps <= 0.7)) for steps in ways]
-    faster = [int(np.sum(steps * costs < 1)) for steps in ways]
-    counted = f"{{}} {many} in the whole run, {{}} planned, {{}} in one or the other"
+    def against(other: Callable[[str], str | None], ours: str | None) -> list[Reach]:
+        found = (reach(results, task, ours or chosen(results, task), other(task)) for task in tasks)
+        return [entry for entry in found if entry is not None]
+
+    def adamw(task: str) -> str | None:
+        return better_adamw(results, task)
+
+    def soap(_: str) -> str:
+        return SOAP
+
+    def count(words: str, needed: int, *counts: tuple[int, int]) -> Goal:
+        shown = tuple(f"{many} of {of}" for many, of in counts)
+        return Goal(words, shown, any(many >= needed for many, _ in counts))
+
+    def many(found: list[Reach], holds: Callable[[Reach], bool]) -> tuple[int, int]:
+        return sum(map(holds, found)), len(found)
+
+    pairs = {name: (against(adamw, name), against(soap, name)) for name in BOTH}
+    timed = [[entry for entry in against(who, None) if not math.isnan(entry.cost)] for who in (adamw, soap)]
+    worst = {name: max((entry.ratio for entry in pairs[name][0]), default=math.nan) for name in BOTH}
     return [
-        Goal("lower final training loss than tuned AdamW on at least 8", f"{lower} {many}", lower >= 8),
-        Goal("never above 1.03 times AdamW's", f"above on {above} {many}", len(base) == 10 and not above),
-        Goal(
-            "AdamW's final loss within 70% of its steps on at least 5", counted.format(*early), early[0] >= 5
+        count(
+            "lower final loss than every other optimizer, tuned, on at least 12 of 16",
+            12,
+            *((sum(lowest(task, name) for task in tasks), len(tasks)) for name in BOTH),
         ),
         Goal(
-            "less wall-clock time to AdamW's final loss on at least 6",
-            counted.format(*faster),
-            faster[0] >= 6,
+            "never above 1.03 times AdamW's",
+            tuple(f"at most {worst[name]:.3g}" for name in BOTH),
+            any(worst[name] <= 1.03 and len(pairs[name][0]) == len(tasks) for name in BOTH),
+        ),
+        count(
+            "AdamW's final loss within 60% of its steps on at least 12",
+            12,
+            *(many(pairs[name][0], lambda entry: entry.steps <= 0.6) for name in BOTH),
+        ),
+        count(
+            "SOAP's final loss within 90% of its steps on at least 10",
+            10,
+            *(many(pairs[name][1], lambda entry: entry.steps <= 0.9) for name in BOTH),
+        ),
+        count(
+            "AdamW's final loss in less time on at least 9, by the rule below",
+            9,
+            many(timed[0], lambda entry: entry.time < 1),
+        ),
+        count(
+            "SOAP's final loss in less time on at least 13, by the rule below",
+            13,
+            many(timed[1], lambda entry: entry.time < 1),
+        ),
+        *(
+            _lowest_mean(results, words, held_out)
+            for words, held_out in (("not held out", False), ("held out", True))
         ),
     ]
+
+
+def _lowest_mean(results: Results, words: str, held_out: bool) -> Goal:
+    """The goal on one learning rate for all tasks, on one half of the first sixteen."""
+    tasks = [t for t in results.plan.tasks if TASKS[t].held_out is held_out and not TASKS[t].later]
+    means = {
+        name: geometric_mean([shared_ratio(results, task, name) for task in tasks])
+        for name in results.plan.contestants
+        if name in BOTH or not CONTESTANTS[name].ours
+    }
+    others = {name: mean for name, mean in means.items() if name not in BOTH and math.isfinite(mean)}
+    best = min(others, key=others.__getitem__, default=None)
+    counts = tuple(f"{means.get(name, math.nan):.3g}" for name in BOTH)
+    least = math.inf if best is None else others[best]
+    named = "" if best is None else f" ({CONTESTANTS[best].title}: {least:.3g})"
+    return Goal(
+        f"one rate for all tasks: lowest geometric mean of loss / tuned AdamW's, {words}{named}",
+        counts,
+        any(means.get(name, math.inf) < least for name in BOTH),
+    )

@@ -8,17 +8,24 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .data import CONTEXT, VOCABULARY
+from .data import CONTEXT, VOCABULARY, WORDS
 
 __all__ = [
     "autoencoder",
+    "bag",
     "classifier",
+    "convolutions",
     "digits",
     "factorisation",
     "field",
+    "frozen",
+    "gru",
     "logistic",
+    "low_rank",
     "resnet",
+    "small_field",
     "transformer",
+    "vit",
 ]
 
 
@@ -48,6 +55,11 @@ def digits() -> nn.Module:
 def field() -> nn.Module:
     """2-32-32-32-1, tanh: a function of two coordinates."""
     return _layers(2, 32, 32, 32, 1, activation=nn.Tanh)
+
+
+def small_field() -> nn.Module:
+    """2-20-20-20-1, tanh: 921 parameters, few enough for a dense matrix of their curvature."""
+    return _layers(2, 20, 20, 20, 1, activation=nn.Tanh)
 
 
 def logistic(features: int) -> Callable[[], nn.Module]:
@@ -104,11 +116,11 @@ def resnet() -> nn.Module:
 
 
 class _Layer(nn.Module):
-    """Causal self-attention and a feed-forward network, normalised first (pre-norm)."""
+    """Self-attention and a feed-forward network, normalised first (pre-norm)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
         self.inward, self.outward = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -118,7 +130,7 @@ class _Layer(nn.Module):
         query, key, value = (
             part.reshape(shape).transpose(1, 2) for part in self.inward(self.first(x)).chunk(3, dim=-1)
         )
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.outward(mixed.transpose(1, 2).flatten(2))
         return x + self.feed(self.second(x))
 
@@ -128,7 +140,7 @@ class _Transformer(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, width)
         self.places = nn.Parameter(torch.randn(CONTEXT, width) * 0.02)
-        self.layers = nn.Sequential(*(_Layer(width, heads) for _ in range(depth)))
+        self.layers = nn.Sequential(*(_Layer(width, heads, causal=True) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
         nn.init.normal_(self.tokens.weight, std=0.02)
 
@@ -139,3 +151,83 @@ class _Transformer(nn.Module):
 def transformer() -> nn.Module:
     """Two layers of width 48 with four heads."""
     return _Transformer(48, 4, 2)
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.body = nn.GRU(width, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, VOCABULARY)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.head(self.body(self.tokens(codes))[0])
+
+
+def gru() -> nn.Module:
+    """A gated recurrent unit of 64 numbers."""
+    return _Recurrent(32, 64)
+
+
+class _Patches(nn.Module):
+    """A vision transformer (Dosovitskiy et al. 2021) for 28 x 28 pixels in 16 patches."""
+
+    def __init__(self, width: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 7, stride=7)
+        self.places = nn.Parameter(torch.randn(16, width) * 0.02)
+        self.layers = nn.Sequential(*(_Layer(width, heads, causal=False) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patches(images.unflatten(1, (1, 28, 28))).flatten(2).transpose(1, 2)
+        return self.head(self.norm(self.layers(patches + self.places).mean(dim=1)))
+
+
+def vit() -> nn.Module:
+    """Two layers of width 32 with four heads."""
+    return _Patches(32, 4, 2)
+
+
+def convolutions() -> nn.Module:
+    """Three convolutions without normalisation, of 8, 16 and 32 channels."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
+
+
+def bag() -> nn.Module:
+    """The mean of a window's words, 16 numbers each, and 16-32-9."""
+    return nn.Sequential(nn.EmbeddingBag(WORDS, 16), *_layers(16, 32, 9, activation=nn.ReLU))
+
+
+def frozen(trained: nn.Sequential) -> nn.Module:
+    """The trained classifier, of which only the last two layers go on learning."""
+    trained[0].requires_grad_(False)
+    return trained
+
+
+class _Adapted(nn.Module):
+    """A layer that is kept, and a product of two thin matrices that is added (LoRA, Hu et al. 2022)."""
+
+    def __init__(self, kept: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.kept = kept.requires_grad_(False)
+        self.down = nn.Linear(kept.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, kept.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kept(x) + self.up(self.down(x))
+
+
+def low_rank(trained: nn.Sequential) -> nn.Module:
+    """The trained classifier with an adapter of rank 4 in each layer, and nothing else that learns."""
+    return nn.Sequential(*(_Adapted(part, 4) if isinstance(part, nn.Linear) else part for part in trained))

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from . import data, fields, networks
 
-__all__ = ["TASKS", "Problem", "Task"]
+__all__ = ["EQUATION", "FIXED", "GROUPS", "LARGE", "SMALL", "TASKS", "Problem", "Task"]
+
+SMALL, LARGE, FEW, MORE = (
+    "Networks, small batches",
+    "Networks, large batches",
+    "Few parameters, and factors",
+    "More networks",
+)
+EQUATION, FIXED = "Differential equations", "Differential equations at fixed points"
+GROUPS = (SMALL, LARGE, EQUATION, FEW, MORE, FIXED)
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,13 @@ class Task:
         The problem of a seed, which fixes the initial parameters and the mini-batches.
     held_out : bool
         Whether the task was kept out of the choice of default settings.
-    base : str or None
-        The task of which this is the version with large batches.
+    group : str
+        One of `GROUPS`. Points of an equation are drawn anew in each step, or stay and are in double
+        precision.
+    later : bool
+        Whether it came to the table after the first sixteen, over which the goals count.
+    version : int
+        Raised whenever runs of before say nothing about the task any more.
     """
 
     name: str
@@ -57,7 +71,9 @@ class Task:
     steps: int
     make: Callable[[int], Problem]
     held_out: bool = False
-    base: str | None = None
+    group: str = SMALL
+    later: bool = False
+    version: int = 1
 
 
 def batches(rows: int, size: int, seed: int) -> Callable[[int], Tensor]:
@@ -120,18 +136,33 @@ def physics(equation: fields.Equation, network: Callable[[], nn.Module], seed: i
     """Learn a field from its differential equation, at points drawn anew in every step."""
     torch.manual_seed(seed)
     model = network()
-    fixed = equation.points(torch.Generator().manual_seed(7), 4)
+    known = equation.points(torch.Generator().manual_seed(7), 4)
 
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + step)
         return equation.residual(model, equation.points(generator, 1))
 
     def evaluate() -> tuple[float, float]:
-        train = equation.residual(model, fixed).item()
+        train = equation.residual(model, known).item()
         with torch.no_grad():
             return train, equation.error(model).item()
 
     return Problem(model, loss, evaluate)
+
+
+def full_batch(equation: fields.Equation, network: Callable[[], nn.Module], seed: int) -> Problem:
+    """Learn a field from its differential equation, at the same points in every step, in double precision."""
+    torch.manual_seed(seed)
+    model = network().double()
+    drawn = equation.points(torch.Generator().manual_seed(1_000_003 * (seed + 1)), 1)
+    points = fields.Points(*(part.double() for part in drawn))
+
+    def evaluate() -> tuple[float, float]:
+        train = equation.residual(model, points).item()
+        with torch.no_grad():
+            return train, equation.error(model).item()
+
+    return Problem(model, lambda step: equation.residual(model, points), evaluate)
 
 
 def squares(prediction: Tensor, target: Tensor) -> Tensor:
@@ -149,6 +180,32 @@ def factors(size: int, seed: int) -> Problem:
     return supervised(networks.factorisation, data.entries, nn.functional.mse_loss, size, seed)
 
 
+@cache
+def _first_half() -> dict[str, Tensor]:
+    """Parameters of the classifier after 300 steps of AdamW on the digits 0 to 4."""
+    problem = supervised(
+        networks.classifier, partial(data.half_of_the_classes, later=False), _cross_entropy, 128, 0
+    )
+    optimizer = torch.optim.AdamW(problem.model.parameters(), lr=3e-3)
+    for step in range(300):
+        problem.model.zero_grad()
+        problem.loss(step).backward()
+        optimizer.step()
+    return problem.model.state_dict()
+
+
+def fine_tuning(change: Callable[[nn.Sequential], nn.Module], size: int, seed: int) -> Problem:
+    """Learn the digits 5 to 9 with a network that knows the others."""
+
+    def network() -> nn.Module:
+        with torch.random.fork_rng():
+            trained = networks.classifier()
+            trained.load_state_dict(_first_half())
+        return change(trained)
+
+    return supervised(network, partial(data.half_of_the_classes, later=True), _cross_entropy, size, seed)
+
+
 _cross_entropy = nn.functional.cross_entropy
 _autoencoder = partial(supervised, networks.autoencoder, data.mnist_images, squares)
 _classifier = partial(supervised, networks.classifier, data.mnist, _cross_entropy)
@@ -160,36 +217,48 @@ _resnet = partial(supervised, networks.resnet, data.mnist_planes, _cross_entropy
 _transformer = partial(supervised, networks.transformer, data.source_code, tokens, rows=500)
 _poisson = partial(physics, fields.POISSON, networks.field)
 _burgers = partial(physics, fields.BURGERS, networks.field)
+_gru = partial(supervised, networks.gru, data.source_code, tokens, rows=500)
+_vit = partial(supervised, networks.vit, data.mnist, _cross_entropy, rows=2_000)
+_fashion = partial(supervised, networks.convolutions, data.fashion, _cross_entropy)
+_words = partial(supervised, networks.bag, data.words, _cross_entropy)
+_convection = partial(physics, fields.CONVECTION, networks.field)
+_allen_cahn = partial(physics, fields.ALLEN_CAHN, networks.field)
+_poisson_fixed = partial(full_batch, fields.POISSON, networks.small_field)
+_burgers_fixed = partial(full_batch, fields.BURGERS, networks.small_field)
+_frozen, _low_rank = partial(fine_tuning, networks.frozen), partial(fine_tuning, networks.low_rank)
+
+_small, _held_out = partial(Task, group=SMALL), partial(Task, held_out=True)
+_large, _few, _more = (partial(_held_out, group=group) for group in (LARGE, FEW, MORE))
+_equation, _fixed = partial(Task, group=EQUATION), partial(Task, group=FIXED)
 
 TASKS = {
     task.name: task
     for task in (
-        Task("autoencoder", "Deep autoencoder, MNIST", 1_000, partial(_autoencoder, 128)),
-        Task("classifier", "Classifier, MNIST", 1_000, partial(_classifier, 128)),
-        Task("digits", "Classifier, 8x8 digits", 600, partial(_digits, 64)),
-        Task("ill", "Logistic regression, ill-conditioned", 1_000, partial(_ill, 64), held_out=True),
-        Task("cancer", "Logistic regression, breast cancer", 1_000, partial(_cancer, 64), held_out=True),
-        Task("resnet", "ResNet with BatchNorm, MNIST", 500, partial(_resnet, 64)),
-        Task("transformer", "Character transformer, Python source", 800, partial(_transformer, 24)),
-        Task("factors", "Matrix factorisation, 8x8 digits", 1_500, partial(factors, 512), held_out=True),
-        Task("poisson", "PINN, Poisson", 2_000, _poisson),
-        Task("burgers", "PINN, Burgers", 2_000, _burgers),
-        Task(
-            "autoencoder_1024",
-            "Autoencoder, batch 1024",
-            500,
-            partial(_autoencoder, 1_024),
-            True,
-            "autoencoder",
-        ),
-        Task(
-            "classifier_1024", "Classifier, batch 1024", 400, partial(_classifier, 1_024), True, "classifier"
-        ),
-        Task("digits_512", "8x8 digits, batch 512", 400, partial(_digits, 512), True, "digits"),
-        Task("ill_1024", "Ill-conditioned, batch 1024", 500, partial(_ill, 1_024), True, "ill"),
-        Task("resnet_512", "ResNet, batch 512", 150, partial(_resnet, 512), True, "resnet"),
-        Task(
-            "transformer_192", "Transformer, batch 192", 200, partial(_transformer, 192), True, "transformer"
-        ),
+        _small("autoencoder", "Autoencoder, MNIST", 1_000, partial(_autoencoder, 128)),
+        _small("classifier", "Classifier, MNIST", 1_000, partial(_classifier, 128)),
+        _small("digits", "Classifier, 8x8 digits", 600, partial(_digits, 64)),
+        _small("resnet", "ResNet, MNIST", 500, partial(_resnet, 64)),
+        _small("transformer", "Transformer, Python source", 800, partial(_transformer, 24)),
+        _large("autoencoder_1024", "Autoencoder, 1024", 500, partial(_autoencoder, 1_024)),
+        _large("classifier_1024", "Classifier, 1024", 400, partial(_classifier, 1_024)),
+        _large("digits_512", "8x8 digits, 512", 400, partial(_digits, 512)),
+        _large("resnet_512", "ResNet, 512", 150, partial(_resnet, 512)),
+        _large("transformer_192", "Transformer, 192", 200, partial(_transformer, 192)),
+        _equation("poisson", "Poisson", 2_000, _poisson),
+        _equation("burgers", "Burgers", 2_000, _burgers),
+        _few("ill", "Logistic, ill-conditioned", 1_000, partial(_ill, 64)),
+        _few("ill_1024", "Logistic, ill-conditioned, 1024", 500, partial(_ill, 1_024)),
+        _few("cancer", "Logistic, breast cancer", 1_000, partial(_cancer, 64)),
+        _few("factors", "Matrix factorisation, digits", 1_500, partial(factors, 512)),
+        _more("gru", "GRU, Python source", 400, partial(_gru, 32), later=True),
+        _more("vit", "Vision transformer, MNIST", 300, partial(_vit, 64), later=True),
+        _more("fashion", "Convolutions, Fashion-MNIST", 600, partial(_fashion, 128), later=True),
+        _more("words", "Bag of words, rare rows", 600, partial(_words, 64), later=True),
+        _more("frozen", "Fine-tuning, frozen layer", 300, partial(_frozen, 64), later=True),
+        _more("low_rank", "Fine-tuning, adapter", 300, partial(_low_rank, 64), later=True),
+        _equation("convection", "Convection, speed 30", 2_000, _convection, later=True),
+        _equation("allen_cahn", "Allen-Cahn", 2_000, _allen_cahn, later=True),
+        _fixed("poisson_fixed", "Poisson, fixed points", 2_000, _poisson_fixed, later=True),
+        _fixed("burgers_fixed", "Burgers, fixed points", 2_000, _burgers_fixed, later=True),
     )
 }

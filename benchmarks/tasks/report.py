@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/results.md, and a table for the terminal."""
+"""The tables and pictures of docs/results.md, and the goals for the terminal."""
 
 from __future__ import annotations
 
@@ -11,16 +11,32 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from . import figures, timing
+from . import archive, figures, timing
 from .contestants import CONTESTANTS, rate
-from .goals import better_adamw, goals, mean_final, mean_test, reaches, title
-from .problems import TASKS
-from .search import OURS, Results, interior
+from .goals import (
+    AFFORDABLE,
+    Goal,
+    better_adamw,
+    chosen,
+    documented,
+    final,
+    geometric_mean,
+    goals,
+    mean_final,
+    planned,
+    reach,
+    shared_ratio,
+    title,
+)
+from .problems import FIXED, GROUPS, LARGE, TASKS
+from .search import BOTH, KRONECKER, OURS, SOAP, Results, interior
 
-__all__ = ["goals_text", "rates_text", "show", "variants", "write"]
+__all__ = ["goals_text", "keep", "rates_text", "show", "variants", "write"]
 
 DOCS = Path(__file__).parents[2] / "docs"
-NONE = "\N{EN DASH}"
+NONE, EARLIER = "\N{EN DASH}", " °"
+Value = Callable[[str, str], float]
+Form = Callable[[float], str]
 
 
 def number(value: float) -> str:
@@ -37,23 +53,6 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f}%" if math.isfinite(value) else "never"
 
 
-def table(
-    results: Results,
-    value: Callable[[str, str], float],
-    *,
-    bold: bool = True,
-    form: Callable[[float], str] = number,
-) -> list[list[str]]:
-    """A table with a row for each task and a column for each contestant, the lowest of each row in bold."""
-    rows = [["task", *(CONTESTANTS[name].title for name in results.plan.contestants)]]
-    for task in results.plan.tasks:
-        values = [value(task, name) for name in results.plan.contestants]
-        least = min((v for v in values if math.isfinite(v)), default=None)
-        cells = [f"**{form(v)}**" if bold and v == least else form(v) for v in values]
-        rows.append([title(task), *cells])
-    return rows
-
-
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column is words and whose others are numbers."""
     head, *body = rows
@@ -61,12 +60,51 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def final(results: Results, task: str, contestant: str) -> float:
-    """Final training loss at the tuned learning rate; infinite if every rate diverged."""
-    losses = results.losses(task, contestant)
-    if losses and all(map(math.isinf, losses.values())):
-        return math.inf
-    return mean_final(results.tuned(task, contestant))
+def table(
+    results: Results,
+    tasks: Sequence[str],
+    value: Value,
+    *,
+    form: Form = number,
+    bold: bool = True,
+    mean: bool = False,
+) -> list[list[str]]:
+    """A row for each contestant that has a value, a column for each task, the lowest of each in bold.
+
+    `mean` adds the geometric mean of a row that is complete.
+    """
+    names = [n for n in results.plan.contestants if not all(math.isnan(value(t, n)) for t in tasks)]
+    values = {name: [value(task, name) for task in tasks] for name in names}
+    heads = ["", *map(title, tasks)]
+    if mean:
+        values = {name: [*row, geometric_mean(row)] for name, row in values.items()}
+        heads.append("geometric mean")
+    least = [
+        min(filter(math.isfinite, column), default=None) for column in zip(*values.values(), strict=True)
+    ]
+    rows = [heads]
+    for name, row in values.items():
+        cells = [
+            f"**{form(v)}**" if bold and v == low else form(v) for v, low in zip(row, least, strict=True)
+        ]
+        rows.append([_named(results, tasks, name), *cells])
+    return rows
+
+
+def _named(results: Results, tasks: Sequence[str], name: str) -> str:
+    """A contestant's title, marked if some of its values are of an earlier comparison."""
+    known = results.earlier(name, "finals")
+    marked = any(task in known and not results.tuned(task, name) for task in tasks)
+    return CONTESTANTS[name].title + (EARLIER if marked else "")
+
+
+def grouped(results: Results, write_group: Callable[[list[str]], str]) -> str:
+    """A text for each group of tasks, under its name."""
+    parts = []
+    for group in GROUPS:
+        if tasks := [task for task in results.plan.tasks if TASKS[task].group == group]:
+            parts += [f"**{group}**", write_group(tasks)]
+    return "\n\n".join(parts)
 
 
 def ratio(results: Results, task: str, contestant: str) -> float:
@@ -75,40 +113,151 @@ def ratio(results: Results, task: str, contestant: str) -> float:
     return math.nan if adamw is None else final(results, task, contestant) / final(results, task, adamw)
 
 
-def goals_text(results: Results) -> str:
-    """Table of our default settings against AdamW, and the goals."""
-    found = reaches(results)
-    rows = [
-        ["task", "final loss / AdamW's", "seed by seed", "steps", "time", "planned steps", "planned time"]
-    ]
-    for entry in found:
-        spread = "\N{EN DASH}".join(map(number, entry.spread))
-        reached = [
-            percent(part * cost) for part in (entry.steps, entry.planned) for cost in (1.0, entry.cost)
+def documented_ratio(results: Results, task: str, ours: str) -> float:
+    """The same for one of ours at its documented learning rate."""
+    adamw = better_adamw(results, task)
+    if adamw is None:
+        return math.nan
+    return mean_final(documented(results, task, ours)) / final(results, task, adamw)
+
+
+def ratios_text(results: Results) -> str:
+    """Final training losses relative to the better AdamW's, and AdamW's own."""
+
+    def group(tasks: list[str]) -> str:
+        rows = table(results, tasks, lambda task, name: ratio(results, task, name), mean=True)
+        ours = [
+            [
+                f"{CONTESTANTS[name].title}, {rate(results.documented(name)):.2g}",
+                *(number(documented_ratio(results, task, name)) for task in tasks),
+                number(geometric_mean([documented_ratio(results, task, name) for task in tasks])),
+            ]
+            for name in BOTH
+            if name in results.plan.contestants
         ]
-        rows.append([title(entry.task), f"{entry.ratio:.4g}", spread, *reached])
-    verdicts = [
-        f"- {goal.words}: {goal.count}, **{'met' if goal.met else 'not met'}**" for goal in goals(found)
+        losses = [_adamw_loss(results, task) for task in tasks]
+        return markdown([*rows, *ours, ["AdamW's loss", *map(number, losses), ""]])
+
+    return f"{grouped(results, group)}\n\n{_note()}"
+
+
+def _adamw_loss(results: Results, task: str) -> float:
+    adamw = better_adamw(results, task)
+    return math.nan if adamw is None else final(results, task, adamw)
+
+
+def test_text(results: Results) -> str:
+    """Test losses at the learning rate with the best training loss."""
+
+    def test(task: str, name: str) -> float:
+        if runs := results.tuned(task, name):
+            return fmean(record.final_test for record in runs)
+        return results.earlier(name, "tests").get(task, math.nan)
+
+    return f"{grouped(results, lambda tasks: markdown(table(results, tasks, test)))}\n\n{_note()}"
+
+
+def goals_text(results: Results) -> str:
+    """The goals, counted over the first sixteen tasks and over those that came later."""
+    first, later = _halves(results)
+    texts = [
+        f"Over {len(first)} tasks, with each preconditioner at its documented learning rate:",
+        markdown(_goals(goals(results, first))),
     ]
-    about = "Goals, counted over those of the 10 tasks without a large batch whose runs are complete:"
-    return "\n\n".join([markdown(rows), _note(results), about, "\n".join(verdicts)])
+    if later:
+        counted = [
+            goal for goal in goals(results, later)[:6] if "of" in goal.counts[0] or "at" in goal.counts[0]
+        ]
+        texts += [
+            f"The same counts over the {len(later)} tasks that came later, for which no goals were set:",
+            markdown(_goals(counted, verdict=False)),
+        ]
+    return "\n\n".join(texts)
+
+
+def _halves(results: Results) -> tuple[list[str], list[str]]:
+    """The tasks over which the goals count, and those that came later; points that stay do not count."""
+    tasks = results.plan.tasks
+    return [t for t in tasks if not TASKS[t].later], [
+        t for t in tasks if TASKS[t].later and TASKS[t].group != FIXED
+    ]
+
+
+def _goals(found: Sequence[Goal], *, verdict: bool = True) -> list[list[str]]:
+    rows = [["goal" if verdict else "count", "diagonal", "Kronecker", *([""] if verdict else [])]]
+    for goal in found:
+        counts = goal.counts if len(goal.counts) == 2 else (goal.counts[0], "")
+        words = goal.words if verdict else goal.words.split(" on at least")[0]
+        rows.append([words, *counts, *(["**met**" if goal.met else "not met"] if verdict else [])])
+    return rows
+
+
+def reach_text(results: Results) -> str:
+    """How soon each of ours, at its documented rate, is at the final loss of AdamW and of SOAP."""
+    rows = [
+        [
+            "",
+            "diagonal: steps to AdamW's",
+            "time",
+            "Kronecker: steps to AdamW's",
+            "time",
+            "steps to SOAP's",
+            "time",
+            "planned",
+            "the rule's choice",
+        ]
+    ]
+    for task in results.plan.tasks:
+        adamw = better_adamw(results, task)
+        found = [
+            reach(results, task, OURS, adamw),
+            *(reach(results, task, KRONECKER, o) for o in (adamw, SOAP)),
+        ]
+        if all(entry is None for entry in found):
+            continue
+        cells = [
+            percent(part)
+            for entry in found
+            for part in ((math.nan, math.nan) if entry is None else (entry.steps, entry.time))
+        ]
+        early = planned(results, task, KRONECKER, _adamw_loss(results, task))
+        timed = found[1] is not None and not math.isnan(found[1].cost)
+        choice = {OURS: "diagonal", KRONECKER: "Kronecker"}[chosen(results, task)] if timed else ""
+        rows.append([title(task), *cells, percent(early), choice])
+    words = (
+        f"The rule chooses Kronecker where a step with it takes at most {AFFORDABLE:g} times as long as "
+        "AdamW's. *Planned*: the shortest run of Kronecker whose learning rate is zero at its end, and that "
+        "ends at AdamW's loss (one seed)."
+    )
+    return f"{markdown(rows)}\n\n{words}"
 
 
 def rates_text(results: Results) -> str:
-    """Table of the chosen learning rates."""
-    rows = [["task", *(CONTESTANTS[name].title for name in results.plan.contestants)]]
-    rows += [
-        [title(t), *(_rates(results, t, name) for name in results.plan.contestants)]
-        for t in results.plan.tasks
-    ]
+    """Tables of the chosen learning rates."""
+
+    def cell(task: str, name: str) -> str:
+        if TASKS[task].group not in CONTESTANTS[name].groups:
+            return ""
+        return _rates(results, task, name)
+
+    def group(tasks: list[str]) -> str:
+        rows = [["", *map(title, tasks)]]
+        for name in results.plan.contestants:
+            cells = [cell(task, name) for task in tasks]
+            if any(cells):
+                rows.append([CONTESTANTS[name].title, *cells])
+        return markdown(rows)
+
     about = (
         "The best learning rate (how many were tried, the largest of them). ‡: the best is the lowest or the "
-        f"highest of those that were tried. {NONE}: all diverged."
+        f"highest of those that were tried. °: found earlier, of at least five. {NONE}: all diverged."
     )
-    return f"{markdown(rows)}\n\n{about}"
+    return f"{grouped(results, group)}\n\n{about}"
 
 
 def _rates(results: Results, task: str, contestant: str) -> str:
+    if task in (known := results.earlier(contestant, "rates")):
+        return f"{rate(round(known[task])):.2g}{EARLIER}"
     losses, best = results.losses(task, contestant), results.best(task, contestant)
     if not losses:
         return ""
@@ -119,92 +268,64 @@ def _rates(results: Results, task: str, contestant: str) -> str:
 
 
 def cost_text(results: Results) -> str:
-    """Tables of milliseconds, of the time relative to AdamW's, and of memory."""
+    """Tables of milliseconds and of memory."""
     times = {task: timing.load(results.folder, task) for task in results.plan.tasks}
 
-    def timed(task: str, name: str, part: str) -> float:
-        return times[task].get(name, {}).get(part, math.nan)
-
-    def relative(task: str, name: str) -> float:
-        return timed(task, name, "seconds") / timed(task, "adamw", "seconds")
-
-    def share(task: str, name: str) -> float:
-        return timed(task, name, "optimizer") / timed(task, name, "seconds")
+    def milliseconds(task: str, name: str) -> float:
+        return 1e3 * times[task].get(name, {}).get("seconds", math.nan)
 
     def memory(task: str, name: str) -> float:
         records = results.tuned(task, name)
         return records[0].state_bytes / records[0].parameters if records else math.nan
 
-    parts = [
-        (
+    def text(of: Results, value: Value) -> str:
+        return grouped(of, lambda tasks: markdown(table(of, tasks, value, bold=False)))
+
+    small = tuple(task for task in results.plan.tasks if TASKS[task].group != LARGE)
+    return "\n\n".join(
+        [
             "Milliseconds for a gradient and the step with it:",
-            lambda t, n: 1e3 * timed(t, n, "seconds"),
-            number,
-        ),
-        ("The same in parts of AdamW's:", relative, number),
-        ("The optimizer's own share of it:", share, percent),
-        ("Bytes that the optimizer holds for each parameter:", memory, number),
-    ]
-    texts = [
-        f"{words}\n\n{markdown(table(results, value, bold=False, form=form))}" for words, value, form in parts
-    ]
-    return "\n\n".join(texts)
+            text(results, milliseconds),
+            "Bytes that the optimizer holds for each parameter:",
+            text(Results(replace(results.plan, tasks=small), results.folder), memory),
+        ]
+    )
 
 
 def one_text(results: Results) -> str:
-    """Tables of one learning rate for all tasks: the documented one, and the best one."""
-    texts = []
-    for words, choice in (
-        ("The learning rate that each documents (the nearest of the grid):", results.documented),
-        ("The learning rate that is best over the tasks that are not held out:", results.shared),
-    ):
-        chosen = {name: choice(name) for name in results.plan.contestants}
-        texts += [words, markdown(_one(results, chosen))]
-    return "\n\n".join([*texts, _note(results)])
-
-
-def _one(results: Results, chosen: dict[str, int | None]) -> list[list[str]]:
-    """Final training loss with one exponent each, relative to the better tuned AdamW's."""
-
-    def value(task: str, name: str) -> float:
-        exponent, adamw = chosen[name], better_adamw(results, task)
-        if exponent is None or adamw is None:
-            return math.nan
-        return mean_final(results.seeds(task, name, exponent)) / final(results, task, adamw)
-
-    rows = table(results, value)
-    shown = ["" if exponent is None else f"{rate(exponent):.2g}" for exponent in chosen.values()]
-    means = [
-        (words, [_geometric_mean([value(task, name) for task in tasks]) for name in chosen])
-        for words, tasks in (
-            ("geometric mean, not held out", results.plan.seen),
-            ("geometric mean, held out †", [t for t in results.plan.tasks if TASKS[t].held_out]),
-        )
+    """Geometric means with one learning rate for all tasks."""
+    halves = [
+        [t for t in results.plan.tasks if TASKS[t].held_out is held_out and not TASKS[t].later]
+        for held_out in (False, True)
     ]
-    return [rows[0], ["learning rate", *shown], *rows[1:], *([words, *map(number, m)] for words, m in means)]
+    rows = [["", "learning rate", "geometric mean, not held out", "geometric mean, held out †"]]
+    found = []
+    for name in results.plan.contestants:
+        exponent = results.documented(name) if name in BOTH else results.shared(name)
+        means = [geometric_mean([shared_ratio(results, task, name) for task in tasks]) for tasks in halves]
+        if not all(map(math.isnan, means)) and (name in BOTH or not CONTESTANTS[name].ours):
+            shown = "" if exponent is None else f"{rate(exponent):.2g}"
+            found.append((means[0], [CONTESTANTS[name].title, shown, *map(number, means)]))
+    found.sort(key=lambda entry: entry[0])
+    return markdown([*rows, *(row for _, row in found)])
 
 
-def _geometric_mean(values: Sequence[float]) -> float:
-    if not values or any(map(math.isnan, values)):
-        return math.nan
-    return math.exp(fmean(map(math.log, values))) if all(map(math.isfinite, values)) else math.inf
-
-
-def _note(results: Results) -> str:
-    held_out = any(TASKS[task].held_out for task in results.plan.tasks)
-    return "† Held out: not used in choosing default settings." if held_out else ""
+def _note() -> str:
+    return (
+        "† Held out: not used in choosing default settings. ° From an earlier comparison, mean of three "
+        f"seeds. {NONE}: diverged, at every learning rate or at one of the seeds."
+    )
 
 
 def variants(results: Results) -> list[Results]:
     """The default and its variants on one seed: all of them on the tasks that are not held out; and the one
     without pairs with large batches, which played no part in choosing anything."""
-    seen = tuple(task for task in results.plan.seen if TASKS[task].base is None)
-    large = tuple(task for task in results.plan.tasks if TASKS[task].base is not None)
+    large = tuple(task for task in results.plan.tasks if TASKS[task].group == LARGE)
     changed = tuple(name for name, entry in CONTESTANTS.items() if entry.variant)
     plan = replace(results.plan, seeds=1, one_setting=False, percents=())
     return [
         Results(replace(plan, tasks=tasks, contestants=(OURS, *names)), results.folder)
-        for tasks, names in ((seen, changed), (large, ("mlbfgs_no_pairs",)))
+        for tasks, names in ((results.plan.seen, changed), (large, ("mlbfgs_no_pairs",)))
         if tasks
     ]
 
@@ -219,7 +340,7 @@ def _variants(results: Results) -> list[list[str]]:
     rows = [["the default with", *map(title, tasks), "geometric mean"]]
     for name in names:
         values = [final(results, task, name) / final(results, task, ours) for task in tasks]
-        rows.append([CONTESTANTS[name].title, *map(number, [*values, _geometric_mean(values)])])
+        rows.append([CONTESTANTS[name].title, *map(number, [*values, geometric_mean(values)])])
     return rows
 
 
@@ -232,16 +353,28 @@ def contestants_text(results: Results) -> str:
     return markdown(rows).replace("---:", "---")
 
 
+def keep(results: Results) -> None:
+    """Add the runs to those that the repository keeps."""
+    for task in results.plan.tasks:
+        used = {
+            (name, exponent)
+            for name in results.plan.contestants
+            for exponent in (results.best(task, name), results.documented(name))
+            if exponent is not None
+        }
+        if (results.folder / task).exists():
+            archive.keep(results.folder, task, used)
+
+
 def write(results: Results) -> None:
     """Write the tables and pictures of docs/results.md, leaving out contestants that have not run."""
     ran = tuple(name for name in results.plan.contestants if _has_run(results, name))
     results = Results(replace(results.plan, contestants=ran), results.folder)
-    note = f"\n\n{_note(results)} {NONE}: diverged, at every learning rate or at one of the seeds."
     texts = {
-        "tuned": markdown(table(results, lambda t, n: final(results, t, n))) + note,
-        "ratio": markdown(table(results, lambda t, n: ratio(results, t, n))) + note,
-        "test": markdown(table(results, lambda t, n: mean_test(results.tuned(t, n)))) + note,
+        "ratio": ratios_text(results),
+        "test": test_text(results),
         "goals": goals_text(results),
+        "reach": reach_text(results),
         "rates": rates_text(results),
         "cost": cost_text(results),
         "one": one_text(results),
@@ -254,7 +387,7 @@ def write(results: Results) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")
         print(f"wrote {path.relative_to(DOCS.parent)}")
-    for name, figure in figures.draw(results, ratio).items():
+    for name, figure in figures.draw(results, ratio, documented_ratio).items():
         path = DOCS / "_static" / f"tasks_{name}.png"
         path.parent.mkdir(exist_ok=True)
         figures.save(figure, path)
@@ -262,26 +395,30 @@ def write(results: Results) -> None:
 
 
 def _has_run(results: Results, contestant: str) -> bool:
-    return any(results.tuned(task, contestant) for task in results.plan.tasks)
+    return bool(results.earlier(contestant, "finals")) or any(
+        results.tuned(task, contestant) for task in results.plan.tasks
+    )
 
 
 def show(results: Results) -> None:
     """Print the final training losses and the goals."""
     console = Console()
-    rows = table(results, lambda t, n: final(results, t, n))
+    tasks = results.plan.tasks
+    rows = table(results, tasks, lambda task, name: final(results, task, name))
     shown = Table(title="final training loss, each at its best learning rate")
-    for number_, heading in enumerate(rows[0]):
-        shown.add_column(heading, justify="right" if number_ else "left")
+    for place, heading in enumerate(rows[0]):
+        shown.add_column(heading, justify="right" if place else "left")
     for row in rows[1:]:
         shown.add_row(*(f"[bold]{cell.strip('*')}[/]" if cell.startswith("**") else cell for cell in row))
     console.print(shown)
-    found = reaches(results)
-    for entry in found:
-        steps, seconds = percent(entry.steps), percent(entry.steps * entry.cost) or "unknown"
-        console.print(
-            f"{TASKS[entry.task].title}: {number(entry.ratio)} times AdamW's final loss; "
-            f"to reach that: {steps} of AdamW's steps, {seconds} of its time"
-        )
-    if sum(TASKS[entry.task].base is None for entry in found) == 10:
-        for goal in goals(found):
-            console.print(f"{'met' if goal.met else 'NOT MET'}: {goal.words} ({goal.count})")
+    for task in tasks:
+        for ours in BOTH:
+            if (found := reach(results, task, ours, better_adamw(results, task))) is not None:
+                console.print(
+                    f"{TASKS[task].title}, {CONTESTANTS[ours].title}: {number(found.ratio)} times AdamW's "
+                    f"final loss; to reach that: {percent(found.steps)} of AdamW's steps, "
+                    f"{percent(found.time) or 'unknown'} of its time"
+                )
+    if set(_halves(results)[0]) == {task for task in TASKS if not TASKS[task].later}:
+        for goal in goals(results, _halves(results)[0]):
+            console.print(f"{'met' if goal.met else 'NOT MET'}: {goal.words} ({', '.join(goal.counts)})")

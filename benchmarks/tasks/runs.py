@@ -10,17 +10,19 @@ import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlbfgs_core
 import mlbfgs_torch
 
+from . import archive
 from .contestants import CONTESTANTS, rate
 from .problems import TASKS
 from .training import Record, train
 
-__all__ = ["RESULTS", "Key", "identity", "load", "run", "write_json"]
+__all__ = ["RESULTS", "Key", "identity", "load", "run", "same", "write_json"]
 
 RESULTS = Path(__file__).parents[2] / "results" / "tasks"
 
@@ -44,12 +46,12 @@ class Key(NamedTuple):
 def identity(task: str, contestant: str) -> dict[str, str]:
     """What a run depends on; a run whose file says otherwise is repeated.
 
-    All runs depend on the tasks and on the contestant's settings, and ours also on this repository's
+    All runs depend on the task and on the contestant's settings, and ours also on this repository's
     algorithm.
     """
     entry = CONTESTANTS[contestant]
     result = {
-        "tasks": _TASKS,
+        "task": f"{task} {TASKS[task].version}",
         "settings": repr(sorted(entry.settings.items())),
         "steps": str(TASKS[task].steps),
     }
@@ -64,6 +66,7 @@ def run(key: Key, results: Path) -> Path:
     about = {
         **key._asdict(),
         "rate": rate(key.exponent),
+        "date": datetime.now(UTC).date().isoformat(),
         "identity": identity(key.task, key.contestant),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
@@ -94,18 +97,41 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def load(key: Key, results: Path) -> Record | None:
-    """The run's record, or None if there is none for the current tasks and code."""
+def load(key: Key, results: Path, *, kept: bool = True, again: bool = False) -> Record | None:
+    """The run's record, or None if there is none for the current task and settings.
+
+    Parameters
+    ----------
+    key : Key
+    results : Path
+        The folder of the runs.
+    kept : bool
+        Whether the runs that the repository keeps count.
+    again : bool
+        Whether these have to be of the present version of the code, as those in the folder do.
+    """
+    wanted = identity(key.task, key.contestant)
     try:
         content = json.loads(key.path(results).read_text("utf-8"))
+        found = content["identity"] == wanted
     except FileNotFoundError:
-        return None
-    if content["identity"] != identity(key.task, key.contestant):
-        return None
-    values = {name: content[name] for name in Record.__dataclass_fields__}
+        found = False
+    if not found:
+        entry = archive.stored(key.task).get(key.contestant) if kept else None
+        place = archive.name_of(key.exponent, key.seed, key.percent)
+        if entry is None or place not in entry["runs"] or not same(entry["identity"], wanted, code=again):
+            return None
+        content = entry["runs"][place]
+    values = {name: content[name] for name in Record.__dataclass_fields__ if name in content}
     for name in ("train", "test"):
         values[name] = [math.inf if value is None else value for value in values[name]]
     return Record(**values)
+
+
+def same(one: dict[str, str], other: dict[str, str], *, code: bool) -> bool:
+    """Whether two identities are equal, the version of the `code` included or not."""
+    names = (one.keys() | other.keys()) - (set() if code else {"code"})
+    return all(one.get(name) == other.get(name) for name in names)
 
 
 def _hash(paths: Iterable[Path]) -> str:
@@ -116,8 +142,7 @@ def _hash(paths: Iterable[Path]) -> str:
 
 
 # Computed when this module is imported, like the code that runs.
-_TASKS = _hash(Path(__file__).with_name(f"{name}.py") for name in ("data", "fields", "networks", "problems"))
 _CODE = _hash(
     path for module in (mlbfgs_core, mlbfgs_torch) for path in Path(module.__file__).parent.rglob("*.py")
 )
-_PACKAGES = ("mlbfgs", "numpy", "pytorch_optimizer", "torch", "torchzero")
+_PACKAGES = ("heavyball", "mlbfgs", "numpy", "pytorch_optimizer", "torch", "torchzero")

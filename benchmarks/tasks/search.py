@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import product
+from functools import cache, cached_property
+from itertools import product, takewhile
 from pathlib import Path
+from typing import Any
 
 from .contestants import CONTESTANTS
 from .problems import TASKS
 from .runs import RESULTS, Key, load
 from .training import Record
 
-__all__ = ["ADAMW", "OURS", "Plan", "Results", "interior", "next_exponents"]
+__all__ = [
+    "ADAMW",
+    "BOTH",
+    "KRONECKER",
+    "OURS",
+    "SOAP",
+    "Plan",
+    "Results",
+    "interior",
+    "next_exponents",
+]
 
-OURS, ADAMW = "mlbfgs", ("adamw", "adamw_99")
+OURS, KRONECKER, SOAP, ADAMW = "mlbfgs", "mlbfgs_kronecker", "soap", ("adamw", "adamw_99")
+BOTH = (OURS, KRONECKER)
 
 
 def next_exponents(centre: int, losses: Mapping[int, float], least: int = 5, most: int = 9) -> list[int]:
@@ -72,6 +85,11 @@ def interior(losses: Mapping[int, float]) -> bool:
     return math.isfinite(losses[best]) and min(losses) < best < max(losses)
 
 
+@cache
+def _earlier() -> dict[str, dict[str, Any]]:
+    return json.loads(Path(__file__).with_name("earlier.json").read_text("utf-8"))
+
+
 @dataclass(frozen=True)
 class Plan:
     """The part of the comparison to make.
@@ -88,6 +106,8 @@ class Plan:
         Whether to look for one learning rate for all tasks as well.
     percents : tuple of int
         Percentages of the steps for which shorter runs of some contestants are planned, in rising order.
+    known : bool
+        Whether the runs that the repository keeps count, and what was found before them.
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -97,11 +117,12 @@ class Plan:
     most: int = 9
     one_setting: bool = True
     percents: tuple[int, ...] = (20, 30, 40, 50, 60, 70, 80, 90)
+    known: bool = True
 
     @cached_property
     def seen(self) -> tuple[str, ...]:
-        """The tasks that are not held out."""
-        return tuple(task for task in self.tasks if not TASKS[task].held_out)
+        """The tasks over which one learning rate for all is chosen: not held out, of the first sixteen."""
+        return tuple(task for task in self.tasks if not (TASKS[task].held_out or TASKS[task].later))
 
     @cached_property
     def shortened(self) -> tuple[str, ...]:
@@ -111,16 +132,39 @@ class Plan:
 
 @dataclass
 class Results:
-    """The runs in a folder, and those that are needed next."""
+    """The runs in a folder and those that the repository keeps, and the ones that are needed next.
+
+    With `again` those of this library have to be of the present version of the code.
+    """
 
     plan: Plan = field(default_factory=Plan)
     folder: Path = RESULTS
+    again: bool = False
     _records: dict[Key, Record] = field(default_factory=dict)
+
+    def earlier(self, contestant: str, what: str) -> dict[str, float]:
+        """What an earlier comparison, whose runs were not kept, found for a contestant, by task.
+
+        Parameters
+        ----------
+        contestant : str
+        what : {"rates", "finals", "tests", "shared"}
+            Exponents of the best learning rates, of at least five; final training and test losses with them,
+            the mean of three seeds; final training losses with one rate for all tasks, as multiples of the
+            better AdamW's.
+
+        Returns
+        -------
+        dict
+            Empty for a contestant that was not part of it; infinite where runs diverged.
+        """
+        found = _earlier().get(contestant, {}).get(what, {}) if self.plan.known else {}
+        return {task: math.inf if value is None else value for task, value in found.items()}
 
     def record(self, key: Key) -> Record | None:
         """A run that was made, or None."""
         if key not in self._records:
-            record = load(key, self.folder)
+            record = load(key, self.folder, kept=self.plan.known, again=self.again)
             if record is None:
                 return None
             self._records[key] = record
@@ -141,7 +185,12 @@ class Results:
         return losses
 
     def best(self, task: str, contestant: str) -> int | None:
-        """The exponent with the lowest loss; None if the search is not over or every run diverged."""
+        """The exponent with the lowest loss; None if the search is not over or every run diverged.
+
+        Where an earlier search was made, it counts.
+        """
+        if (known := self.earlier(contestant, "rates").get(task)) is not None:
+            return round(known)
         losses = self.losses(task, contestant)
         if self._unsearched(task, contestant, losses) or all(map(math.isinf, losses.values())):
             return None
@@ -153,10 +202,9 @@ class Results:
         return [] if best is None else self.seeds(task, contestant, best)
 
     def seeds(self, task: str, contestant: str, exponent: int, percent: int = 100) -> list[Record]:
-        """The runs of all seeds at an exponent; none if some are missing."""
+        """The runs at an exponent, from the first seed to the last that was made without a gap."""
         keys = (Key(task, contestant, exponent, seed, percent) for seed in range(self.plan.seeds))
-        records = [self.record(key) for key in keys]
-        return [record for record in records if record is not None] if None not in records else []
+        return list(takewhile(lambda record: record is not None, map(self.record, keys)))
 
     def _unsearched(self, task: str, contestant: str, losses: Mapping[int, float]) -> list[int]:
         centre = CONTESTANTS[contestant].centre
@@ -165,6 +213,10 @@ class Results:
 
     def tuning(self, task: str, contestant: str) -> list[Key]:
         """Runs that the tuning of a contestant on a task needs next."""
+        if TASKS[task].group not in CONTESTANTS[contestant].groups:
+            return []
+        if task in self.earlier(contestant, "rates"):
+            return self._missing([task], contestant, [self.best(task, contestant)], range(self.plan.seeds))
         losses = self.losses(task, contestant)
         if wanted := self._unsearched(task, contestant, losses):
             return self._missing([task], contestant, wanted, [0])
@@ -205,6 +257,8 @@ class Results:
 
     def shared(self, contestant: str) -> int | None:
         """The exponent that is best for all seen tasks together, or None."""
+        if self.plan.known and (known := _earlier().get(contestant, {}).get("shared_rate")) is not None:
+            return int(known)
         ratios = self.shared_ratios(contestant)
         if not ratios or self.sharing(contestant):
             return None

@@ -15,9 +15,10 @@ from statistics import median
 import torch
 from rich.progress import track
 
+from . import archive
 from .contestants import CONTESTANTS, rate
 from .problems import TASKS
-from .runs import identity, write_json
+from .runs import identity, same, write_json
 from .search import Results
 from .training import Trainer
 
@@ -112,17 +113,35 @@ def _path(folder: Path, task: str) -> Path:
 
 
 def _complete(task: str, results: Results) -> bool:
-    return set(results.plan.contestants) <= load(results.folder, task).keys()
+    return set(results.plan.contestants) <= _measured(results.folder, task).keys()
 
 
 def load(folder: Path, task: str) -> dict[str, dict[str, float]]:
-    """Times of the contestants, except those whose code or settings have changed since."""
+    """Times of the contestants, those that the repository keeps where the folder has none.
+
+    Times of other settings do not count, nor do those in the folder of another version of the code.
+    """
+    kept = {
+        name: entry["times"]
+        for name, entry in archive.stored(task).items()
+        if "times" in entry
+        and name in CONTESTANTS
+        and same(entry["identity"], identity(task, name), code=False)
+    }
+    return {
+        name: {key: math.nan if value is None else value for key, value in times.items()}
+        for name, times in (kept | _measured(folder, task)).items()
+    }
+
+
+def _measured(folder: Path, task: str) -> dict[str, dict[str, float | None]]:
+    """The times in the folder."""
     try:
         content = json.loads(_path(folder, task).read_text("utf-8"))
     except FileNotFoundError:
         return {}
     return {
-        name: {key: math.nan if value is None else value for key, value in times.items()}
+        name: times
         for name, times in content["times"].items()
         if name in CONTESTANTS and content["identity"][name] == identity(task, name)
     }

@@ -99,16 +99,18 @@ class Trainer:
     def __init__(self, problem: Problem, contestant: Contestant, lr: float, steps: int) -> None:
         self.problem, self.steps, self.lr = problem, steps, lr
         self.optimizers = contestant.optimizers(problem.model, lr)
-        self.needs_closure = contestant.needs_closure
+        self.needs_closure, self.constant = contestant.needs_closure, contestant.constant
         self.spent = self.calls = 0
+        for optimizer in self.optimizers:
+            if hasattr(optimizer, "train"):
+                optimizer.train()
         self.clock = _Clock()
 
     def step(self) -> None:
         """One call of the optimizers' `step`."""
         with self.clock:
-            lr = 0.5 * self.lr * (1 + math.cos(math.pi * min(self.spent / self.steps, 1.0)))
-            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-                group["lr"] = lr
+            if not self.constant:
+                self._schedule()
             if self.needs_closure:
                 self._search()
             else:
@@ -118,6 +120,22 @@ class Trainer:
                     optimizer.step()
                 self.clock.optimizer += time.perf_counter() - start
         self.calls += 1
+
+    def _schedule(self) -> None:
+        """A cosine from the learning rate to zero."""
+        lr = 0.5 * self.lr * (1 + math.cos(math.pi * min(self.spent / self.steps, 1.0)))
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = lr
+
+    def evaluate(self) -> tuple[float, float]:
+        """Training and test loss, of the averaged parameters where the optimizer has such."""
+        averaging = [optimizer for optimizer in self.optimizers if hasattr(optimizer, "eval")]
+        for optimizer in averaging:
+            optimizer.eval()
+        losses = self.problem.evaluate()
+        for optimizer in averaging:
+            optimizer.train()
+        return losses
 
     def _gradient(self) -> Tensor:
         self.problem.model.zero_grad()
@@ -174,7 +192,7 @@ def train(problem: Problem, contestant: Contestant, lr: float, steps: int) -> Re
 
 
 def _evaluate(record: Record, trainer: Trainer) -> None:
-    losses = trainer.problem.evaluate()
+    losses = trainer.evaluate()
     record.steps.append(trainer.spent)
     record.train.append(losses[0])
     record.test.append(losses[1])
