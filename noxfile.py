@@ -72,6 +72,11 @@ BENCHMARKS = {
         "time a step of the Kronecker preconditioner next to SOAP, and its memory",
     ),
     "sharded_matrices": ("torch", "tasks", "what factors in blocks cost a sharded run in steps"),
+    "generalisation": (
+        "torch",
+        "tasks",
+        "what lowers the test loss, and variations of a step; ``report`` only writes the tables",
+    ),
     "gpt2": ("torch", "benchmark", "time training steps of GPT-2 on a CUDA GPU"),
     "scaling": ("torch", "benchmark", "measure steps on 1, 2 and 4 processes, and project them to clusters"),
 }
@@ -233,13 +238,13 @@ def bench(session: nox.Session) -> None:
     name, *arguments = session.posargs or [""]
     if name not in BENCHMARKS:
         for known, (*_, what) in BENCHMARKS.items():
-            session.log(f"{known:11} {what}")
+            session.log(f"{known:14} {what}")
         if name:
             session.error(f"`NAME` must be one of these, got {name!r}")
         return
     extras, group, _ = BENCHMARKS[name]
     install(session, "-e", f".[{extras}]", groups=(group,))
-    env = ONE_CORE if name in ("claims", "tasks") else {}
+    env = ONE_CORE if name in ("claims", "generalisation", "tasks") else {}
     session.run("python", "-m", f"benchmarks.{name}", *arguments, env=env)
 
 
