@@ -128,6 +128,11 @@ def _modules(*modules: Callable[[], Any]) -> Build:
     ]
 
 
+def _wolfe() -> Any:
+    """torchzero's line search, which without a fallback ends where it has once failed."""
+    return torchzero.m.StrongWolfe(fallback=True)
+
+
 def _heavyball(optimizer: Callable[..., Optimizer]) -> Build:
     """One of HeavyBall's, without its compiler, as the others run."""
 
@@ -396,9 +401,21 @@ CONTESTANTS = {
             groups=(FIXED,),
         ),
         Contestant(
+            "bfgs",
+            "BFGS, fixed points",
+            _modules(torchzero.m.BFGS, _wolfe),
+            0,
+            1.0,
+            "torchzero's BFGS, a dense matrix, with strong Wolfe line search; its rate does not fall",
+            _TORCHZERO,
+            needs_closure=True,
+            constant=True,
+            groups=(FIXED,),
+        ),
+        Contestant(
             "ssbroyden",
             "Self-scaled Broyden",
-            _modules(torchzero.m.SSVM, torchzero.m.StrongWolfe),
+            _modules(torchzero.m.SSVM, _wolfe),
             0,
             1.0,
             "torchzero's SSVM, a dense matrix, with strong Wolfe line search; its rate does not fall",

@@ -36,7 +36,9 @@ __all__ = [
 ]
 
 AFFORDABLE = 2.0
-"""The Kronecker preconditioner is chosen where a step with it takes at most this many times AdamW's."""
+"""The Kronecker preconditioner is chosen where a gradient and a step with it take at most this many times as
+long as with the default. Where both were timed and no task was held out, it was ahead by time at ratios of 1.3
+to 1.6, and behind at 3.9 and 4.9."""
 
 
 class Reach(NamedTuple):
@@ -160,9 +162,12 @@ def planned(results: Results, task: str, ours: str, level: float) -> float:
 
 
 def chosen(results: Results, task: str) -> str:
-    """The preconditioner that the documentation's rule chooses, by the time of a step."""
-    found = reach(results, task, KRONECKER, better_adamw(results, task))
-    return KRONECKER if found is not None and found.cost <= AFFORDABLE else OURS
+    """The preconditioner that the documentation's rule chooses, by the time of a gradient and its step."""
+    times = timing.load(results.folder, task)
+    if not {OURS, KRONECKER} <= times.keys():
+        return OURS
+    slower = times[KRONECKER]["seconds"] / times[OURS]["seconds"]
+    return KRONECKER if slower <= AFFORDABLE else OURS
 
 
 def shared_ratio(results: Results, task: str, contestant: str) -> float:

@@ -225,9 +225,9 @@ def reach_text(results: Results) -> str:
         choice = {OURS: "diagonal", KRONECKER: "Kronecker"}[chosen(results, task)] if timed else ""
         rows.append([title(task), *cells, percent(early), choice])
     words = (
-        f"The rule chooses Kronecker where a step with it takes at most {AFFORDABLE:g} times as long as "
-        "AdamW's. *Planned*: the shortest run of Kronecker whose learning rate is zero at its end, and that "
-        "ends at AdamW's loss (one seed)."
+        "The rule chooses Kronecker where a gradient and a step with it take at most "
+        f"{AFFORDABLE:g} times as long as with the diagonal. *Planned*: the shortest run of Kronecker whose "
+        "learning rate is zero at its end, and that ends at AdamW's loss (one seed)."
     )
     return f"{markdown(rows)}\n\n{words}"
 

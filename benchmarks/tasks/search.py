@@ -105,7 +105,7 @@ class Plan:
     one_setting : bool
         Whether to look for one learning rate for all tasks as well.
     percents : tuple of int
-        Percentages of the steps for which shorter runs of some contestants are planned, in rising order.
+        Percentages of the steps for which shorter runs of ours are planned, in rising order.
     known : bool
         Whether the runs that the repository keeps count, and what was found before them.
     """
@@ -116,7 +116,7 @@ class Plan:
     least: int = 5
     most: int = 9
     one_setting: bool = True
-    percents: tuple[int, ...] = (20, 30, 40, 50, 60, 70, 80, 90)
+    percents: tuple[int, ...] = (25, 50, 75)
     known: bool = True
 
     @cached_property
@@ -127,7 +127,7 @@ class Plan:
     @cached_property
     def shortened(self) -> tuple[str, ...]:
         """The contestants that also make shorter runs."""
-        return tuple(name for name in self.contestants if name in (OURS, *ADAMW) and self.percents)
+        return tuple(name for name in self.contestants if name in BOTH and self.percents)
 
 
 @dataclass
@@ -224,9 +224,8 @@ class Results:
         return [] if best is None else self._missing([task], contestant, [best], range(self.plan.seeds))
 
     def shorter(self, task: str, contestant: str) -> list[Key]:
-        """Missing runs that are planned for fewer steps, at the tuned learning rate."""
-        best, seeds = self.best(task, contestant), range(self.plan.seeds)
-        return [] if best is None else self._missing([task], contestant, [best], seeds, self.plan.percents)
+        """Missing runs that are planned for fewer steps: one seed, at the documented learning rate."""
+        return self._missing([task], contestant, [self.documented(contestant)], [0], self.plan.percents)
 
     def documented(self, contestant: str) -> int:
         """Exponent of the grid nearest to the documented learning rate."""
