@@ -137,31 +137,32 @@ def _of(results: Results, group: str) -> list[str]:
 
 
 def _panels(results: Results, curve: Callable[[str, str], Curve | None], unit: str) -> Figure:
-    """One panel for each task: the mean training loss over the seeds against steps or seconds."""
-    columns = min(COLUMNS, len(results.plan.tasks))
-    rows = math.ceil(len(results.plan.tasks) / columns)
+    """One panel for each task with curves: the mean training loss over the seeds against steps or seconds."""
+    order = sorted(results.plan.contestants, key=lambda name: (name in COLOURS, name in BOTH))
+    drawn = {
+        task: {name: found for name in order if (found := curve(task, name)) is not None and found[0][-1] > 0}
+        for task in results.plan.tasks
+    }
+    drawn = {task: curves for task, curves in drawn.items() if curves}
+    columns = min(COLUMNS, len(drawn)) or 1
+    rows = math.ceil(len(drawn) / columns) or 1
     figure, axes = plt.subplots(
         rows, columns, figsize=(11, 0.6 + 2.1 * rows), layout="constrained", squeeze=False
     )
-    for panel in axes.flat[len(results.plan.tasks) :]:
+    for panel in axes.flat[len(drawn) :]:
         panel.axis("off")
-    for task, panel in zip(results.plan.tasks, axes.flat, strict=False):
-        end, losses = 0.0, []
-        for name in sorted(results.plan.contestants, key=lambda name: (name in COLOURS, name in BOTH)):
-            drawn = curve(task, name)
-            if drawn is None:
-                continue
-            x, loss = drawn
+    for (task, curves), panel in zip(drawn.items(), axes.flat, strict=False):
+        for name, (x, loss) in curves.items():
             panel.plot(x, loss, **_line(name))
-            if name in COLOURS | THIN:
-                end = np.nanmax([end, x[-1]])
-                losses += list(loss[np.isfinite(loss)])
+        named = [found for name, found in curves.items() if name in COLOURS | THIN] or list(curves.values())
         if (adamw := better_adamw(results, task)) is not None:
             level = final(results, task, adamw)
             panel.axhline(level, color=style.ORANGE, linewidth=0.6, linestyle=":")
-        _limits(panel, end, losses)
+        end, losses = max(x[-1] for x, _ in named), np.concatenate([loss for _, loss in named])
+        _limits(panel, end, list(losses[np.isfinite(losses)]))
         panel.set_title(title(task), fontsize=8)
         panel.tick_params(which="both", labelsize=8)
+        panel.yaxis.set_minor_formatter("")
     figure.supxlabel(unit, fontsize=9)
     figure.supylabel("training loss", fontsize=9)
     _legend(figure, results.plan.contestants)
@@ -171,7 +172,7 @@ def _panels(results: Results, curve: Callable[[str, str], Curve | None], unit: s
 def _limits(panel: Axes, end: float, losses: list[float]) -> None:
     panel.set_yscale("log")
     if losses:
-        panel.set_xlim(0, end * 1.02 if end else None)
+        panel.set_xlim(0, end * 1.02)
         panel.set_ylim(min(losses) / 1.6, max(losses) * 1.3)
 
 
