@@ -67,10 +67,19 @@ class Reach(NamedTuple):
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal, what was counted with each preconditioner, and whether one of them meets it."""
+    """A goal and whether it is met.
+
+    Attributes
+    ----------
+    words : str
+    counts : tuple of str
+        What was counted with the diagonal, with Kronecker, and with the one of them that `chosen` gives.
+    met : bool
+        By either; where time counts, by the choice.
+    """
 
     words: str
-    counts: tuple[str, ...]
+    counts: tuple[str, str, str]
     met: bool
 
 
@@ -190,74 +199,91 @@ def shared_ratio(results: Results, task: str, contestant: str) -> float:
 
 
 def goals(results: Results, tasks: Iterable[str]) -> list[Goal]:
-    """The goals, counted over some tasks; those on time use the preconditioner that `chosen` gives."""
+    """The goals, counted over some tasks."""
     tasks = [task for task in tasks if better_adamw(results, task) is not None]
-    others = [name for name in results.plan.contestants if not CONTESTANTS[name].ours]
-
-    def lowest(task: str, ours: str) -> bool:
-        losses = [final(results, task, name) for name in others]
-        own = mean_final(documented(results, task, ours))
-        return all(own < loss for loss in losses if not math.isnan(loss))
-
-    def against(other: Callable[[str], str | None], ours: str | None) -> list[Reach]:
-        found = (reach(results, task, ours or chosen(results, task), other(task)) for task in tasks)
-        return [entry for entry in found if entry is not None]
-
-    def adamw(task: str) -> str | None:
-        return better_adamw(results, task)
-
-    def soap(_: str) -> str:
-        return SOAP
-
-    def count(words: str, needed: int, *counts: tuple[int, int]) -> Goal:
-        shown = tuple(f"{many} of {of}" for many, of in counts)
-        return Goal(words, shown, any(many >= needed for many, _ in counts))
-
-    def many(found: list[Reach], holds: Callable[[Reach], bool]) -> tuple[int, int]:
-        return sum(map(holds, found)), len(found)
-
-    pairs = {name: (against(adamw, name), against(soap, name)) for name in BOTH}
-    timed = [[entry for entry in against(who, None) if not math.isnan(entry.cost)] for who in (adamw, soap)]
-    worst = {name: max((entry.ratio for entry in pairs[name][0]), default=math.nan) for name in BOTH}
+    against = {
+        other: {name: _reaches(results, tasks, name, other) for name in (*BOTH, None)}
+        for other in ("AdamW", "SOAP")
+    }
+    worst = {
+        name: max((r.ratio for r in found), default=math.nan) for name, found in against["AdamW"].items()
+    }
+    complete = {name: len(found) == len(tasks) for name, found in against["AdamW"].items()}
     return [
-        count(
+        _counted(
             "lower final loss than every other optimizer, tuned, on at least 12 of 16",
             12,
-            *((sum(lowest(task, name) for task in tasks), len(tasks)) for name in BOTH),
+            *((sum(_lowest(results, task, name) for task in tasks), len(tasks)) for name in BOTH),
         ),
         Goal(
             "never above 1.03 times AdamW's",
-            tuple(f"at most {worst[name]:.3g}" for name in BOTH),
-            any(worst[name] <= 1.03 and len(pairs[name][0]) == len(tasks) for name in BOTH),
-        ),
-        count(
-            "AdamW's final loss within 60% of its steps on at least 12",
-            12,
-            *(many(pairs[name][0], lambda entry: entry.steps <= 0.6) for name in BOTH),
-        ),
-        count(
-            "SOAP's final loss within 90% of its steps on at least 10",
-            10,
-            *(many(pairs[name][1], lambda entry: entry.steps <= 0.9) for name in BOTH),
-        ),
-        count(
-            "AdamW's final loss in less time on at least 9, by the rule below",
-            9,
-            many(timed[0], lambda entry: entry.time < 1),
-        ),
-        count(
-            "SOAP's final loss in less time on at least 13, by the rule below",
-            13,
-            many(timed[1], lambda entry: entry.time < 1),
+            (f"at most {worst[OURS]:.3g}", f"at most {worst[KRONECKER]:.3g}", ""),
+            any(worst[name] <= 1.03 and complete[name] for name in BOTH),
         ),
         *(
-            _lowest_mean(results, words, held_out)
-            for words, held_out in (("not held out", False), ("held out", True))
+            _counted(
+                f"{other}'s final loss within {100 * part:.0f}% of its steps on at least {needed}",
+                needed,
+                *(_many(against[other][name], lambda entry, part=part: entry.steps <= part) for name in BOTH),
+            )
+            for other, part, needed in (("AdamW", 0.6, 12), ("SOAP", 0.9, 10))
         ),
+        *(
+            _counted(
+                f"{other}'s final loss in less time on at least {needed}",
+                needed,
+                *(
+                    _many(_timed(against[other][name]), lambda entry: entry.time < 1)
+                    for name in (*BOTH, None)
+                ),
+            )
+            for other, needed in (("AdamW", 9), ("SOAP", 13))
+        ),
+        _lowest_mean(results, "not held out", held_out=False),
+        _lowest_mean(results, "held out", held_out=True),
     ]
 
 
-def _lowest_mean(results: Results, words: str, held_out: bool) -> Goal:
+def _reaches(results: Results, tasks: Iterable[str], ours: str | None, other: str) -> list[Reach]:
+    """One of ours, or what `chosen` gives, against AdamW or SOAP, on the tasks where both are known."""
+    found = (
+        reach(
+            results,
+            task,
+            ours or chosen(results, task),
+            better_adamw(results, task) if other == "AdamW" else SOAP,
+        )
+        for task in tasks
+    )
+    return [entry for entry in found if entry is not None]
+
+
+def _timed(found: list[Reach]) -> list[Reach]:
+    return [entry for entry in found if not math.isnan(entry.cost)]
+
+
+def _lowest(results: Results, task: str, ours: str) -> bool:
+    """Whether one of ours ends below all others, at their best learning rates."""
+    others = [name for name in results.plan.contestants if not CONTESTANTS[name].ours]
+    losses = [final(results, task, name) for name in others]
+    own = mean_final(documented(results, task, ours))
+    return all(own < loss for loss in losses if not math.isnan(loss))
+
+
+def _many(found: list[Reach], holds: Callable[[Reach], bool]) -> tuple[int, int]:
+    return sum(map(holds, found)), len(found)
+
+
+def _counted(words: str, needed: int, *counts: tuple[int, int]) -> Goal:
+    """A goal on a count; with three counts the last one decides."""
+    shown = [f"{many} of {of}" for many, of in counts]
+    deciding = counts[2:] or counts
+    return Goal(
+        words, (shown[0], shown[1], *(shown[2:] or [""])), any(many >= needed for many, _ in deciding)
+    )
+
+
+def _lowest_mean(results: Results, words: str, *, held_out: bool) -> Goal:
     """The goal on one learning rate for all tasks, on one half of the first sixteen."""
     tasks = [t for t in results.plan.tasks if TASKS[t].held_out is held_out and not TASKS[t].later]
     means = {
@@ -267,11 +293,11 @@ def _lowest_mean(results: Results, words: str, held_out: bool) -> Goal:
     }
     others = {name: mean for name, mean in means.items() if name not in BOTH and math.isfinite(mean)}
     best = min(others, key=others.__getitem__, default=None)
-    counts = tuple(f"{means.get(name, math.nan):.3g}" for name in BOTH)
+    diagonal, kronecker = (f"{means.get(name, math.nan):.3g}" for name in BOTH)
     least = math.inf if best is None else others[best]
     named = "" if best is None else f" ({CONTESTANTS[best].title}: {least:.3g})"
     return Goal(
         f"one rate for all tasks: lowest geometric mean of loss / tuned AdamW's, {words}{named}",
-        counts,
+        (diagonal, kronecker, ""),
         any(means.get(name, math.inf) < least for name in BOTH),
     )

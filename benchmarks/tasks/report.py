@@ -165,12 +165,9 @@ def goals_text(results: Results) -> str:
         markdown(_goals(goals(results, first))),
     ]
     if later:
-        counted = [
-            goal for goal in goals(results, later)[:6] if "of" in goal.counts[0] or "at" in goal.counts[0]
-        ]
         texts += [
             f"The same counts over the {len(later)} tasks that came later, for which no goals were set:",
-            markdown(_goals(counted, verdict=False)),
+            markdown(_goals(goals(results, later)[:6], verdict=False)),
         ]
     return "\n\n".join(texts)
 
@@ -184,11 +181,10 @@ def _halves(results: Results) -> tuple[list[str], list[str]]:
 
 
 def _goals(found: Sequence[Goal], *, verdict: bool = True) -> list[list[str]]:
-    rows = [["goal" if verdict else "count", "diagonal", "Kronecker", *([""] if verdict else [])]]
+    rows = [["goal" if verdict else "count", "diagonal", "Kronecker", "by the rule"]]
     for goal in found:
-        counts = goal.counts if len(goal.counts) == 2 else (goal.counts[0], "")
-        words = goal.words if verdict else goal.words.split(" on at least")[0]
-        rows.append([words, *counts, *(["**met**" if goal.met else "not met"] if verdict else [])])
+        words = goal.words if verdict else goal.words.split(" on at least")[0].rstrip(",")
+        rows.append([f"{words}: **{'met' if goal.met else 'not met'}**" if verdict else words, *goal.counts])
     return rows
 
 
@@ -421,4 +417,6 @@ def show(results: Results) -> None:
                 )
     if set(_halves(results)[0]) == {task for task in TASKS if not TASKS[task].later}:
         for goal in goals(results, _halves(results)[0]):
-            console.print(f"{'met' if goal.met else 'NOT MET'}: {goal.words} ({', '.join(goal.counts)})")
+            console.print(
+                f"{'met' if goal.met else 'NOT MET'}: {goal.words} ({', '.join(filter(None, goal.counts))})"
+            )
