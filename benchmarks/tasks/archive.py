@@ -7,16 +7,17 @@ only part of a search the first and the last loss are kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MEASURED", "keep", "stored"]
+__all__ = ["MEASURED", "keep", "name_of", "read", "same", "stored"]
 
 MEASURED = Path(__file__).with_name("measured")
 CURVES, NUMBERS = ("steps", "train", "test"), ("calls", "parameters", "state_bytes", "stopped")
 Content = dict[str, Any]
+Identity = dict[str, str]
 
 
 def name_of(exponent: int, seed: int, percent: int) -> str:
@@ -26,12 +27,19 @@ def name_of(exponent: int, seed: int, percent: int) -> str:
 
 @cache
 def stored(task: str) -> Content:
-    """What is kept of a task: for each contestant ``identity``, ``date``, ``runs`` and perhaps ``times``."""
+    """What is kept of a task: for each contestant ``identity``, ``runs`` and perhaps ``times``."""
     path = MEASURED / f"{task}.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-def keep(folder: Path, task: str, used: Collection[tuple[str, int]]) -> None:
+def keep(
+    folder: Path,
+    task: str,
+    used: Collection[tuple[str, int]],
+    identities: Mapping[str, Identity],
+    *,
+    again: bool = False,
+) -> None:
     """Add the runs of a folder to those that are kept of a task.
 
     Parameters
@@ -41,33 +49,68 @@ def keep(folder: Path, task: str, used: Collection[tuple[str, int]]) -> None:
     task : str
     used : collection of (str, int)
         Contestants and exponents of which the whole curve is kept.
-
-    Notes
-    -----
-    Runs with another identity, which is that of other settings or of another version of the code, take the
-    place of all that are kept of the same contestant.
+    identities : mapping of str to dict
+        What runs of each contestant depend on now. Other runs in the folder do not count.
+    again : bool
+        Whether runs of another version of the code are thrown away where there are newer ones.
     """
     known: Content = json.loads(json.dumps(stored(task)))
-    for path in sorted((folder / task).glob("*/*/*.json")):
-        run = json.loads(path.read_text("utf-8"))
-        name = run["contestant"]
-        if known.get(name, {}).get("identity") != run["identity"]:
-            known[name] = {"identity": run["identity"], "date": run["date"], "runs": {}}
-        place = name_of(run["exponent"], run["seed"], run["percent"])
-        known[name]["runs"][place] = _short(run, whole=(name, run["exponent"]) in used)
-    path = folder / task / "timing.json"
-    timed = json.loads(path.read_text("utf-8")) if path.exists() else {"times": {}}
-    for name, times in timed["times"].items():
-        if known.get(name, {}).get("identity") == timed["identity"][name]:
-            known[name]["times"] = {what: _digits(value) for what, value in times.items()}
-    MEASURED.mkdir(exist_ok=True)
-    (MEASURED / f"{task}.json").write_text(_text(known), encoding="utf-8")
-    stored.cache_clear()
+    for name, identity in identities.items():
+        for path in sorted((folder / task / name).glob("*/*.json")):
+            run = read(path)
+            if run["identity"] != identity:
+                continue
+            entry = known.setdefault(name, {"identity": identity, "runs": {}})
+            if not same(entry["identity"], identity, code=again):
+                entry["runs"] = {}
+            entry["identity"] = identity
+            place = name_of(run["exponent"], run["seed"], run["percent"])
+            old = entry["runs"].get(place, {"steps": []})
+            new = _short(run, whole=(name, run["exponent"]) in used)
+            if len(new["steps"]) >= len(old["steps"]) or new["train"][-1] != old["train"][-1]:
+                entry["runs"][place] = new
+    _add_times(known, folder / task / "timing.json", identities)
+    if known:
+        MEASURED.mkdir(exist_ok=True)
+        (MEASURED / f"{task}.json").write_text(_text(known), encoding="utf-8")
+        stored.cache_clear()
+
+
+def _add_times(known: Content, path: Path, identities: Mapping[str, Identity]) -> None:
+    """Add times that were measured together; they take the place of all that are known."""
+    if not path.exists():
+        return
+    timed = read(path)
+    found = {
+        name: {what: _digits(value) for what, value in times.items()}
+        for name, times in timed["times"].items()
+        if timed["identity"][name] == identities.get(name)
+    }
+    for entry in known.values() if found else ():
+        entry.pop("times", None)
+    for name, times in found.items():
+        known.setdefault(name, {"identity": identities[name], "runs": {}})["times"] = times
+
+
+def read(path: Path) -> Content:
+    """The content of a JSON file."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        msg = f"{path} must hold JSON: {error}"
+        raise ValueError(msg) from error
+
+
+def same(one: Identity, other: Identity, *, code: bool) -> bool:
+    """Whether two identities are equal, the version of the `code` included or not."""
+    names = (one.keys() | other.keys()) - (set() if code else {"code"})
+    return all(one.get(name) == other.get(name) for name in names)
 
 
 def _short(run: Content, *, whole: bool) -> Content:
     ends = slice(None) if whole or len(run["steps"]) < 3 else slice(None, None, len(run["steps"]) - 1)
-    return {name: list(map(_digits, run[name][ends])) for name in CURVES} | {n: run[n] for n in NUMBERS}
+    curves = {name: list(map(_digits, run[name][ends])) for name in CURVES}
+    return {"date": run["date"], **curves, **{name: run[name] for name in NUMBERS}}
 
 
 def _digits(value: float | None) -> float | None:

@@ -149,6 +149,23 @@ _HEAVYBALL = "https://github.com/HomebrewML/HeavyBall"
 _TORCHZERO = "https://github.com/inikishev/torchzero"
 _ADAMW = _plain(torch.optim.AdamW)
 
+
+def _dense(name: str, title: str, method: Callable[[], Any], shown: str) -> Contestant:
+    """A method with a dense matrix and a line search, for points that stay."""
+    return Contestant(
+        name,
+        title,
+        _modules(method, _wolfe),
+        0,
+        1.0,
+        f"torchzero's {shown}, a dense matrix, with strong Wolfe line search; its rate does not fall",
+        _TORCHZERO,
+        needs_closure=True,
+        constant=True,
+        groups=(FIXED,),
+    )
+
+
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
@@ -256,10 +273,10 @@ CONTESTANTS = {
         Contestant(
             "cautious",
             "Cautious AdamW",
-            _modules(lambda: torchzero.m.Adam(0.9, 0.999), torchzero.m.Cautious),
+            _modules(lambda: torchzero.m.Adam(0.9, 0.999), lambda: torchzero.m.Cautious(normalize=True)),
             -4,
             1e-3,
-            "torchzero's Adam and Cautious: without the components that point against the gradient",
+            "torchzero's Adam and Cautious: without the components that oppose the gradient, rescaled",
             _TORCHZERO,
         ),
         Contestant(
@@ -389,41 +406,24 @@ CONTESTANTS = {
         ),
         Contestant(
             "lbfgs_search",
-            "L-BFGS, fixed points",
+            "L-BFGS, history 100",
             _plain(torch.optim.LBFGS),
             0,
             1.0,
             "PyTorch's with strong Wolfe line search and history 100; its rate does not fall",
             f"{_TORCH}LBFGS.html",
-            {"line_search_fn": "strong_wolfe", "history_size": 100},
+            {
+                "line_search_fn": "strong_wolfe",
+                "history_size": 100,
+                "tolerance_grad": 0.0,
+                "tolerance_change": 0.0,
+            },
             needs_closure=True,
             constant=True,
             groups=(FIXED,),
         ),
-        Contestant(
-            "bfgs",
-            "BFGS, fixed points",
-            _modules(torchzero.m.BFGS, _wolfe),
-            0,
-            1.0,
-            "torchzero's BFGS, a dense matrix, with strong Wolfe line search; its rate does not fall",
-            _TORCHZERO,
-            needs_closure=True,
-            constant=True,
-            groups=(FIXED,),
-        ),
-        Contestant(
-            "ssbroyden",
-            "Self-scaled Broyden",
-            _modules(torchzero.m.SSVM, _wolfe),
-            0,
-            1.0,
-            "torchzero's SSVM, a dense matrix, with strong Wolfe line search; its rate does not fall",
-            _TORCHZERO,
-            needs_closure=True,
-            constant=True,
-            groups=(FIXED,),
-        ),
+        _dense("bfgs", "BFGS", torchzero.m.BFGS, "BFGS"),
+        _dense("ssbroyden", "Self-scaled Broyden", torchzero.m.SSVM, "SSVM"),
         Contestant(
             "mlbfgs_fit",
             'mL-BFGS "fit"',

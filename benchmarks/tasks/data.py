@@ -20,12 +20,14 @@ from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor
 
 __all__ = [
+    "FASHION_MNIST",
     "Examples",
     "cancer",
     "digits",
     "entries",
     "fashion",
     "fashion_file",
+    "fashion_images",
     "half_of_the_classes",
     "ill_conditioned",
     "mnist",
@@ -182,19 +184,24 @@ def fashion_file() -> Path | None:
     return path if path.is_file() else None
 
 
-@cache
-def fashion() -> tuple[Examples, Examples]:
-    """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017), (N, 1, 28, 28) in [0, 1], and labels."""
+def fashion_images() -> tuple[Tensor, Tensor]:
+    """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): images (N, 1, 28, 28) in [0, 1], and labels."""
     path = fashion_file()
     if path is None:
         given = os.environ.get(FASHION_MNIST)
         msg = (
-            f"`{FASHION_MNIST}` must name a NumPy file with images and labels of Fashion-MNIST, got {given!r}"
+            f"`{FASHION_MNIST}` must name a NumPy file with Fashion-MNIST's images and labels, got {given!r}"
         )
         raise FileNotFoundError(msg)
     with np.load(path) as arrays:
         images = torch.as_tensor(arrays["images"], dtype=torch.float32).unsqueeze(1) / 255
-        return _split(images, torch.as_tensor(arrays["labels"].astype(np.int64)))
+        return images, torch.as_tensor(arrays["labels"].astype(np.int64))
+
+
+@cache
+def fashion() -> tuple[Examples, Examples]:
+    """Fashion-MNIST, and its labels."""
+    return _split(*fashion_images())
 
 
 @cache

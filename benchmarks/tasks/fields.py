@@ -147,8 +147,14 @@ class _Periodic(_Evolution):
         right = left.clone()
         right[:, 0] = self.interval[1]
         started = model(first)[:, 0] - self.start(first[:, 0])
-        closed = model(left) - model(right)
-        return violation.square().mean() + 10 * (started.square().mean() + closed.square().mean())
+        ends = [self.closed(model, side.detach().requires_grad_()) for side in (left, right)]
+        return violation.square().mean() + 10 * (
+            started.square().mean() + sum((a - b).square().mean() for a, b in zip(*ends, strict=True))
+        )
+
+    def closed(self, model: nn.Module, side: Tensor) -> tuple[Tensor, ...]:
+        """What has to be the same at both ends: the values, and for an equation of second order slopes."""
+        return (model(side)[:, 0],)
 
 
 class _Convection(_Periodic):
@@ -182,6 +188,10 @@ class _AllenCahn(_Periodic):
         slopes = _slopes(u, inside)
         bend = _slopes(slopes[:, 0], inside)[:, 0]
         return slopes[:, 1] - self.diffusion * bend - 5 * (u - u**3)
+
+    def closed(self, model: nn.Module, side: Tensor) -> tuple[Tensor, ...]:
+        u = model(side)[:, 0]
+        return u, _slopes(u, side)[:, 0]
 
     @cached_property
     def _table(self) -> tuple[Tensor, Tensor]:

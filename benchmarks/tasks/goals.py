@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,8 +49,8 @@ class Reach(NamedTuple):
     ratio : float
         Our final training loss relative to the other's, each the mean over the seeds.
     steps : float
-        Steps until the other's final training loss, as a fraction of its whole run; infinite if it is not
-        reached.
+        Steps until the other's final training loss, as a fraction of its whole run; infinite if ours ends
+        above it.
     cost : float
         Seconds of our step relative to the other's; NaN if they were not timed.
     """
@@ -151,11 +151,12 @@ def reach(results: Results, task: str, ours: str, other: str | None) -> Reach | 
     )
     if other is None or not records or not math.isfinite(level):
         return None
-    steps = first_at(*mean_curve(records), level) / TASKS[task].steps
+    own = mean_final(records)
+    steps = first_at(*mean_curve(records), level) / TASKS[task].steps if own <= level else math.inf
     times = timing.load(results.folder, task)
     known = ours in times and other in times
     cost = times[ours]["seconds"] / times[other]["seconds"] if known else math.nan
-    return Reach(mean_final(records) / level, steps, cost)
+    return Reach(own / level, steps, cost)
 
 
 def planned(results: Results, task: str, ours: str, level: float) -> float:
@@ -213,11 +214,14 @@ def goals(results: Results, tasks: Iterable[str]) -> list[Goal]:
         _counted(
             "lower final loss than every other optimizer, tuned, on at least 12 of 16",
             12,
-            *((sum(_lowest(results, task, name) for task in tasks), len(tasks)) for name in BOTH),
+            *(
+                _many([task for task in tasks if documented(results, task, name)], _lowest(results, name))
+                for name in BOTH
+            ),
         ),
         Goal(
             "never above 1.03 times AdamW's",
-            (f"at most {worst[OURS]:.3g}", f"at most {worst[KRONECKER]:.3g}", ""),
+            (_shown("at most", worst[OURS]), _shown("at most", worst[KRONECKER]), ""),
             any(worst[name] <= 1.03 and complete[name] for name in BOTH),
         ),
         *(
@@ -262,15 +266,25 @@ def _timed(found: list[Reach]) -> list[Reach]:
     return [entry for entry in found if not math.isnan(entry.cost)]
 
 
-def _lowest(results: Results, task: str, ours: str) -> bool:
-    """Whether one of ours ends below all others, at their best learning rates."""
+def _ran(results: Results, tasks: Iterable[str], ours: str) -> list[str]:
+    """The tasks with runs at the documented learning rate."""
+    return [task for task in tasks if documented(results, task, ours)]
+
+
+def _lowest(results: Results, ours: str) -> Callable[[str], bool]:
+    """Whether one of ours ends below all others that ran on a task, at their best learning rates."""
     others = [name for name in results.plan.contestants if not CONTESTANTS[name].ours]
-    losses = [final(results, task, name) for name in others]
-    own = mean_final(documented(results, task, ours))
-    return all(own < loss for loss in losses if not math.isnan(loss))
+
+    def lowest(task: str) -> bool:
+        losses = [final(results, task, name) for name in others]
+        own = mean_final(documented(results, task, ours))
+        return all(own < loss for loss in losses if not math.isnan(loss))
+
+    return lowest
 
 
-def _many(found: list[Reach], holds: Callable[[Reach], bool]) -> tuple[int, int]:
+def _many(found: list[Any], holds: Callable[[Any], bool]) -> tuple[int, int]:
+    """For how many it holds, and of how many."""
     return sum(map(holds, found)), len(found)
 
 
@@ -283,6 +297,11 @@ def _counted(words: str, needed: int, *counts: tuple[int, int]) -> Goal:
     )
 
 
+def _shown(words: str, value: float) -> str:
+    """Words and a value, or nothing if it is not known."""
+    return "" if math.isnan(value) else f"{words} {value:.3g}".strip()
+
+
 def _lowest_mean(results: Results, words: str, *, held_out: bool) -> Goal:
     """The goal on one learning rate for all tasks, on one half of the first sixteen."""
     tasks = [t for t in results.plan.tasks if TASKS[t].held_out is held_out and not TASKS[t].later]
@@ -293,7 +312,7 @@ def _lowest_mean(results: Results, words: str, *, held_out: bool) -> Goal:
     }
     others = {name: mean for name, mean in means.items() if name not in BOTH and math.isfinite(mean)}
     best = min(others, key=others.__getitem__, default=None)
-    diagonal, kronecker = (f"{means.get(name, math.nan):.3g}" for name in BOTH)
+    diagonal, kronecker = (_shown("", means.get(name, math.nan)) for name in BOTH)
     least = math.inf if best is None else others[best]
     named = "" if best is None else f" ({CONTESTANTS[best].title}: {least:.3g})"
     return Goal(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import data, fields, networks
 
-__all__ = ["EQUATION", "FIXED", "GROUPS", "LARGE", "SMALL", "TASKS", "Problem", "Task"]
+__all__ = ["EQUATION", "FIXED", "GROUPS", "LARGE", "SMALL", "TASKS", "Problem", "Task", "available"]
 
 SMALL, LARGE, FEW, MORE = (
     "Networks, small batches",
@@ -19,7 +19,7 @@ SMALL, LARGE, FEW, MORE = (
     "Few parameters, and factors",
     "More networks",
 )
-EQUATION, FIXED = "Differential equations", "Differential equations at fixed points"
+EQUATION, FIXED = "Differential equations", "Differential equations, full batch in float64"
 GROUPS = (SMALL, LARGE, EQUATION, FEW, MORE, FIXED)
 
 
@@ -74,6 +74,11 @@ class Task:
     group: str = SMALL
     later: bool = False
     version: int = 1
+
+
+def available(task: str) -> bool:
+    """Whether the task's data are there."""
+    return task != "fashion" or data.fashion_file() is not None
 
 
 def batches(rows: int, size: int, seed: int) -> Callable[[int], Tensor]:
@@ -253,12 +258,12 @@ TASKS = {
         _more("gru", "GRU, Python source", 400, partial(_gru, 32), later=True),
         _more("vit", "Vision transformer, MNIST", 300, partial(_vit, 64), later=True),
         _more("fashion", "Convolutions, Fashion-MNIST", 600, partial(_fashion, 128), later=True),
-        _more("words", "Bag of words, rare rows", 600, partial(_words, 64), later=True),
+        _more("words", "Bag of words, rare ones", 600, partial(_words, 64), later=True),
         _more("frozen", "Fine-tuning, frozen layer", 300, partial(_frozen, 64), later=True),
         _more("low_rank", "Fine-tuning, adapter", 300, partial(_low_rank, 64), later=True),
         _equation("convection", "Convection, speed 30", 2_000, _convection, later=True),
         _equation("allen_cahn", "Allen-Cahn", 2_000, _allen_cahn, later=True),
-        _fixed("poisson_fixed", "Poisson, fixed points", 2_000, _poisson_fixed, later=True),
-        _fixed("burgers_fixed", "Burgers, fixed points", 2_000, _burgers_fixed, later=True),
+        _fixed("poisson_fixed", "Poisson, full batch", 2_000, _poisson_fixed, later=True),
+        _fixed("burgers_fixed", "Burgers, full batch", 2_000, _burgers_fixed, later=True),
     )
 }

@@ -24,7 +24,7 @@ SGD, RECIPE, FORMULAS = "sgd", "mlbfgs_paper", "mlbfgs_formulas"
 def part(results: Results) -> Results:
     """The runs that the table uses."""
     names = (*ADAMW, SGD, RECIPE, FORMULAS)
-    return Results(replace(results.plan, contestants=names, one_setting=False, percents=()), results.folder)
+    return replace(results, plan=replace(results.plan, contestants=names, one_setting=False, percents=()))
 
 
 def text(results: Results) -> str:

@@ -29,6 +29,7 @@ from .goals import (
     title,
 )
 from .problems import FIXED, GROUPS, LARGE, TASKS
+from .runs import identity
 from .search import BOTH, KRONECKER, OURS, SOAP, Results, interior
 
 __all__ = ["goals_text", "keep", "rates_text", "show", "variants", "write"]
@@ -95,7 +96,8 @@ def _named(results: Results, tasks: Sequence[str], name: str) -> str:
     """A contestant's title, marked if some of its values are of an earlier comparison."""
     known = results.earlier(name, "finals")
     marked = any(task in known and not results.tuned(task, name) for task in tasks)
-    return CONTESTANTS[name].title + (EARLIER if marked else "")
+    tuned = ", tuned" if name in BOTH else ""
+    return CONTESTANTS[name].title + tuned + (EARLIER if marked else "")
 
 
 def grouped(results: Results, write_group: Callable[[list[str]], str]) -> str:
@@ -193,14 +195,14 @@ def reach_text(results: Results) -> str:
     rows = [
         [
             "",
-            "diagonal: steps to AdamW's",
+            "diagonal, to AdamW's: steps",
             "time",
-            "Kronecker: steps to AdamW's",
-            "time",
-            "steps to SOAP's",
+            "Kronecker, to AdamW's: steps",
             "time",
             "planned",
-            "the rule's choice",
+            "Kronecker, to SOAP's: steps",
+            "time",
+            "by the rule",
         ]
     ]
     for task in results.plan.tasks:
@@ -216,10 +218,10 @@ def reach_text(results: Results) -> str:
             for entry in found
             for part in ((math.nan, math.nan) if entry is None else (entry.steps, entry.time))
         ]
-        early = planned(results, task, KRONECKER, _adamw_loss(results, task))
+        cells.insert(4, percent(planned(results, task, KRONECKER, _adamw_loss(results, task))))
         timed = found[1] is not None and not math.isnan(found[1].cost)
         choice = {OURS: "diagonal", KRONECKER: "Kronecker"}[chosen(results, task)] if timed else ""
-        rows.append([title(task), *cells, percent(early), choice])
+        rows.append([title(task), *cells, choice])
     words = (
         "The rule chooses Kronecker where a gradient and a step with it take at most "
         f"{AFFORDABLE:g} times as long as with the diagonal. *Planned*: the shortest run of Kronecker whose "
@@ -283,7 +285,7 @@ def cost_text(results: Results) -> str:
             "Milliseconds for a gradient and the step with it:",
             text(results, milliseconds),
             "Bytes that the optimizer holds for each parameter:",
-            text(Results(replace(results.plan, tasks=small), results.folder), memory),
+            text(replace(results, plan=replace(results.plan, tasks=small)), memory),
         ]
     )
 
@@ -302,7 +304,7 @@ def one_text(results: Results) -> str:
         if not all(map(math.isnan, means)) and (name in BOTH or not CONTESTANTS[name].ours):
             shown = "" if exponent is None else f"{rate(exponent):.2g}"
             found.append((means[0], [CONTESTANTS[name].title, shown, *map(number, means)]))
-    found.sort(key=lambda entry: entry[0])
+    found.sort(key=lambda entry: math.inf if math.isnan(entry[0]) else entry[0])
     return markdown([*rows, *(row for _, row in found)])
 
 
@@ -320,7 +322,7 @@ def variants(results: Results) -> list[Results]:
     changed = tuple(name for name, entry in CONTESTANTS.items() if entry.variant)
     plan = replace(results.plan, seeds=1, one_setting=False, percents=())
     return [
-        Results(replace(plan, tasks=tasks, contestants=(OURS, *names)), results.folder)
+        replace(results, plan=replace(plan, tasks=tasks, contestants=(OURS, *names)))
         for tasks, names in ((results.plan.seen, changed), (large, ("mlbfgs_no_pairs",)))
         if tasks
     ]
@@ -351,21 +353,22 @@ def contestants_text(results: Results) -> str:
 
 def keep(results: Results) -> None:
     """Add the runs to those that the repository keeps."""
+    names = results.plan.contestants
     for task in results.plan.tasks:
         used = {
             (name, exponent)
-            for name in results.plan.contestants
+            for name in names
             for exponent in (results.best(task, name), results.documented(name))
             if exponent is not None
         }
-        if (results.folder / task).exists():
-            archive.keep(results.folder, task, used)
+        identities = {name: identity(task, name) for name in names}
+        archive.keep(results.folder, task, used, identities, again=results.again)
 
 
 def write(results: Results) -> None:
     """Write the tables and pictures of docs/results.md, leaving out contestants that have not run."""
     ran = tuple(name for name in results.plan.contestants if _has_run(results, name))
-    results = Results(replace(results.plan, contestants=ran), results.folder)
+    results = replace(results, plan=replace(results.plan, contestants=ran))
     texts = {
         "ratio": ratios_text(results),
         "test": test_text(results),

@@ -22,7 +22,7 @@ from .contestants import CONTESTANTS, rate
 from .problems import TASKS
 from .training import Record, train
 
-__all__ = ["RESULTS", "Key", "identity", "load", "run", "same", "write_json"]
+__all__ = ["RESULTS", "Key", "identity", "load", "run", "write_json"]
 
 RESULTS = Path(__file__).parents[2] / "results" / "tasks"
 
@@ -44,7 +44,7 @@ class Key(NamedTuple):
 
 
 def identity(task: str, contestant: str) -> dict[str, str]:
-    """What a run depends on; a run whose file says otherwise is repeated.
+    """What a run depends on; a run whose file says otherwise does not count.
 
     All runs depend on the task and on the contestant's settings, and ours also on this repository's
     algorithm.
@@ -112,26 +112,24 @@ def load(key: Key, results: Path, *, kept: bool = True, again: bool = False) -> 
     """
     wanted = identity(key.task, key.contestant)
     try:
-        content = json.loads(key.path(results).read_text("utf-8"))
+        content = archive.read(key.path(results))
         found = content["identity"] == wanted
     except FileNotFoundError:
         found = False
     if not found:
         entry = archive.stored(key.task).get(key.contestant) if kept else None
         place = archive.name_of(key.exponent, key.seed, key.percent)
-        if entry is None or place not in entry["runs"] or not same(entry["identity"], wanted, code=again):
+        if (
+            entry is None
+            or place not in entry["runs"]
+            or not archive.same(entry["identity"], wanted, code=again)
+        ):
             return None
         content = entry["runs"][place]
     values = {name: content[name] for name in Record.__dataclass_fields__ if name in content}
     for name in ("train", "test"):
         values[name] = [math.inf if value is None else value for value in values[name]]
     return Record(**values)
-
-
-def same(one: dict[str, str], other: dict[str, str], *, code: bool) -> bool:
-    """Whether two identities are equal, the version of the `code` included or not."""
-    names = (one.keys() | other.keys()) - (set() if code else {"code"})
-    return all(one.get(name) == other.get(name) for name in names)
 
 
 def _hash(paths: Iterable[Path]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .contestants import CONTESTANTS
-from .problems import TASKS
+from .problems import TASKS, available
 from .runs import RESULTS, Key, load
 from .training import Record
 
@@ -30,9 +30,11 @@ __all__ = [
 
 OURS, KRONECKER, SOAP, ADAMW = "mlbfgs", "mlbfgs_kronecker", "soap", ("adamw", "adamw_99")
 BOTH = (OURS, KRONECKER)
+COMPARED = (*BOTH, "mlbfgs_equations", "mlbfgs_kronecker_0", "mlbfgs_0")
+"""Ours that take part in the comparison."""
 
 
-def next_exponents(centre: int, losses: Mapping[int, float], least: int = 5, most: int = 9) -> list[int]:
+def next_exponents(centre: int, losses: Mapping[int, float], least: int = 3, most: int = 9) -> list[int]:
     """Exponents to try next; none if the search is over.
 
     Parameters
@@ -97,7 +99,7 @@ class Plan:
     Attributes
     ----------
     tasks, contestants : tuple of str
-        Names; by default all except variants.
+        Names; by default all except our presets and variants of the default.
     seeds : int
         Seeds of each final figure.
     least, most : int
@@ -111,9 +113,11 @@ class Plan:
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
-    contestants: tuple[str, ...] = tuple(name for name, entry in CONTESTANTS.items() if not entry.variant)
+    contestants: tuple[str, ...] = tuple(
+        name for name, entry in CONTESTANTS.items() if name in COMPARED or not entry.ours
+    )
     seeds: int = 3
-    least: int = 5
+    least: int = 3
     most: int = 9
     one_setting: bool = True
     percents: tuple[int, ...] = (25, 50, 75)
@@ -290,5 +294,7 @@ class Results:
         seeds: Iterable[int],
         percents: Iterable[int] = (100,),
     ) -> list[Key]:
+        groups = CONTESTANTS[contestant].groups
+        tasks = [task for task in tasks if TASKS[task].group in groups and available(task)]
         keys = (Key(t, contestant, *rest) for t, *rest in product(tasks, exponents, seeds, percents))
         return [key for key in keys if self.record(key) is None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import platform
 import time
@@ -17,8 +16,8 @@ from rich.progress import track
 
 from . import archive
 from .contestants import CONTESTANTS, rate
-from .problems import TASKS
-from .runs import identity, same, write_json
+from .problems import TASKS, available
+from .runs import identity, write_json
 from .search import Results
 from .training import Trainer
 
@@ -34,9 +33,9 @@ def measure(results: Results) -> None:
     """Time all contestants on each task, and write a file for each; tasks with a valid file are skipped."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    missing = [task for task in results.plan.tasks if not _complete(task, results)]
+    missing = [t for t in results.plan.tasks if available(t) and not _complete(t, results)]
     for task in track(missing, description="step times"):
-        rates = {name: _rate(results, task, name) for name in results.plan.contestants}
+        rates = {name: _rate(results, task, name) for name in _able(task, results)}
         content = {
             "processor": platform.processor() or platform.machine(),
             "identity": {name: identity(task, name) for name in rates},
@@ -113,7 +112,12 @@ def _path(folder: Path, task: str) -> Path:
 
 
 def _complete(task: str, results: Results) -> bool:
-    return set(results.plan.contestants) <= _measured(results.folder, task).keys()
+    return set(_able(task, results)) <= _measured(results.folder, task).keys()
+
+
+def _able(task: str, results: Results) -> list[str]:
+    """The contestants that are made for a task."""
+    return [name for name in results.plan.contestants if TASKS[task].group in CONTESTANTS[name].groups]
 
 
 def load(folder: Path, task: str) -> dict[str, dict[str, float]]:
@@ -126,7 +130,7 @@ def load(folder: Path, task: str) -> dict[str, dict[str, float]]:
         for name, entry in archive.stored(task).items()
         if "times" in entry
         and name in CONTESTANTS
-        and same(entry["identity"], identity(task, name), code=False)
+        and archive.same(entry["identity"], identity(task, name), code=False)
     }
     return {
         name: {key: math.nan if value is None else value for key, value in times.items()}
@@ -137,7 +141,7 @@ def load(folder: Path, task: str) -> dict[str, dict[str, float]]:
 def _measured(folder: Path, task: str) -> dict[str, dict[str, float | None]]:
     """The times in the folder."""
     try:
-        content = json.loads(_path(folder, task).read_text("utf-8"))
+        content = archive.read(_path(folder, task))
     except FileNotFoundError:
         return {}
     return {

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,7 +19,8 @@ from .problems import Problem
 
 __all__ = ["Record", "Trainer", "state_bytes", "train"]
 
-EVALUATIONS = 20
+EVALUATIONS, SETTLING = 20, 20
+"""Evaluations after the first; mini-batches from which the statistics of averaged parameters come."""
 
 
 @dataclass
@@ -132,6 +134,8 @@ class Trainer:
         averaging = [optimizer for optimizer in self.optimizers if hasattr(optimizer, "eval")]
         for optimizer in averaging:
             optimizer.eval()
+        if averaging:
+            _settle(self.problem)
         losses = self.problem.evaluate()
         for optimizer in averaging:
             optimizer.train()
@@ -165,13 +169,24 @@ class Trainer:
         self.clock.optimizer += time.perf_counter() - start - within
 
 
+@torch.no_grad()
+def _settle(problem: Problem) -> None:
+    """Give batch normalisation the statistics of the parameters that are evaluated."""
+    norms = [module for module in problem.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean
+    for step in range(SETTLING if norms else 0):
+        problem.loss(step)
+
+
 def train(problem: Problem, contestant: Contestant, lr: float, steps: int) -> Record:
     """Train until `steps` gradients are taken or the loss is not finite.
 
     A method that evaluates the loss itself ends the call of `step` that it is in, and so may take a few more.
     """
     trainer = Trainer(problem, contestant, lr, steps)
-    record = Record(parameters=sum(p.numel() for p in problem.model.parameters()))
+    record = Record(parameters=sum(p.numel() for p in problem.model.parameters() if p.requires_grad))
     marks = sorted({round(steps * k / EVALUATIONS) for k in range(EVALUATIONS + 1)})
     while marks and record.stopped is None:
         if trainer.spent >= marks[0]:

@@ -9,9 +9,10 @@ import torch
 
 from benchmarks.generalisation import changes, tables
 from benchmarks.generalisation.calibration import expected_calibration_error, measure, temperature
-from benchmarks.generalisation.images import FASHION, IMAGES, available
+from benchmarks.generalisation.images import IMAGES, available
 from benchmarks.generalisation.store import Store
 from benchmarks.generalisation.variation_tables import noise
+from benchmarks.tasks.data import FASHION_MNIST
 from mlbfgs_torch import MLBFGS
 
 
@@ -110,7 +111,7 @@ def test_parts_of_a_set_of_images_are_disjoint():
 
 
 def test_fashion_mnist_is_left_out_where_its_file_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setenv(FASHION, str(tmp_path / "none.npz"))
+    monkeypatch.setenv(FASHION_MNIST, str(tmp_path / "none.npz"))
     assert available() == ("digits", "mnist", "shifted")
 
 

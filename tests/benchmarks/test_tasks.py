@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -277,7 +278,7 @@ def test_the_page_is_written_from_the_files(tmp_path, monkeypatch):
     assert set(tables) == {
         f"tasks_{name}" for name in ("ratio", "test", "goals", "reach", "rates", "cost", "one", "contestants")
     }
-    assert "| mL-BFGS | **0.5** | **0.5** |\n| AdamW | 1 | 1 |" in tables["tasks_ratio"]
+    assert "| mL-BFGS, tuned | **0.5** | **0.5** |\n| AdamW | 1 | 1 |" in tables["tasks_ratio"]
     assert "| mL-BFGS, 0.001 | 0.5 | 0.5 |\n| AdamW's loss | 2 |  |" in tables["tasks_ratio"]
     pictures = {path.name for path in (tmp_path / "docs" / "_static").iterdir()}
     assert pictures == {f"tasks_{name}.png" for name in ("overview", "steps", "seconds", "ratio")}
@@ -348,6 +349,10 @@ def test_goals_are_counted_from_the_files(tmp_path):
     # From 100 to 0.5 in a straight line of logarithms.
     assert kronecker == pytest.approx((0.5, 0.7 * math.log(100) / math.log(200), 1.2))
     assert reach(results, FIRST[-1], "mlbfgs", "adamw_99").steps == math.inf
+    # A run that dips below and ends above is never there.
+    write(tmp_path, "vit", "adamw", [3.0, 2.0, math.inf])
+    write(tmp_path, "vit", "mlbfgs", [70.0, 2.5, 80.0], (1.0, 0.5))
+    assert reach(results, "vit", "mlbfgs", "adamw").steps == math.inf
     assert better_adamw(results, FIRST[0]) == "adamw_99"
     assert [chosen(results, FIRST[place]) for place in (9, 10)] == ["mlbfgs_kronecker", "mlbfgs"]
     verdicts = [(goal.counts, goal.met) for goal in goals(results, FIRST)]
@@ -396,10 +401,21 @@ def test_runs_that_are_kept_count_until_they_are_made_again(tmp_path, monkeypatc
     ours = [key for key in before if key.contestant == "mlbfgs"]
     assert all(load(key, tmp_path / "none") is not None for key in ours)
     assert all(load(key, tmp_path / "none", again=True) is None for key in ours)
-    write_run(tmp_path / "again", ours[1], 0.5)
-    report.keep(Results(plan, tmp_path / "again"))
+    write_run(tmp_path / "newer", ours[1], 0.5)
+    report.keep(Results(plan, tmp_path / "newer"))
+    assert [load(key, tmp_path / "none").final for key in ours] == [9.123, 0.5, math.inf]
+    # Runs of an older version that are still in a folder take no one's place.
+    report.keep(Results(plan, tmp_path / "runs"))
+    assert load(ours[1], tmp_path / "none").final == 0.5
+    monkeypatch.setattr(runs, "_CODE", "changed again")
+    write_run(tmp_path / "again", ours[2], 0.25)
+    report.keep(Results(plan, tmp_path / "again", again=True))
     finals = [record and record.final for record in (load(key, tmp_path / "none") for key in ours)]
-    assert finals == [None, 0.5, None]
+    assert finals == [None, None, 0.25]
+    # A report on one contestant leaves the curves of the others as they are.
+    report.keep(Results(replace(plan, contestants=("mlbfgs",)), tmp_path / "runs"))
+    best = Key("digits", "adamw", CONTESTANTS["adamw"].centre, 0)
+    assert len(load(best, tmp_path / "none").train) == 3
     monkeypatch.setitem(CONTESTANTS["adamw"].settings, "betas", (0.5, 0.5))
     assert load(Key("digits", "adamw", CONTESTANTS["adamw"].centre, 0), tmp_path / "none") is None
 
@@ -425,6 +441,7 @@ def test_contestants_run_on_the_tasks_that_they_are_made_for(tmp_path):
     results = Results(Plan(("poisson", "poisson_fixed"), ("ssbroyden",)), tmp_path)
     assert results.tuning("poisson", "ssbroyden") == []
     assert len(results.tuning("poisson_fixed", "ssbroyden")) == 3
+    assert {key.task for key in results.one_setting("ssbroyden")} == {"poisson_fixed"}
     assert {task.group for task in TASKS.values()} == set(GROUPS)
 
 
@@ -458,7 +475,7 @@ def test_the_table_of_an_equation_solves_it(name):
         "BURGERS": (u_t + at * u_x - 0.05 * u_xx, u_t),
         "ALLEN_CAHN": (u_t - 1e-4 * u_xx - 5 * (at - at**3), u_t),
     }[name]
-    assert missed.square().mean() < 0.05**2 * size.square().mean()
+    assert missed.square().mean() < 0.1**2 * size.square().mean()
 
 
 def test_an_exact_solution_has_no_residual_and_no_error():
@@ -486,11 +503,11 @@ def test_averaged_parameters_are_those_that_count_and_a_constant_rate_stays():
     here = [param.detach().clone() for param in problem.model.parameters()]
     averaged, last = trainer.evaluate()[0], problem.evaluate()[0]
     assert averaged != last
-    assert all(map(torch.equal, here, problem.model.parameters()))
+    assert all(map(torch.allclose, here, problem.model.parameters()))
 
 
 def test_fine_tuning_moves_only_what_is_not_frozen():
-    for name, share in (("frozen", 4_810), ("low_rank", 5_304)):
+    for name, share in (("frozen", 4_810), ("low_rank", 4_200)):
         problem = TASKS[name].make(0)
         moved = [param for param in problem.model.parameters() if param.requires_grad]
         assert sum(map(torch.numel, moved)) == share
@@ -505,3 +522,17 @@ def test_fashion_mnist_is_read_from_the_file_that_is_named(tmp_path, monkeypatch
     sets.fashion.cache_clear()
     with pytest.raises(FileNotFoundError, match=r"`FASHION_MNIST` must name a NumPy file .* got None"):
         sets.fashion()
+    results = Results(Plan(("fashion", "digits"), ("adamw",)), tmp_path)
+    assert results.tuning("fashion", "adamw") == []
+    assert len(results.tuning("digits", "adamw")) == 3
+
+
+def test_the_page_is_that_of_the_runs_that_are_kept(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    archive.stored.cache_clear()
+    monkeypatch.setattr(report, "DOCS", tmp_path / "docs")
+    (tmp_path / "docs").mkdir()
+    report.write(Results(Plan(), tmp_path))
+    pages = Path(__file__).parents[2] / "docs" / "_generated"
+    for path in (tmp_path / "docs" / "_generated").iterdir():
+        assert path.read_text() == (pages / path.name).read_text(), path.name
