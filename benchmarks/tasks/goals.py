@@ -37,8 +37,8 @@ __all__ = [
 
 AFFORDABLE = 2.0
 """The Kronecker preconditioner is chosen where a gradient and a step with it take at most this many times as
-long as with the default. On tasks that are not held out it was at AdamW's loss sooner at ratios of 1.3 to 1.6,
-and later, or level, at 3.9 and 4.9."""
+long as with the default. On tasks that are not held out it was sooner at AdamW's loss at ratios of 1.3 to
+1.6, and later, or level, at 3.9 and 4.9."""
 
 
 class Reach(NamedTuple):
