@@ -18,7 +18,11 @@ PARTS = {"variations": variations.run_all, "treatments": treatments.run_all}
 
 def main() -> None:
     """Make runs, then tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.generalisation",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("command", nargs="?", choices=("run", "report"), default="run")
     parser.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="default: all")
     parsed = parser.parse_args()

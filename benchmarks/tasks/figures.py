@@ -108,7 +108,7 @@ def _means(axes: Axes, results: Results, ratio: Ratio, own: Ratio) -> None:
         label.set_fontweight("bold" if name in BOTH else "normal")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_title("final training loss / tuned AdamW's, geometric mean", fontsize=9)
+    axes.set_title("final training loss / the better tuned AdamW's", fontsize=9)
 
 
 def _soon(axes: Axes, results: Results) -> None:

@@ -138,7 +138,7 @@ def documented(results: Results, task: str, contestant: str) -> list[Record]:
 
 def better_adamw(results: Results, task: str) -> str | None:
     """Which of the two AdamWs has the lower final training loss, or None before one is tuned."""
-    finals = {name: final(results, task, name) for name in ADAMW if name in results.plan.contestants}
+    finals = {name: final(results, task, name) for name in ADAMW}
     known = {name: loss for name, loss in finals.items() if not math.isnan(loss)}
     return min(known, key=known.__getitem__) if known else None
 

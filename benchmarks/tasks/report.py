@@ -32,7 +32,7 @@ from .problems import FIXED, GROUPS, LARGE, TASKS
 from .runs import identity
 from .search import BOTH, KRONECKER, OURS, SOAP, Results, interior
 
-__all__ = ["goals_text", "keep", "rates_text", "show", "variants", "write"]
+__all__ = ["goals_text", "keep", "rates_text", "show", "texts", "variants", "write"]
 
 DOCS = Path(__file__).parents[2] / "docs"
 NONE, EARLIER = "\N{EN DASH}", " °"
@@ -303,7 +303,8 @@ def cost_text(results: Results) -> str:
         [
             "Milliseconds for a gradient and the step with it:",
             text(results, milliseconds),
-            "Bytes that the optimizer holds for each parameter:",
+            "Bytes that the optimizer holds for each parameter, with its working memory (64 of the default's "
+            "are state):",
             text(replace(results, plan=replace(results.plan, tasks=small)), memory),
         ]
     )
@@ -329,8 +330,8 @@ def one_text(results: Results) -> str:
 
 def _note() -> str:
     return (
-        "† Held out: not used in choosing default settings. ° From an earlier comparison, mean of three "
-        f"seeds. {NONE}: diverged, at every learning rate or at one of the seeds."
+        "† Held out: not used in choosing default settings. ° Some figures from an earlier comparison, mean "
+        f"of three seeds. {NONE}: diverged, at every learning rate or at one of the seeds."
     )
 
 
@@ -385,10 +386,24 @@ def keep(results: Results) -> None:
 
 
 def write(results: Results) -> None:
-    """Write the tables and pictures of docs/results.md, leaving out contestants that have not run."""
-    ran = tuple(name for name in results.plan.contestants if _has_run(results, name))
-    results = replace(results, plan=replace(results.plan, contestants=ran))
-    texts = {
+    """Write the tables and pictures of docs/results.md."""
+    results = _of_those_that_ran(results)
+    for name, text in texts(results).items():
+        path = DOCS / "_generated" / f"tasks_{name}.md"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+        print(f"wrote {path.relative_to(DOCS.parent)}")
+    for name, figure in figures.draw(results, ratio, documented_ratio).items():
+        path = DOCS / "_static" / f"tasks_{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        figures.save(figure, path)
+        print(f"wrote {path.relative_to(DOCS.parent)}")
+
+
+def texts(results: Results) -> dict[str, str]:
+    """The tables of docs/results.md by name."""
+    results = _of_those_that_ran(results)
+    found = {
         "ratio": ratios_text(results),
         "test": test_text(results),
         "goals": goals_text(results),
@@ -399,17 +414,14 @@ def write(results: Results) -> None:
         "contestants": contestants_text(results),
     }
     if any(_has_run(part, name) for part in variants(results) for name in part.plan.contestants[1:]):
-        texts["variants"] = variants_text(results)
-    for name, text in texts.items():
-        path = DOCS / "_generated" / f"tasks_{name}.md"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
-        print(f"wrote {path.relative_to(DOCS.parent)}")
-    for name, figure in figures.draw(results, ratio, documented_ratio).items():
-        path = DOCS / "_static" / f"tasks_{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        figures.save(figure, path)
-        print(f"wrote {path.relative_to(DOCS.parent)}")
+        found["variants"] = variants_text(results)
+    return found
+
+
+def _of_those_that_ran(results: Results) -> Results:
+    """The results without contestants that have no runs."""
+    ran = tuple(name for name in results.plan.contestants if _has_run(results, name))
+    return replace(results, plan=replace(results.plan, contestants=ran))
 
 
 def _has_run(results: Results, contestant: str) -> bool:
@@ -430,11 +442,12 @@ def show(results: Results) -> None:
         shown.add_row(*(f"[bold]{cell.strip('*')}[/]" if cell.startswith("**") else cell for cell in row))
     console.print(shown)
     for task in tasks:
-        for ours in BOTH:
+        for ours in (name for name in BOTH if name in results.plan.contestants):
             if (found := reach(results, task, ours, better_adamw(results, task))) is not None:
                 console.print(
-                    f"{TASKS[task].title}, {CONTESTANTS[ours].title}: {number(found.ratio)} times AdamW's "
-                    f"final loss; to reach that: {percent(found.steps)} of AdamW's steps, "
+                    f"{TASKS[task].title}, {CONTESTANTS[ours].title} at {rate(results.documented(ours)):g}: "
+                    f"{number(found.ratio)} times the better AdamW's final loss; to reach that: "
+                    f"{percent(found.steps)} of AdamW's steps, "
                     f"{percent(found.time) or 'unknown'} of its time"
                 )
     if set(_halves(results)[0]) == {task for task in TASKS if not TASKS[task].later}:

@@ -527,12 +527,9 @@ def test_fashion_mnist_is_read_from_the_file_that_is_named(tmp_path, monkeypatch
     assert len(results.tuning("digits", "adamw")) == 3
 
 
-def test_the_page_is_that_of_the_runs_that_are_kept(tmp_path, monkeypatch):
+def test_the_tables_are_those_of_the_runs_that_are_kept(tmp_path, monkeypatch):
     monkeypatch.undo()
     archive.stored.cache_clear()
-    monkeypatch.setattr(report, "DOCS", tmp_path / "docs")
-    (tmp_path / "docs").mkdir()
-    report.write(Results(Plan(), tmp_path))
     pages = Path(__file__).parents[2] / "docs" / "_generated"
-    for path in (tmp_path / "docs" / "_generated").iterdir():
-        assert path.read_text() == (pages / path.name).read_text(), path.name
+    for name, text in report.texts(Results(Plan(), tmp_path)).items():
+        assert text + "\n" == (pages / f"tasks_{name}.md").read_text(), name
