@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from benchmarks.tasks.contestants import CONTESTANTS, rate
+from benchmarks.tasks.goals import geometric_mean
 from benchmarks.tasks.report import DOCS, markdown, number
 
 from . import variation_tables, variations
@@ -17,7 +18,6 @@ from .calibration import Measures
 from .images import IMAGES
 from .store import Store
 from .treatments import ADAMW_DECAY, OPTIMIZERS, TREATMENTS, best, finals, losses
-from .variation_tables import geometric
 
 __all__ = ["Compared", "best_treatment", "compare", "standard_error", "texts", "write"]
 
@@ -112,7 +112,9 @@ def summary_text(store: Store) -> str:
     def relative(field: str) -> Callable[[str, str], str]:
         def value(optimizer: str, name: str) -> str:
             found = {task: mean(finals(store, task, optimizer, name)) for task in known}
-            return f"{geometric([getattr(found[t], field) / getattr(plain[t], field) for t in known]):.2f}"
+            return (
+                f"{geometric_mean([getattr(found[t], field) / getattr(plain[t], field) for t in known]):.2f}"
+            )
 
         return value
 
@@ -228,8 +230,8 @@ def ways_text(store: Store) -> str:
                 words,
                 CONTESTANTS[optimizer].title,
                 *(f"{sum(one.met[goal] for one in found)} of {len(known)}" for goal in (0, 1)),
-                f"{geometric([one.loss for one in found]):.2f}",
-                f"{geometric([one.calibrated for one in found]):.2f}",
+                f"{geometric_mean([one.loss for one in found]):.2f}",
+                f"{geometric_mean([one.calibrated for one in found]):.2f}",
             ]
         )
     return markdown(rows)

@@ -6,22 +6,18 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
+from benchmarks.tasks.goals import geometric_mean
 from benchmarks.tasks.problems import TASKS
 from benchmarks.tasks.report import markdown
 
 from .store import Store
 from .variations import PRECONDITIONERS, SEEDS, STEPS, VARIATIONS, key
 
-__all__ = ["geometric", "noise", "texts", "variation_ratios"]
+__all__ = ["noise", "texts", "variation_ratios"]
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 NETWORKS = 5
 """So many tasks, the first, are networks that learn from examples; the last is a differential equation."""
-
-
-def geometric(values: Sequence[float]) -> float:
-    """Geometric mean; infinite if a value is."""
-    return math.inf if any(map(math.isinf, values)) else math.exp(fmean(map(math.log, values)))
 
 
 def variation_ratios(store: Store, preconditioner: str, name: str, which: int) -> list[list[float]]:
@@ -60,14 +56,14 @@ def variations_text(store: Store) -> str:
                 continue
             both = [variation_ratios(store, preconditioner, name, which) for which in (0, 1)]
             means = [_mean(part) for ratios in both for part in (ratios, ratios[:NETWORKS])]
-            rows.append([variation.title, *(f"{geometric(own):.2f}" for own in both[0]), *means])
+            rows.append([variation.title, *(f"{geometric_mean(own):.2f}" for own in both[0]), *means])
         texts += [f'`preconditioner="{preconditioner}"`:', markdown(rows)]
     return "\n\n".join(texts)
 
 
 def _mean(ratios: Sequence[Sequence[float]]) -> str:
     """Geometric mean over the tasks, with its standard error."""
-    centre = geometric([geometric(own) for own in ratios])
+    centre = geometric_mean([geometric_mean(own) for own in ratios])
     if math.isinf(centre):
         return "diverged"
     return f"{centre:.3f} {PLUS_MINUS} {centre * noise(ratios):.3f}"

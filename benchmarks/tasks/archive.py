@@ -6,6 +6,7 @@ only part of a search the first and the last loss are kept.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Collection, Mapping
 from functools import cache
@@ -29,7 +30,7 @@ def name_of(exponent: int, seed: int, percent: int) -> str:
 def stored(task: str) -> Content:
     """What is kept of a task: for each contestant ``identity``, ``runs`` and perhaps ``times``."""
     path = MEASURED / f"{task}.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return read(path) if path.exists() else {}
 
 
 def keep(
@@ -54,7 +55,7 @@ def keep(
     again : bool
         Whether runs of another version of the code are thrown away where there are newer ones.
     """
-    known: Content = json.loads(json.dumps(stored(task)))
+    known: Content = copy.deepcopy(stored(task))
     for name, identity in identities.items():
         for path in sorted((folder / task / name).glob("*/*.json")):
             run = read(path)

@@ -21,6 +21,7 @@ __all__ = [
     "AFFORDABLE",
     "Goal",
     "Reach",
+    "adamw_loss",
     "better_adamw",
     "chosen",
     "documented",
@@ -29,9 +30,10 @@ __all__ = [
     "goals",
     "mean_curve",
     "mean_final",
+    "one_rate",
     "planned",
     "reach",
-    "shared_ratio",
+    "shared_mean",
     "title",
 ]
 
@@ -145,10 +147,8 @@ def better_adamw(results: Results, task: str) -> str | None:
 
 def reach(results: Results, task: str, ours: str, other: str | None) -> Reach | None:
     """One of ours against another on a task, or None while runs are missing."""
-    records, level = (
-        documented(results, task, ours),
-        math.nan if other is None else final(results, task, other),
-    )
+    records = documented(results, task, ours)
+    level = math.nan if other is None else final(results, task, other)
     if other is None or not records or not math.isfinite(level):
         return None
     own = mean_final(records)
@@ -180,23 +180,31 @@ def chosen(results: Results, task: str) -> str:
     return KRONECKER if slower <= AFFORDABLE else OURS
 
 
-def shared_ratio(results: Results, task: str, contestant: str) -> float:
-    """Final training loss with one rate on all tasks, as a multiple of that of the better AdamW, tuned.
-
-    For ours the rate is the documented one, for the others the one that is best over the tasks that are not
-    held out.
-    """
+def adamw_loss(results: Results, task: str) -> float:
+    """Final training loss of the better AdamW, tuned; NaN if it is not known."""
     adamw = better_adamw(results, task)
-    if adamw is None:
-        return math.nan
-    known = results.earlier(contestant, "shared")
-    if task in known:
-        return known[task]
-    ours = contestant in BOTH
-    exponent = results.documented(contestant) if ours else results.shared(contestant)
-    if exponent is None:
-        return math.nan
-    return mean_final(results.seeds(task, contestant, exponent)) / final(results, task, adamw)
+    return math.nan if adamw is None else final(results, task, adamw)
+
+
+def one_rate(results: Results, contestant: str) -> int | None:
+    """Exponent of one rate for all tasks: of ours the documented one, of the others the one that is best over
+    the tasks that are not held out."""
+    return results.documented(contestant) if contestant in BOTH else results.shared(contestant)
+
+
+def shared_mean(results: Results, contestant: str, *, held_out: bool) -> float:
+    """Geometric mean of the final training losses with `one_rate`, as multiples of the better tuned AdamW's,
+    over the first sixteen tasks that are held out or are not."""
+    tasks = [t for t in results.plan.tasks if TASKS[t].held_out is held_out and not TASKS[t].later]
+    known, exponent = results.earlier(contestant, "shared"), one_rate(results, contestant)
+
+    def ratio(task: str) -> float:
+        if task in known:
+            return known[task]
+        runs = [] if exponent is None else results.seeds(task, contestant, exponent)
+        return mean_final(runs) / adamw_loss(results, task)
+
+    return geometric_mean([ratio(task) for task in tasks])
 
 
 def goals(results: Results, tasks: Iterable[str]) -> list[Goal]:
@@ -266,11 +274,6 @@ def _timed(found: list[Reach]) -> list[Reach]:
     return [entry for entry in found if not math.isnan(entry.cost)]
 
 
-def _ran(results: Results, tasks: Iterable[str], ours: str) -> list[str]:
-    """The tasks with runs at the documented learning rate."""
-    return [task for task in tasks if documented(results, task, ours)]
-
-
 def _lowest(results: Results, ours: str) -> Callable[[str], bool]:
     """Whether one of ours ends below all others that ran on a task, at their best learning rates."""
     others = [name for name in results.plan.contestants if not CONTESTANTS[name].ours]
@@ -304,9 +307,8 @@ def _shown(words: str, value: float) -> str:
 
 def _lowest_mean(results: Results, words: str, *, held_out: bool) -> Goal:
     """The goal on one learning rate for all tasks, on one half of the first sixteen."""
-    tasks = [t for t in results.plan.tasks if TASKS[t].held_out is held_out and not TASKS[t].later]
     means = {
-        name: geometric_mean([shared_ratio(results, task, name) for task in tasks])
+        name: shared_mean(results, name, held_out=held_out)
         for name in results.plan.contestants
         if name in BOTH or not CONTESTANTS[name].ours
     }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .data import CONTEXT, VOCABULARY, WORDS
 
 __all__ = [
+    "Residual",
     "autoencoder",
     "bag",
     "classifier",
@@ -82,7 +83,7 @@ def factorisation() -> nn.Module:
     return _Factorisation(1_797, 64, 8)
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
     """Two 3x3 convolutions with batch normalisation, and a way around them."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -94,7 +95,11 @@ class _Residual(nn.Module):
             nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
             nn.BatchNorm2d(outputs),
         )
-        self.around = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.around = self.way_around(inputs, outputs, stride)
+
+    def way_around(self, inputs: int, outputs: int, stride: int) -> nn.Module:
+        """What the input passes on its way around the body."""
+        return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.around(x))
@@ -106,9 +111,9 @@ def resnet() -> nn.Module:
         nn.Conv2d(1, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(),
-        _Residual(8, 8, 1),
-        _Residual(8, 16, 2),
-        _Residual(16, 32, 2),
+        Residual(8, 8, 1),
+        Residual(8, 16, 2),
+        Residual(16, 32, 2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(32, 10),

@@ -16,6 +16,7 @@ from .contestants import CONTESTANTS, rate
 from .goals import (
     AFFORDABLE,
     Goal,
+    adamw_loss,
     better_adamw,
     chosen,
     documented,
@@ -23,9 +24,10 @@ from .goals import (
     geometric_mean,
     goals,
     mean_final,
+    one_rate,
     planned,
     reach,
-    shared_ratio,
+    shared_mean,
     title,
 )
 from .problems import FIXED, GROUPS, LARGE, TASKS
@@ -37,7 +39,6 @@ __all__ = ["goals_text", "keep", "rates_text", "show", "texts", "variants", "wri
 DOCS = Path(__file__).parents[2] / "docs"
 NONE, EARLIER = "\N{EN DASH}", " °"
 Value = Callable[[str, str], float]
-Form = Callable[[float], str]
 
 
 def number(value: float) -> str:
@@ -66,7 +67,6 @@ def table(
     tasks: Sequence[str],
     value: Value,
     *,
-    form: Form = number,
     bold: bool = True,
     mean: bool = False,
 ) -> list[list[str]]:
@@ -86,7 +86,7 @@ def table(
     rows = [heads]
     for name, row in values.items():
         cells = [
-            f"**{form(v)}**" if bold and v == low else form(v) for v, low in zip(row, least, strict=True)
+            f"**{number(v)}**" if bold and v == low else number(v) for v, low in zip(row, least, strict=True)
         ]
         rows.append([_named(results, tasks, name), *cells])
     return rows
@@ -111,16 +111,12 @@ def grouped(results: Results, write_group: Callable[[list[str]], str]) -> str:
 
 def ratio(results: Results, task: str, contestant: str) -> float:
     """Final training loss relative to the better AdamW's."""
-    adamw = better_adamw(results, task)
-    return math.nan if adamw is None else final(results, task, contestant) / final(results, task, adamw)
+    return final(results, task, contestant) / adamw_loss(results, task)
 
 
 def documented_ratio(results: Results, task: str, ours: str) -> float:
     """The same for one of ours at its documented learning rate."""
-    adamw = better_adamw(results, task)
-    if adamw is None:
-        return math.nan
-    return mean_final(documented(results, task, ours)) / final(results, task, adamw)
+    return mean_final(documented(results, task, ours)) / adamw_loss(results, task)
 
 
 def ratios_text(results: Results) -> str:
@@ -137,15 +133,10 @@ def ratios_text(results: Results) -> str:
             for name in BOTH
             if name in results.plan.contestants
         ]
-        losses = [_adamw_loss(results, task) for task in tasks]
+        losses = [adamw_loss(results, task) for task in tasks]
         return markdown([*rows, *ours, ["AdamW's loss", *map(number, losses), ""]])
 
     return f"{grouped(results, group)}\n\n{_note()}"
-
-
-def _adamw_loss(results: Results, task: str) -> float:
-    adamw = better_adamw(results, task)
-    return math.nan if adamw is None else final(results, task, adamw)
 
 
 def test_text(results: Results) -> str:
@@ -161,7 +152,7 @@ def test_text(results: Results) -> str:
 
 def goals_text(results: Results) -> str:
     """The goals, counted over the first sixteen tasks and over those that came later."""
-    first, later = _halves(results)
+    first, later = _first_and_later(results)
     texts = [
         f"Over {len(first)} tasks, with each preconditioner at its documented learning rate:",
         markdown(_goals(goals(results, first))),
@@ -178,7 +169,7 @@ def goals_text(results: Results) -> str:
 def _planned_words(results: Results, tasks: Sequence[str]) -> str:
     """How often runs of Kronecker that are planned for fewer steps end at AdamW's loss."""
     found = [
-        (planned(results, task, KRONECKER, _adamw_loss(results, task)), entry.cost)
+        (planned(results, task, KRONECKER, adamw_loss(results, task)), entry.cost)
         for task in tasks
         if (entry := reach(results, task, KRONECKER, better_adamw(results, task))) is not None
     ]
@@ -192,7 +183,7 @@ def _planned_words(results: Results, tasks: Sequence[str]) -> str:
     )
 
 
-def _halves(results: Results) -> tuple[list[str], list[str]]:
+def _first_and_later(results: Results) -> tuple[list[str], list[str]]:
     """The tasks over which the goals count, and those that came later; points that stay do not count."""
     tasks = results.plan.tasks
     return [t for t in tasks if not TASKS[t].later], [
@@ -236,7 +227,7 @@ def reach_text(results: Results) -> str:
             for entry in found
             for part in ((math.nan, math.nan) if entry is None else (entry.steps, entry.time))
         ]
-        cells.insert(4, percent(planned(results, task, KRONECKER, _adamw_loss(results, task))))
+        cells.insert(4, percent(planned(results, task, KRONECKER, adamw_loss(results, task))))
         timed = found[1] is not None and not math.isnan(found[1].cost)
         choice = {OURS: "diagonal", KRONECKER: "Kronecker"}[chosen(results, task)] if timed else ""
         rows.append([title(task), *cells, choice])
@@ -252,15 +243,10 @@ def reach_text(results: Results) -> str:
 def rates_text(results: Results) -> str:
     """Tables of the chosen learning rates."""
 
-    def cell(task: str, name: str) -> str:
-        if TASKS[task].group not in CONTESTANTS[name].groups:
-            return ""
-        return _rates(results, task, name)
-
     def group(tasks: list[str]) -> str:
         rows = [["", *map(title, tasks)]]
         for name in results.plan.contestants:
-            cells = [cell(task, name) for task in tasks]
+            cells = [_rates(results, task, name) for task in tasks]
             if any(cells):
                 rows.append([CONTESTANTS[name].title, *cells])
         return markdown(rows)
@@ -312,15 +298,11 @@ def cost_text(results: Results) -> str:
 
 def one_text(results: Results) -> str:
     """Geometric means with one learning rate for all tasks."""
-    halves = [
-        [t for t in results.plan.tasks if TASKS[t].held_out is held_out and not TASKS[t].later]
-        for held_out in (False, True)
-    ]
     rows = [["", "learning rate", "geometric mean, not held out", "geometric mean, held out †"]]
     found = []
     for name in results.plan.contestants:
-        exponent = results.documented(name) if name in BOTH else results.shared(name)
-        means = [geometric_mean([shared_ratio(results, task, name) for task in tasks]) for tasks in halves]
+        exponent = one_rate(results, name)
+        means = [shared_mean(results, name, held_out=held_out) for held_out in (False, True)]
         if not all(map(math.isnan, means)) and (name in BOTH or not CONTESTANTS[name].ours):
             shown = "" if exponent is None else f"{rate(exponent):.2g}"
             found.append((means[0], [CONTESTANTS[name].title, shown, *map(number, means)]))
@@ -450,8 +432,8 @@ def show(results: Results) -> None:
                     f"{percent(found.steps)} of AdamW's steps, "
                     f"{percent(found.time) or 'unknown'} of its time"
                 )
-    if set(_halves(results)[0]) == {task for task in TASKS if not TASKS[task].later}:
-        for goal in goals(results, _halves(results)[0]):
+    if set(_first_and_later(results)[0]) == {task for task in TASKS if not TASKS[task].later}:
+        for goal in goals(results, _first_and_later(results)[0]):
             console.print(
                 f"{'met' if goal.met else 'NOT MET'}: {goal.words} ({', '.join(filter(None, goal.counts))})"
             )

@@ -103,9 +103,9 @@ class Trainer:
         self.optimizers = contestant.optimizers(problem.model, lr)
         self.needs_closure, self.constant = contestant.needs_closure, contestant.constant
         self.spent = self.calls = 0
-        for optimizer in self.optimizers:
-            if hasattr(optimizer, "train"):
-                optimizer.train()
+        self.averaging = [optimizer for optimizer in self.optimizers if hasattr(optimizer, "eval")]
+        for optimizer in self.averaging:
+            optimizer.train()
         self.clock = _Clock()
 
     def step(self) -> None:
@@ -131,13 +131,12 @@ class Trainer:
 
     def evaluate(self) -> tuple[float, float]:
         """Training and test loss, of the averaged parameters where the optimizer has such."""
-        averaging = [optimizer for optimizer in self.optimizers if hasattr(optimizer, "eval")]
-        for optimizer in averaging:
+        for optimizer in self.averaging:
             optimizer.eval()
-        if averaging:
+        if self.averaging:
             _settle(self.problem)
         losses = self.problem.evaluate()
-        for optimizer in averaging:
+        for optimizer in self.averaging:
             optimizer.train()
         return losses
 
